@@ -1,0 +1,282 @@
+"""y = W x for one token, reading only the rows of W that matter: a Triton kernel, a CPU route and the plain definition.
+
+When a language model decodes one token at a time, every weight is read once for a single multiply-add, so the time of
+y = W x is the time it takes to read W. If x[k] is nearly zero, column k of W hardly changes y: leave it out, and it
+need not be read. The rule, the same everywhere in this project, compares in float32:
+
+    keep x[k]  iff  not (|x[k]| <= threshold)            (written with `not`, so that a NaN is kept and stays visible)
+
+**Layout.** W is stored transposed, `w_t [K, N]`: input channel k owns row k, N contiguous numbers. Memory is read in
+sectors of 32 bytes, so only a dropped *row* saves traffic; the columns dropped from a row-major W would save none.
+
+**What a program does.** A Triton kernel is a function run by many *programs* at once; each works on small tiles whose
+size is a power of two known at compile time, spread over the threads of its warps. Here a program owns BLOCK_N columns
+of the output. It walks down K in steps of BLOCK_K: loads that piece of x, decides which entries to keep, and loads the
+[BLOCK_K, BLOCK_N] tile of w_t under that mask. A masked-out load issues no memory transaction: *this is where the bytes
+are saved*. The products are added up in a float32 tile of the same shape, which stays in registers and is summed over
+its rows only once, at the end.
+
+**Split-K.** N alone may not give enough programs to keep the memory busy, so K has to be split too. We split it over
+the warps of a program: a tile is narrow (BLOCK_N 16-64) and tall (BLOCK_K up to 1024), each warp holds other rows of
+it, and the final sum adds the warps' shares through shared memory, always in the same order. Splitting K over programs
+instead would need either float atomics, whose order and so whose last bits change from run to run, or a second pass.
+
+**Fusions.** One kernel also normalises x first (`norm`), applies silu(gate) * up to the result (`swiglu`) or adds the
+residual stream (`residual`): the hidden state is a few kilobytes, so every program can prepare the whole of it, and a
+launch saved is worth several microseconds, as much as reading 10-20 MB.
+
+Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL, arXiv:2408.14690), section 4.
+The file needs torch and triton only: copy it wherever you like.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 runs the kernel on the CPU, for tests
+
+def sparse_gemv_reference(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=False, residual=None, out=None,
+                          kept=None):
+    """The definition of `sparse_gemv`, same arguments, in plain PyTorch operations and float64 sums. Slow."""
+    y_dtype = x.dtype
+    x = x.reshape(-1)
+    if norm is not None:
+        weight, eps = norm
+        x = F.rms_norm(x.double(), x.shape, weight.double(), eps).to(y_dtype)
+    parts, start = [], 0
+    for i, (end, t) in enumerate(_segments(threshold, w_t.shape[1])):
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).reshape(())
+        keep = ~(x.float().abs() <= t)
+        if kept is not None:
+            kept[i] += keep.sum()
+        parts.append(x[keep].double() @ w_t[keep, start:end].double())
+        start = end
+    y = torch.cat(parts)  # [N]
+    if scale is not None:
+        y = y * scale.double()
+    if bias is not None:
+        y = y + bias.double()
+    if swiglu:
+        gate, up = y.chunk(2)
+        y = F.silu(gate) * up
+    if residual is not None:
+        y = y + residual.reshape(-1).double()
+    y = y.to(y_dtype)
+    return y if out is None else out.copy_(y.view(out.shape))
+
+
+def _segments(threshold, n):
+    """A threshold argument as a list of (end column, threshold)."""
+    return list(threshold) if isinstance(threshold, (list, tuple)) else [(n, threshold)]
+
+
+# ---- CPU -----------------------------------------------------------------------------------------------------------
+
+def _gemv_cpu(x, w_t, segments, kept):
+    """x [K] times w_t [K, N] -> [N] with `embedding_bag`, which adds up chosen rows of a table, each times a weight.
+
+    Cut every row of w_t into `n_blocks` equal blocks and the same memory is a table [K * n_blocks, N / n_blocks]. One
+    bag sums one block of columns, so each segment can have its own kept rows, and the bags run on several threads.
+    """
+    k, n = w_t.shape
+    width = functools.reduce(math.gcd, [end for end, _ in segments])
+    if width == n and n % (threads := torch.get_num_threads()) == 0:
+        width = n // threads
+    n_blocks = n // width
+    rows, weights, offsets, start, n_rows = [], [], [], 0, 0
+    magnitude = x.float().abs()
+    for i, (end, t) in enumerate(segments):
+        if isinstance(t, float) and t < 0:  # keeps everything
+            index, values = _arange(k), x
+        else:
+            index = (~(magnitude <= t)).nonzero().view(-1)
+            values = x.index_select(0, index)
+        if kept is not None:
+            kept[i] += index.shape[0]
+        blocks = _arange(n_blocks)[start // width:end // width, None]  # [blocks of this segment, 1]
+        rows.append((index * n_blocks + blocks).view(-1))
+        weights.append(values.expand(blocks.shape[0], -1).reshape(-1))
+        for _ in range(blocks.shape[0]):
+            offsets.append(n_rows)
+            n_rows += index.shape[0]
+        start = end
+    rows, weights = (rows[0], weights[0]) if len(rows) == 1 else (torch.cat(rows), torch.cat(weights))
+    table = w_t.view(k * n_blocks, width)
+    bags = torch.embedding_bag(table, rows, torch.tensor(offsets), False, 0, False, weights)[0]
+    return bags.view(n)
+
+
+@functools.lru_cache
+def _arange(n):
+    return torch.arange(n)
+
+
+# ---- GPU -----------------------------------------------------------------------------------------------------------
+
+@triton.jit
+def _load_x(x_ptr, norm_ptr, k, inverse_rms, K: tl.constexpr, NORM: tl.constexpr):
+    """x[k], normalised and rounded to x's dtype as a separate RMSNorm would leave it, as float32; 0 beyond K."""
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
+    if NORM:
+        weight = tl.load(norm_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x = (x.to(tl.float32) * inverse_rms * weight).to(x_ptr.dtype.element_ty)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _add_rows(total, n_kept, x, k, n, end, threshold, w_ptr, K: tl.constexpr, N: tl.constexpr):
+    """total [BLOCK_K, BLOCK_N] += x[k] * w_t[k, n] for the kept k; columns at `end` and beyond count as 0."""
+    keep = (k < K) & ~(tl.abs(x) <= threshold)
+    pointers = w_ptr + k.to(tl.int64)[:, None] * N + n[None, :]
+    w = tl.load(pointers, mask=keep[:, None] & (n < end)[None, :], other=0.0, eviction_policy="evict_first")
+    x = tl.where(keep, x, 0.0)  # a dropped infinity must not meet the zeros that stand in for its row
+    return total + w.to(tl.float32) * x[:, None], n_kept + keep.to(tl.int32)
+
+
+@triton.jit
+def _finish(total, n, end, scale_ptr, bias_ptr, SCALE: tl.constexpr, BIAS: tl.constexpr):
+    """Sum the float32 tile over its rows, in a fixed order, and apply scale and bias -> [BLOCK_N]."""
+    y = tl.sum(total, axis=0)
+    if SCALE:
+        y *= tl.load(scale_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, residual_ptr, kept_ptr,
+                        threshold0, threshold1, threshold2, eps,
+                        K: tl.constexpr, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
+                        THRESHOLD_IN_MEMORY: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+                        NORM: tl.constexpr, K_PADDED: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
+                        COUNT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    """One program: BLOCK_N columns of the output. Columns [0, END0), [END0, END1), [END1, N) have own thresholds."""
+    # Tiles never straddle two segments: find this program's segment, and its tile within it.
+    tile = tl.program_id(0)
+    tiles0: tl.constexpr = (END0 + BLOCK_N - 1) // BLOCK_N
+    tiles1: tl.constexpr = tiles0 + (END1 - END0 + BLOCK_N - 1) // BLOCK_N
+    segment = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
+    tile -= tl.where(segment == 0, 0, tl.where(segment == 1, tiles0, tiles1))
+    start = tl.where(segment == 0, 0, tl.where(segment == 1, END0, END1))
+    end = tl.where(segment == 0, END0, tl.where(segment == 1, END1, N))
+    n = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    if PDL:  # what stands above may overlap the kernel before this one; what that kernel wrote is visible from here
+        gdc_wait()
+        gdc_launch_dependents()
+    if THRESHOLD_IN_MEMORY:
+        threshold0 = tl.load(threshold0)
+        threshold1 = tl.load(threshold1)
+        threshold2 = tl.load(threshold2)
+    threshold = tl.where(segment == 0, threshold0, tl.where(segment == 1, threshold1, threshold2))
+    inverse_rms = 1.0
+    if NORM:
+        k = tl.arange(0, K_PADDED)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(x * x) / K + eps)
+
+    total = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    n_kept = tl.zeros([BLOCK_K], tl.int32)
+    if SWIGLU:  # the two segments are gate and up, equally wide; this program makes the same columns of both
+        total_up = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+        n_kept_up = tl.zeros([BLOCK_K], tl.int32)
+    for first in tl.range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = _load_x(x_ptr, norm_ptr, k, inverse_rms, K, NORM)
+        total, n_kept = _add_rows(total, n_kept, x, k, n, end, threshold, w_ptr, K, N)
+        if SWIGLU:
+            total_up, n_kept_up = _add_rows(total_up, n_kept_up, x, k, END0 + n, N, threshold1, w_ptr, K, N)
+
+    y = _finish(total, n, end, scale_ptr, bias_ptr, SCALE, BIAS)
+    if SWIGLU:
+        y_up = _finish(total_up, END0 + n, N, scale_ptr, bias_ptr, SCALE, BIAS)
+        y = y / (1 + tl.exp(-y)) * y_up
+    if RESIDUAL:
+        y += tl.load(residual_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < end)
+    if COUNT:
+        if tile == 0:  # one program a segment counts, so no two touch the same counter
+            counter = kept_ptr + segment
+            tl.store(counter, tl.load(counter) + tl.sum(n_kept))
+            if SWIGLU:
+                tl.store(kept_ptr + 1, tl.load(kept_ptr + 1) + tl.sum(n_kept_up))
+
+
+def _launch_shape(k, n, itemsize):
+    return 256, 32, 8  # BLOCK_K, BLOCK_N, warps
+
+
+def _gemv_gpu(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept, shape=None, pdl=False):
+    k, n = w_t.shape
+    ends = [end for end, _ in segments]
+    thresholds = [t for _, t in segments]
+    while len(ends) < 3:
+        ends.append(n)
+        thresholds.append(thresholds[-1])
+    block_k, block_n, warps = shape or _launch_shape(k, n, w_t.element_size())
+    widths = (ends[0],) if swiglu else (ends[0], ends[1] - ends[0], n - ends[1])
+    grid = (sum(triton.cdiv(width, block_n) for width in widths),)
+    norm_weight, eps = norm if norm is not None else (None, 0.0)
+    _sparse_gemv_kernel[grid](
+        x, w_t, out, scale, bias, norm_weight, residual, kept, *thresholds, eps,
+        K=k, N=n, END0=ends[0], END1=ends[1], THRESHOLD_IN_MEMORY=isinstance(thresholds[0], torch.Tensor),
+        SCALE=scale is not None, BIAS=bias is not None, NORM=norm is not None, K_PADDED=triton.next_power_of_2(k),
+        SWIGLU=swiglu, RESIDUAL=residual is not None, COUNT=kept is not None,
+        BLOCK_K=block_k, BLOCK_N=block_n, PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}))
+    return out
+
+
+# ---- the public function -------------------------------------------------------------------------------------------
+
+def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=False, residual=None, out=None,
+                kept=None):
+    """Sparse matrix-vector product: y[n] = sum of x[k] * w_t[k, n] over the k with not (|x[k]| <= threshold).
+
+    x:         [K], [1, K] or [1, 1, K]; float32, float16 or bfloat16
+    w_t:       [K, N], contiguous; x's dtype, or int8 with a `scale`. Rows of dropped k are never read.
+    threshold: a float; or a one-element float32 tensor on x's device, so that it can change under a captured graph;
+               or up to three (end column, threshold) segments, when w_t holds several matrices side by side.
+               A negative threshold keeps everything.
+    scale:     [N] float32, multiplies the sums (int8 weights: one scale per output channel)
+    bias:      [N], added next
+    norm:      (weight [K], eps): x is first RMS-normalised (float32 inside, rounded to x's dtype)
+    swiglu:    the result is silu(left half) * right half, N / 2 wide
+    residual:  [N] (or [N / 2]), x's dtype, added last
+    out:       where to put the result; may be `residual` itself
+    kept:      int64 [number of segments], on x's device: the number of kept rows is added to it
+
+    Returns y in x's dtype, shaped like x with N (or N / 2) in place of K. Sums are float32 and reproducible: the
+    same inputs give the same bits. With `out` given, a GPU call neither allocates nor synchronises. Raises ValueError
+    naming the argument for shapes, dtypes, strides or devices that do not fit.
+    """
+    segments = _segments(threshold, w_t.shape[-1])
+    _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept)
+    n_out = w_t.shape[1] // 2 if swiglu else w_t.shape[1]
+    flat = x.reshape(-1)
+    if x.is_cuda or INTERPRETED:
+        if out is None:
+            out = torch.empty(*x.shape[:-1], n_out, dtype=x.dtype, device=x.device)
+        return _gemv_gpu(flat, w_t, segments, scale, bias, norm, swiglu, residual, out, kept)
+    if norm is not None:
+        flat = F.rms_norm(flat, flat.shape, *norm)
+    y = _gemv_cpu(flat, w_t, segments, kept)
+    if scale is not None:
+        y = y * scale
+    if bias is not None:
+        y = y + bias
+    if swiglu:
+        y = F.silu(y[:n_out]) * y[n_out:]
+    if residual is not None:
+        y = y + residual.view(-1)
+    y = y.to(x.dtype).view(*x.shape[:-1], n_out)
+    return y if out is None else out.copy_(y)
+
+
+def _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
+    pass
