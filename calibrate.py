@@ -1,0 +1,373 @@
+"""Which activations may be dropped: thresholds for every layer and projection, as a function of the sparsity asked for.
+
+An input x[k] of a projection is dropped, and row k of its weights not read, when |x[k]| <= t. The threshold t that
+drops a share s is the s-quantile of |x|, so one pass over some text, counting |x| in histograms at the four sites of
+every block, gives t(s) for all s. What is left to choose is how the sparsity asked for is shared out. Three answers:
+`uniform` gives every projection the same share; `greedy` raises, block by block, the projection that hurts the
+block's output least (TEAL: Liu et al. 2024, arXiv:2408.14690, sections 4.1-4.3, whose rule and baselines these are);
+`fisher` estimates from gradients what dropping costs the loss and spends one model-wide budget where it is cheapest.
+
+    python calibrate.py --model M --text FILE --tokens 8192 --window 1024 --allocation fisher --out FILE
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from model import PROJECTIONS, SITES, KVCache, dense
+
+FORMAT = "1"
+ALLOCATIONS = ("fisher", "greedy", "uniform")  # best first
+GRID = torch.arange(96) / 100  # the sparsities a calibration tabulates: 0, 0.01, ... 0.95
+SINKS = 8  # first tokens of a window: attention sinks, whose huge activations would distort every statistic
+BINS = 0x7F80  # a float32 magnitude cut to its upper 16 bits: one bin for each finite bfloat16 value
+EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << 16).view(torch.float32)  # bin i holds [EDGES[i], EDGES[i + 1])
+FIRST = {site: PROJECTIONS.index(names[0]) for site, names in SITES.items()}  # a site's first index in PROJECTIONS
+SITE_OF = torch.tensor([i for i, names in enumerate(SITES.values()) for _ in names])  # of each projection [7]
+
+
+class CalibrationError(ValueError):
+    """A calibration cannot be made or used; the message is one sentence for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file: one small safetensors per model
+
+def fingerprint(config):
+    """What a calibration must share with a model: the numbers that fix its weights' shapes, as a JSON string.
+
+    Not the context or the rotary settings (a longer-context release may use its parent's calibration), nor the
+    architecture's name (GGUF files call a Mistral a Llama).
+    """
+    names = ("vocab_size", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "qkv_bias")
+    return json.dumps({name: getattr(config, name) for name in names})
+
+
+def weights_digest(model):
+    """16 hex digits that tell fine-tunes of one architecture apart: of the final norm's weights, rounded to bfloat16."""
+    norm = model.norm.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy()
+    return hashlib.sha256(fingerprint(model.config).encode() + norm.tobytes()).hexdigest()[:16]
+
+
+def cache_path(model):
+    """Where this model's own calibration is kept on this machine."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "nanoteal" / f"calibration-{weights_digest(model)}.safetensors"
+
+
+class Calibration:
+    """Thresholds and expected sparsities, float32 [n_layers, 7, 96]: layer, projection (order PROJECTIONS), GRID."""
+
+    def __init__(self, thresholds, sparsities, metadata):
+        self.table, self.sparsities, self.metadata = thresholds, sparsities, metadata
+
+    def thresholds(self, sparsity):
+        """Thresholds float32 [n_layers, 7] for a model-wide sparsity; -1 everywhere, exactly dense, for 0.
+
+        Raises ValueError outside [0, 0.95].
+        """
+        return self._at(self.table, sparsity) if sparsity else torch.full(self.table.shape[:2], -1.0)
+
+    def expected(self, sparsity):
+        """The share of each projection's inputs that `thresholds(sparsity)` drops, float32 [n_layers, 7]."""
+        return self._at(self.sparsities, sparsity)
+
+    def _at(self, table, sparsity):
+        if not 0 <= sparsity <= 0.95:
+            raise CalibrationError(f"sparsity {sparsity} is out of range; choose a value from 0 to 0.95")
+        position = sparsity * 100
+        i = min(int(position), len(GRID) - 2)
+        return torch.lerp(table[..., i], table[..., i + 1], position - i)
+
+    def save(self, path):
+        """Write the file whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        tensors = {"sparsity_grid": GRID, "thresholds": self.table, "sparsities": self.sparsities}
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, self.metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path, config):
+        """Read a calibration of the model with this config; raises CalibrationError for anything else."""
+        shapes = {name: (config.n_layers, len(PROJECTIONS), len(GRID)) for name in ("thresholds", "sparsities")}
+        shapes["sparsity_grid"] = (len(GRID),)
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CalibrationError(f"{path} is no calibration of format {FORMAT}; make one with calibrate.py")
+                if metadata.get("fingerprint") != fingerprint(config):
+                    raise CalibrationError(f"{path} belongs to another model ({metadata.get('fingerprint')}); "
+                                           "make one for this model with calibrate.py")
+                for name, shape in shapes.items():
+                    header = file.get_slice(name)
+                    if header.get_dtype() != "F32" or tuple(header.get_shape()) != shape:
+                        raise CalibrationError(f"{path}: tensor {name} is {header.get_dtype()} {header.get_shape()}, "
+                                               f"expected F32 {list(shape)}; make the file anew with calibrate.py")
+                tensors = {name: file.get_tensor(name) for name in shapes}
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"cannot read calibration {path}: {error}") from None
+        for name in ("thresholds", "sparsities"):
+            table = tensors[name]
+            if not (table.isfinite().all() and (table >= 0).all() and (table.diff(dim=-1) >= 0).all()):
+                raise CalibrationError(f"{path}: {name} must be finite, not negative and not fall as sparsity grows; "
+                                       "make the file anew with calibrate.py")
+        if not torch.equal(tensors["sparsity_grid"], GRID) or (tensors["sparsities"] > 1).any():
+            raise CalibrationError(f"{path}: sparsities must lie in [0, 1], on a grid of 0, 0.01 ... 0.95; "
+                                   "make the file anew with calibrate.py")
+        return cls(tensors["thresholds"], tensors["sparsities"], metadata)
+
+
+def candidates(model, folder=None):
+    """Yield the calibrations at hand for this model, best first, each loaded when asked for.
+
+    Its own come first, from `folder`/calibration.safetensors and from the user's cache; then those under calibrations/
+    made for the same architecture numbers. Raises CalibrationError when one of them is not fit for use.
+    """
+    beside = [Path(folder) / "calibration.safetensors"] if folder else []
+    for path in (*beside, cache_path(model)):
+        if path.is_file():
+            yield Calibration.load(path, model.config)
+    shipped = []
+    for path in sorted((Path(__file__).parent / "calibrations").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        if metadata["fingerprint"] == fingerprint(model.config):
+            shipped.append((ALLOCATIONS.index(metadata["allocation"]), path))
+    for _, path in sorted(shipped):
+        yield Calibration.load(path, model.config)
+
+
+def find(model, path=None, folder=None):
+    """The Calibration at `path`, else the best at hand (see `candidates`), else None.
+
+    Raises CalibrationError if that file is not fit for use with this model.
+    """
+    return next(candidates(model, folder), None) if path is None else Calibration.load(path, model.config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics of the activations
+
+def masked(x, p, thresholds):
+    """x [T, K] times projection p -> [T, N], each part i dropping the x with |x| <= thresholds[i]."""
+    parts, start, magnitude = [], 0, x.float().abs()
+    for end, threshold in zip(p.ends, thresholds):
+        parts.append(x.masked_fill(magnitude <= threshold, 0) @ p.w_t[:, start:end])  # a NaN is kept and stays visible
+        start = end
+    y = torch.cat(parts, -1)
+    return y if p.bias is None else y + p.bias
+
+
+def count(model, windows):
+    """Histograms of |x| over windows [n, T] of tokens: int64 [n_layers, 4 sites, BINS].
+
+    Raises CalibrationError, naming layer and projection, where an activation is infinite or NaN.
+    """
+    counts = torch.zeros(model.config.n_layers, len(SITES), BINS, dtype=torch.int64, device=model.device)
+    sites = list(SITES)
+
+    def record(x, p):
+        bins = x[SINKS:].float().abs().view(torch.int32) >> 16
+        total = torch.bincount(bins.flatten(), minlength=BINS)
+        if len(total) > BINS:  # the exponent of infinity and NaN
+            raise CalibrationError(f"layer {p.layer}: the input of {'/'.join(SITES[p.site])} is not finite; "
+                                   "check the weights, or try --dtype float32")
+        counts[p.layer, sites.index(p.site)] += total
+        return dense(x, p)
+
+    for tokens in tqdm(windows, "activations", unit="window", disable=None):
+        model.forward(tokens.to(model.device), project=record)
+    return counts.cpu()
+
+
+def quantile(counts, p):
+    """The p-quantiles of histograms: counts [..., BINS], p [..., P] in [0, 1] -> magnitudes float32 [..., P]."""
+    cumulative = counts.double().cumsum(-1)
+    rank = p.double() * cumulative[..., -1:]
+    i = torch.searchsorted(cumulative, rank).clamp(max=BINS - 1)
+    inside = counts.gather(-1, i)
+    share = (rank - (cumulative.gather(-1, i) - inside)) / inside.clamp(min=1)  # of bin i that lies below
+    return torch.lerp(EDGES[i], EDGES[i + 1], share.float())
+
+
+def write_text(model, tokenizer, n_tokens, seed=0):
+    """Token ids int64 [n_tokens] of documents the model writes itself: dense sampling at temperature 1.
+
+    Each document begins with the model's first token and ends where the model ends it, or after 512 tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cache = KVCache(model.config, min(512, model.config.context), model.dtype, model.device)
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else min(tokenizer.eos_ids)
+    tokens = []
+    with tqdm(total=n_tokens, desc="writing text", unit="token", disable=None) as bar:
+        while len(tokens) < n_tokens:
+            cache.length, token = 0, start
+            while cache.length < cache.context:
+                tokens.append(token)
+                bar.update()
+                if cache.length and token in tokenizer.eos_ids:
+                    break
+                hidden = model.forward(torch.tensor([token], device=model.device), cache)
+                probabilities = model.logits(hidden)[0].float().softmax(-1).cpu()
+                token = torch.multinomial(probabilities, 1, generator=generator).item()
+    return torch.tensor(tokens[:n_tokens])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Allocations: the sparsity of each projection, float32 [n_layers, 7, 96], for every target of GRID
+
+def byte_shares(config):
+    """Each projection's share of a block's weights, float64 [7]."""
+    sizes = [config.shapes(site)[0] * width for site in SITES for width in config.shapes(site)[1]]
+    return torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+
+
+def uniform(model):
+    """Every projection at the target."""
+    return GRID.expand(model.config.n_layers, len(PROJECTIONS), -1)
+
+
+class Probe(torch.autograd.Function):
+    """`masked` whose backward pass shows `record` the gradient of the loss at each part's own input."""
+
+    @staticmethod
+    def forward(ctx, x, p, thresholds, record):
+        ctx.save_for_backward(x)
+        ctx.p, ctx.thresholds, ctx.record = p, thresholds, record
+        return masked(x, p, thresholds)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,), p, gradients, start = ctx.saved_tensors, ctx.p, [], 0
+        for end in p.ends:
+            gradients.append(dy[:, start:end] @ p.w_t[:, start:end].T)  # [T, K]
+            start = end
+        ctx.record(x, p, gradients)
+        magnitude = x.float().abs()
+        dx = sum(g.masked_fill(magnitude <= t, 0) for g, t in zip(gradients, ctx.thresholds))
+        return dx, None, None, None
+
+
+def hidden_states(model, tokens, project):
+    """`model.forward` for a backward pass: each block keeps its input alone and runs again when its turn comes."""
+    rope = model.rope(0, len(tokens))
+    x = model.embed(tokens).requires_grad_()
+    for layer in model.layers:
+        x = checkpoint(model.block, layer, x, rope, None, project, use_reentrant=False)
+    return F.rms_norm(x, (model.config.hidden_size,), model.norm, model.config.norm_eps)
+
+
+def allocate(losses, levels, shares):
+    """Spend the budget where it is cheapest: losses [n_layers, 7, S] at sparsities `levels` [S], increasing from 0,
+    -> sparsities [n_layers, 7, 96].
+
+    Minimises the sum of losses under shares . sparsities = target (averaged over layers), for every target of GRID.
+    Each projection's losses are replaced by their lower convex hull, whose segments are then taken in the order of
+    loss per byte; the last one is taken in part.
+    """
+    n_layers, levels = len(losses), levels.tolist()
+    segments = []  # (loss per byte, layer, projection, length, bytes)
+    for layer, rows in enumerate(losses.tolist()):
+        for projection, row in enumerate(rows):
+            hull = []
+            for point in zip(levels, row):
+                while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], point):
+                    hull.pop()
+                hull.append(point)
+            share = shares[projection].item() / n_layers
+            segments += [(slope(a, b) / share, layer, projection, b[0] - a[0], (b[0] - a[0]) * share)
+                         for a, b in zip(hull, hull[1:])]
+    segments.sort()
+    sparsities = torch.zeros(n_layers, len(PROJECTIONS), len(GRID), dtype=torch.float64)
+    budget = GRID.double()  # what is left to spend at each target
+    for _, layer, projection, length, cost in segments:
+        taken = (budget / cost).clamp(0, 1)
+        sparsities[layer, projection] += taken * length
+        budget = budget - taken * cost
+    return sparsities.float()
+
+
+def slope(a, b):
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making one
+
+def windows_of(tokens, window, n_tokens):
+    """The first n_tokens (rounded down to whole windows) of a text as windows [n, window].
+
+    Raises CalibrationError for a text shorter than one window.
+    """
+    n = min(len(tokens), n_tokens) // window
+    if n == 0 or window <= SINKS:
+        raise CalibrationError(f"{min(len(tokens), n_tokens)} tokens do not fill one window of {window}, of which the "
+                               f"first {SINKS} do not count; give more text or a smaller --window")
+    return tokens[:n * window].view(n, window)
+
+
+@torch.no_grad()
+def calibrate(model, tokens, window=1024, allocation="uniform", source="", licence=""):
+    """Calibrate a model on token ids int64 [n], cut into windows -> Calibration.
+
+    Raises CalibrationError for too short a text and for activations that are not finite.
+    """
+    windows = windows_of(tokens, window, len(tokens))
+    counts = count(model, windows)
+    sparsities = {"uniform": uniform}[allocation](model)
+    metadata = {"format": FORMAT, "fingerprint": fingerprint(model.config), "weights": weights_digest(model),
+                "allocation": allocation, "tokens": str(windows.numel()), "window": str(window), "source": source,
+                "licence": licence}
+    return Calibration(quantile(counts[:, SITE_OF], sparsities), sparsities.clone(), metadata)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Choose the thresholds of activation sparsity for a model.")
+    parser.add_argument("--model", help="folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--text", help="UTF-8 file to calibrate on (default: text the model writes itself)")
+    parser.add_argument("--tokens", type=int, default=8192, help="how many tokens of the text, from its start")
+    parser.add_argument("--window", type=int, default=1024, help="tokens that see each other")
+    parser.add_argument("--allocation", choices=ALLOCATIONS, default="uniform")
+    parser.add_argument("--out", help="file to write (default: this model's place in the user's cache)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the self-written text")
+    args = parser.parse_args()
+
+    from checkpoint import load
+
+    try:
+        model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+        if args.text is None:
+            tokens, source = write_text(model, tokenizer, args.tokens, args.seed), f"self-written, seed {args.seed}"
+        else:
+            text = Path(args.text).read_text(encoding="utf-8")
+            tokens, source = torch.tensor(tokenizer.encode(text)), Path(args.text).name
+        tokens = windows_of(tokens, args.window, args.tokens).flatten()
+        calibration = calibrate(model, tokens, args.window, args.allocation, source)
+        out = Path(args.out) if args.out else cache_path(model)
+        calibration.save(out)
+    except (OSError, ValueError) as error:
+        print(f"calibrate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
