@@ -1,0 +1,339 @@
+"""Generates text: prefill, then one token at a time, each decode step reading only the weight rows that matter.
+
+Prefill takes the whole prompt through the model at once, dense: its time is arithmetic, not memory. After that every
+token is one forward pass with T = 1, whose time is reading the weights, and that is where sparsity pays: `Session`
+gives `model.forward` another way to multiply, `sparse_gemv` with the calibrated thresholds of each projection. The
+choice of the next token, `sample`, uses tensor operations only and never waits for the device.
+
+Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL, arXiv:2408.14690).
+
+    python generate.py --sparsity 0.4 --prompt "Explain in one sentence why the sky is blue."
+    python generate.py --chat --model meta-llama/Llama-3.2-1B-Instruct --sparsity 0.5
+"""
+
+import argparse
+import os
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import TextStream, load
+from model import PROJECTIONS, SITES, KVCache, dense
+from sparse_gemv import sparse_gemv
+
+PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once, so that memory stays bounded
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Logits [V] -> a token id, int64 [1]; tensor operations of fixed shapes only, so a CUDA graph can hold them.
+
+    temperature: divides the logits; 0 takes the likeliest token
+    top_k:       only the k likeliest tokens; 0 for all
+    top_p:       of those, only the likeliest ones that together reach this probability; 1 for all
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = logits.float(), None
+    if top_k:
+        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # likeliest first
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True, stable=True)
+    # Less the largest first, or a tiny temperature makes infinities; float64, or many tiny probabilities add up wrong.
+    probabilities = ((logits - logits.amax()) / temperature).softmax(-1, dtype=torch.float64)
+    if top_p < 1:
+        likelier = probabilities.cumsum(-1) - probabilities  # the probability of all tokens before this one
+        probabilities = probabilities.masked_fill(likelier >= top_p, 0)
+    # Of exponential clocks with these rates, each rings first with its probability: a draw without a host's decision.
+    clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+    choice = (probabilities / clocks).argmax(-1, keepdim=True)
+    return choice if ids is None else ids.gather(-1, choice)
+
+
+@dataclass
+class Stats:
+    """What a session has done so far."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    steps: int = 0  # forward passes of one token; the first new token comes from prefill
+    decode_seconds: float = 0.0
+    kept: torch.Tensor | int = 0  # rows read by the steps, int64 [n_layers, 7]
+    cache_bytes: int = 0  # keys and values read by the steps
+
+
+class Session:
+    """One growing text: a model, its KV cache and how to choose the next token.
+
+    thresholds: float32 [n_layers, 7], one for each projection (order PROJECTIONS); None decodes densely
+    context:    tokens the KV cache can hold; None for the model's longest
+    """
+
+    def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=(), context=None):
+        config = model.config
+        self.model, self.stop = model, frozenset(stop)
+        self.sampling = (temperature, top_k, top_p, torch.Generator(model.device).manual_seed(seed))
+        self.cache = KVCache(config, context or config.context, model.dtype, model.device)
+        self.tokens = []  # those whose keys and values the cache holds
+        self.full = False  # whether the last generation ended because the context did
+        self.stats = Stats()
+        self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64, device=model.device)
+        if thresholds is None:
+            thresholds = torch.full(self.kept.shape, -1.0)
+        # Segments (end column, threshold) of every fused matrix, and where the rows kept for each are counted.
+        self.segments = {}
+        for layer, row, kept in zip(model.layers, thresholds.tolist(), self.kept):
+            for site, names in SITES.items():
+                columns = slice(PROJECTIONS.index(names[0]), PROJECTIONS.index(names[-1]) + 1)
+                p = getattr(layer, site)
+                self.segments[p] = tuple(zip(p.ends, row[columns])), kept[columns]
+
+    def multiply(self, x, p):
+        """x [1, K] times a projection -> [1, N], reading only the rows that matter; all of the LM head's."""
+        threshold, kept = self.segments.get(p, (-1.0, None))
+        return sparse_gemv(x, p.w_t, threshold, bias=p.bias, kept=kept)
+
+    @torch.inference_mode()
+    def next_token(self, tokens, project):
+        """Run token ids through the model and choose the id that follows them."""
+        model, device = self.model, self.model.device
+        for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK):
+            hidden = model.forward(chunk, self.cache, project)
+        self.tokens += tokens
+        return sample(model.logits(hidden[-1:], project)[0], *self.sampling).item()
+
+    def generate(self, prompt, max_new_tokens):
+        """A generator of the token ids that continue `prompt`, a list of ids, up to and without a stop token.
+
+        What the cache holds of the prompt's beginning is not computed again, so a conversation may be given whole
+        every time. Raises ValueError for a prompt that is empty or longer than the context.
+        """
+        stats, cache, context = self.stats, self.cache, self.cache.context
+        if not prompt:
+            raise ValueError("the prompt is empty; give the model at least one token to continue")
+        if len(prompt) > context:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, more than the context of {context}; shorten it"
+                             + (" or raise --context" if context < self.model.config.context else ""))
+        self.full = False
+        same = 0
+        while same < min(len(self.tokens), len(prompt) - 1) and self.tokens[same] == prompt[same]:
+            same += 1
+        cache.length, self.tokens = same, self.tokens[:same]
+
+        start = time.perf_counter()
+        token = self.next_token(prompt[same:], dense)
+        stats.prompt_tokens += len(prompt) - same
+        stats.prefill_seconds += time.perf_counter() - start
+        for i in range(max_new_tokens):
+            if token in self.stop:
+                return
+            stats.new_tokens += 1
+            yield token
+            if i + 1 == max_new_tokens:
+                return
+            self.full = len(prompt) + i + 1 >= context
+            if self.full:
+                return
+            start = time.perf_counter()
+            self.kept.zero_()
+            token = self.next_token([token], self.multiply)
+            stats.decode_seconds += time.perf_counter() - start
+            stats.steps += 1
+            stats.kept = stats.kept + self.kept
+            seen = min(cache.length, self.model.config.sliding_window or cache.length)
+            stats.cache_bytes += seen * 2 * cache.k[:, :, 0].nbytes
+
+    def sparsity(self):
+        """The share of the blocks' weights that the decode steps have not read."""
+        read, size = self.block_bytes()
+        return 1 - read / (size * self.stats.steps)
+
+    def bytes_per_token(self):
+        """Bytes that a decode step reads, on average: weights of the blocks, LM head, keys and values."""
+        read, _ = self.block_bytes()
+        return self.model.lm_head.w_t.nbytes + (read + self.stats.cache_bytes) / self.stats.steps
+
+    def block_bytes(self):
+        """(bytes of the blocks' weights read by all decode steps so far, bytes that one dense step reads)"""
+        row_bytes, size = [], 0  # of one row of each projection
+        for site in SITES:
+            p = getattr(self.model.layers[0], site)
+            row_bytes += [width * p.w_t.element_size() for width in p.widths]
+            size += p.w_t.nbytes * len(self.model.layers)
+        return (self.stats.kept.cpu().sum(0) * torch.tensor(row_bytes)).sum().item(), size
+
+
+def generate(model, prompt, max_new_tokens, **options):
+    """A generator of the token ids that continue `prompt`, a list of ids; `options` are those of Session."""
+    context = min(model.config.context, len(prompt) + max_new_tokens)
+    yield from Session(model, **{"context": context} | options).generate(prompt, max_new_tokens)
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+def thresholds(model, tokenizer, args):
+    """Thresholds [n_layers, 7] for --sparsity, calibrating the model first if nobody has; None for dense."""
+    if args.sparsity == 0:
+        return None
+    import calibrate
+
+    folder = args.model if args.model and os.path.isdir(args.model) else None
+    calibration = calibrate.find(model, path=args.calibration, folder=folder)
+    if calibration is None:
+        path = calibrate.cache_path(model)
+        print(f"no calibration for this model yet; making one, once, into {path}", file=sys.stderr)
+        text = calibrate.write_text(model, tokenizer, n_tokens=8192)
+        calibration = calibrate.calibrate(model, text, min(1024, model.config.context), source="self-written, seed 0")
+        calibration.save(path)
+    return calibration.thresholds(args.sparsity)
+
+
+def write(ids, tokenizer):
+    """Print token ids as text while they come, whole characters only, until they end or Ctrl-C; returns the text."""
+    stream, text = TextStream(tokenizer), ""
+    try:
+        for id in ids:
+            text += (piece := stream.push(id))
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    text += (piece := stream.flush())
+    print(piece, flush=True)
+    return text
+
+
+def chat(session, tokenizer, max_new_tokens, question):
+    """Answer `question`, if not None, then line after line of standard input; the conversation stays in the cache."""
+    messages = []
+    while not session.full:
+        if question is None:
+            try:
+                question = input("> " if sys.stdin.isatty() else "")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+        messages.append({"role": "user", "content": question})
+        answer = write(session.generate(tokenizer.chat(messages), max_new_tokens), tokenizer)
+        messages.append({"role": "assistant", "content": answer})
+        question = None
+
+
+def summary(session, args):
+    """What happened, in one line."""
+    stats = session.stats
+    prefill = f", {stats.prompt_tokens / stats.prefill_seconds:.1f} tok/s" if stats.prompt_tokens else ""
+    decode = f", {stats.steps / stats.decode_seconds:.1f} tok/s" if stats.steps else ""
+    parts = [f"prompt {stats.prompt_tokens} tokens{prefill}", f"new {stats.new_tokens} tokens{decode}"]
+    if stats.steps:
+        parts += [f"sparsity {args.sparsity:g} asked, {session.sparsity():.3f} realised",
+                  f"{session.bytes_per_token() / 1e6:.1f} MB read per token"]
+    if args.temperature > 0:
+        parts.append(f"seed {args.seed}")
+    return " | ".join(parts)
+
+
+def number(kind, low, high):
+    """An argparse type: a number of this kind from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number from {low} to {high}")
+        return value
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one sentence, where argparse would print the usage as well
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_args():
+    parser = Parser(description="Generate text, dense or sparse.", epilog="examples:\n" + __doc__.rpartition("\n\n")[2],
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110))
+    many = 2**31 - 1
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="M", help="Hugging Face folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
+        help="of weights and arithmetic (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--context", type=number(int, 1, many), metavar="N",
+        help="longest text, prompt and answers, that memory is set aside for (default: the model's longest)")
+    add = parser.add_argument_group("sparsity").add_argument
+    add("--sparsity", type=number(float, 0, 0.95), default=0.0, metavar="S",
+        help="share of the blocks' weights that decoding leaves unread, 0 to 0.95 (default: %(default)s)")
+    add("--calibration", metavar="FILE", help="thresholds from calibrate.py (default: those of this model, made if need be)")
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", metavar="TEXT", help="what to answer; - reads it from standard input")
+    add("--chat", action="store_true", help="hold a conversation: answer every line of standard input")
+    add("--raw", action="store_true", help="continue the prompt as it is, without the model's chat template")
+    add("--max-new-tokens", type=number(int, 1, many), default=256, metavar="N", help="for each answer (default: %(default)s)")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=number(float, 0, 100), default=0.7, metavar="T",
+        help="higher is more random, 0 always takes the likeliest token (default: %(default)s)")
+    add("--top-k", type=number(int, 0, many), default=50, metavar="K",
+        help="choose among the K likeliest tokens, 0 for all (default: %(default)s)")
+    add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P",
+        help="choose among the likeliest tokens that together have probability P (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="same seed, same text (default: a new one, which the summary names)")
+    args = parser.parse_args()
+    if args.chat and args.raw:
+        parser.error("--chat needs the chat template that --raw switches off; give one of them")
+    if args.prompt is None and not args.chat:
+        parser.error("there is nothing to do; give --prompt TEXT, --prompt - to read standard input, or --chat")
+    if sys.stdin is None and (args.chat or args.prompt == "-"):
+        parser.error("standard input is closed; give --prompt TEXT")
+    try:
+        usable = torch.device(args.device).type in ("cpu", "cuda") and torch.empty(0, device=args.device) is not None
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+        usable = False
+    if not usable:
+        parser.error(f"device {args.device!r} is not available; try --device cpu")
+    if args.seed is None:
+        args.seed = secrets.randbits(32)
+    return args
+
+
+def run(args):
+    """Load, generate, and say on standard error how it went."""
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, context=args.context)
+    context, ids = model.config.context, []
+    if not args.chat:
+        use_template = tokenizer.has_chat_template and not args.raw
+        ids = tokenizer.chat([{"role": "user", "content": prompt}]) if use_template else tokenizer.encode(prompt)
+        context = min(context, len(ids) + args.max_new_tokens)
+    session = Session(model, thresholds(model, tokenizer, args), context=context, temperature=args.temperature,
+                      top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=tokenizer.eos_ids)
+    try:
+        if args.chat:
+            chat(session, tokenizer, args.max_new_tokens, prompt)
+        else:
+            write(session.generate(ids, args.max_new_tokens), tokenizer)
+    finally:
+        if session.full:
+            print(f"the context of {context} tokens is full, so the text ends here", file=sys.stderr)
+        if session.stats.prompt_tokens:
+            print(summary(session, args), file=sys.stderr)
+
+
+def main():
+    args = parse_args()
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left; Python must not flush into the void at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"generate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
