@@ -116,7 +116,7 @@ def open_folder(folder):
     for shard in shards:
         for name, shape, dtype in read_header(shard):
             if name in where:
-                raise CheckpointError(f"{shard} holds tensor {name}, which another shard holds too")
+                raise CheckpointError(f"{shard} holds tensor {name[:100]!r}, which another shard holds too")
             where[name], shapes[name], dtypes[name] = shard, shape, dtype
     shapes = check_shapes(config, shapes, folder)
     for name in shapes:
@@ -148,7 +148,8 @@ def weight_files(folder):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
     for name in weight_map.values():  # a plain name in this folder, or the index could point at any file of the machine
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise CheckpointError(f"{index} names the file {str(name)[:100]!r}; expected a .safetensors file in the same folder")
+            raise CheckpointError(f"{index} names the file {str(name)[:100]!r}; "
+                                  "expected a .safetensors file in the same folder")
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
         if not shard.is_file():
@@ -310,7 +311,7 @@ def parse_config(config_json, file):
     try:
         return Config.from_hf(config_json)
     except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        raise CheckpointError(f"{file}: {one_line(error)}") from None
 
 
 def check_shapes(config, found, file):
@@ -324,7 +325,7 @@ def check_shapes(config, found, file):
     for name in sorted(found.keys() - needed.keys()):
         # Old checkpoints store the rotary frequencies, which are computed; some store a tied head a second time.
         if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
-            raise CheckpointError(f"{file}: unexpected tensor {name}; this architecture has no use for it")
+            raise CheckpointError(f"{file}: unexpected tensor {name[:100]!r}; this architecture has no use for it")
     return needed
 
 

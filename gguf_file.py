@@ -312,7 +312,8 @@ def sentencepiece_bpe(metadata, tokens, types, vocab):
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
         raise ValueError(f"its tokenizer.ggml.unknown_token_id is {unknown!r}")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(
+        vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     space = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
