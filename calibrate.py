@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import PROJECTIONS, SITES, KVCache, dense
+from model import PROJECTIONS, SITES, Config, KVCache, dense
 
 FORMAT = "1"
 ALLOCATIONS = ("fisher", "greedy", "uniform")  # best first
@@ -32,6 +33,8 @@ GRID = torch.arange(96) / 100  # the sparsities a calibration tabulates: 0, 0.01
 SINKS = 8  # first tokens of a window: attention sinks, whose huge activations would distort every statistic
 BINS = 0x7F80  # a float32 magnitude cut to its upper 16 bits: one bin for each finite bfloat16 value
 EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << 16).view(torch.float32)  # bin i holds [EDGES[i], EDGES[i + 1])
+STEP = 0.01  # of greedy, in shares of a block's bytes
+MOST = 0.99  # the highest sparsity of one projection
 FIRST = {site: PROJECTIONS.index(names[0]) for site, names in SITES.items()}  # a site's first index in PROJECTIONS
 SITE_OF = torch.tensor([i for i, names in enumerate(SITES.values()) for _ in names])  # of each projection [7]
 
@@ -174,6 +177,11 @@ def masked(x, p, thresholds):
     return y if p.bias is None else y + p.bias
 
 
+def parts(values, p):
+    """Of values [..., 7] in the order PROJECTIONS those of projection p's parts."""
+    return values[..., FIRST[p.site]:FIRST[p.site] + len(p.ends)]
+
+
 def count(model, windows):
     """Histograms of |x| over windows [n, T] of tokens: int64 [n_layers, 4 sites, BINS].
 
@@ -243,6 +251,43 @@ def uniform(model):
     return GRID.expand(model.config.n_layers, len(PROJECTIONS), -1)
 
 
+@torch.no_grad()
+def greedy(model, tokens, counts):
+    """TEAL's block-wise greedy allocation (its algorithm 1), on the dense model's inputs of every block.
+
+    Starting at 0, the projection whose raise by STEP of the block's bytes adds least to the squared error of the
+    block's output is raised, until the block is wholly sparse. Every block reaches every target.
+    """
+    shares = byte_shares(model.config)
+    rope, x = model.rope(0, len(tokens)), model.embed(tokens)
+    sparsities = torch.zeros(model.config.n_layers, len(PROJECTIONS), len(GRID), dtype=torch.float64)
+
+    for i, layer in enumerate(tqdm(model.layers, "greedy", unit="layer", disable=None)):
+        y = model.block(layer, x, rope)
+
+        def error(levels):
+            thresholds = quantile(counts[i, SITE_OF], levels[:, None])[:, 0]
+            sparse = model.block(layer, x, rope, project=lambda x, p: masked(x, p, parts(thresholds, p)))
+            return (sparse - y)[SINKS:].float().square().sum().item()
+
+        path = [torch.zeros(len(PROJECTIONS), dtype=torch.float64)]
+        while path[-1] @ shares < GRID[-1]:
+            raised = (path[-1] + torch.diag(STEP / shares)).clamp(max=MOST)  # [7, 7]: row p raises projection p
+            raised = raised[path[-1] < MOST]
+            path.append(min(raised, key=error))
+        sparsities[i] = interpolate(torch.stack(path), shares)
+        x = y
+    return sparsities.float()
+
+
+def interpolate(path, shares):
+    """Sparsities [n, 7], growing from one row to the next, of one block -> those at each target of GRID, [7, 96]."""
+    reached = path @ shares
+    after = torch.searchsorted(reached, GRID.double()).clamp(1, len(path) - 1)
+    weight = ((GRID - reached[after - 1]) / (reached[after] - reached[after - 1])).clamp(0, 1)
+    return torch.lerp(path[after - 1], path[after], weight[:, None]).T
+
+
 class Probe(torch.autograd.Function):
     """`masked` whose backward pass shows `record` the gradient of the loss at each part's own input."""
 
@@ -305,6 +350,51 @@ def allocate(losses, levels, shares):
 
 def slope(a, b):
     return (b[1] - a[1]) / (b[0] - a[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables published with TEAL
+
+# vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads of the models they are for
+TEAL_MODELS = {
+    "Llama-2-7B": (32000, 4096, 11008, 32, 32, 32),
+    "Llama-2-13B": (32000, 5120, 13824, 40, 40, 40),
+    "Llama-2-70B": (32000, 8192, 28672, 80, 64, 8),
+    "Llama-3-8B": (128256, 4096, 14336, 32, 32, 8),
+    "Llama-3-70B": (128256, 8192, 28672, 80, 64, 8),
+    "Mistral-7B": (32000, 4096, 14336, 32, 32, 8),
+}
+TEAL_NOTES = (
+    "For base Llama-3 it was made with Llama-3 and serves Llama-3.1, whose weights have the same shapes. The release's "
+    "default-path histograms of Llama-3-8B are copies of Llama-2-7B's; these thresholds come from the folder beside "
+    "them, whose counts fit Llama-3-8B. The release's greedy search weighed k and v at 1/8 of q for every model; its "
+    "sparsities are kept here and interpolated at the block sparsity they truly reach.")
+
+
+def from_teal(path, allocation):
+    """Convert tables published with TEAL, an .npz named after its model (magnitude_quantiles [n_layers, 4, 96] on
+    sparsity_grid; greedy_sparsity [n_layers, 18, 7] on target_grid) -> Calibration, "uniform" or "greedy".
+    """
+    name = Path(path).stem
+    if name not in TEAL_MODELS:
+        raise CalibrationError(f"{path} is named after no model TEAL published; expected one of {', '.join(TEAL_MODELS)}")
+    vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads = TEAL_MODELS[name]
+    config = Config("llama", vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, hidden_size // n_heads)
+    with np.load(path, allow_pickle=False) as file:
+        quantiles = torch.from_numpy(file["magnitude_quantiles"])[:, SITE_OF]  # [n_layers, 7, 96]
+        published = torch.from_numpy(file["greedy_sparsity"]).double().clamp(0, 0.95)  # [n_layers, 18, 7]
+    if allocation == "uniform":
+        sparsities = GRID.expand(n_layers, len(PROJECTIONS), -1)
+    else:
+        ends = torch.zeros_like(published[:, :1]), torch.full_like(published[:, :1], 0.95)
+        sparsities = torch.stack([interpolate(path, byte_shares(config)) for path in torch.cat((ends[0], published, ends[1]), 1)])
+    position = sparsities.double() * 100
+    i = position.long().clamp(max=len(GRID) - 2)
+    thresholds = torch.lerp(quantiles.gather(-1, i), quantiles.gather(-1, i + 1), (position - i).float())
+    return Calibration(thresholds, sparsities.float(), {
+        "format": FORMAT, "fingerprint": fingerprint(config), "allocation": allocation, "tokens": "unknown",
+        "source": f"{name}: the tables released with TEAL's code, github.com/FasterDecoding/TEAL",
+        "licence": "MIT License, Copyright (c) 2024 FasterDecoding", "notes": TEAL_NOTES})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,236 @@
+"""What sparsity costs: perplexity of a text at a list of sparsities, next to the dense model on the same tokens.
+
+The text is cut into windows. As in use, the first half of each is a dense prefill and the second half is read through
+the thresholds; the second half's next tokens are scored (TEAL: Liu et al. 2024, arXiv:2408.14690, section 5.1). In
+place of decoding token by token, that half goes through the model at once with every projection's input masked, which
+is the same arithmetic: a token's mask depends on that token alone. Beside perplexity stand the sparsity that the
+masks really reached, the mean KL divergence of the sparse predictions from the dense ones, and how often both name
+the same next token.
+
+    python evaluate.py --text FILE --window 1024 --offset 40 --windows 8 --sparsity 0 0.25 0.4 0.5 0.6 --plot FILE.png
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import calibrate
+from calibrate import FIRST, Calibration, byte_shares, masked
+from model import PROJECTIONS, KVCache
+
+
+@torch.no_grad()
+def score(model, tokens, tables, all_sparse=False):
+    """Score one window of token ids [T] under each table of thresholds, float32 [n_layers, 7], or None for dense.
+
+    -> one dict a table: `nll` and `kl` in nats and `top1`, means over the positions of the second half; `sparsity`,
+    float64 [n_layers, 7], the share of each projection's inputs dropped there. `all_sparse` masks the first half too.
+    """
+    half = len(tokens) // 2
+    first, second, targets = tokens[:half], tokens[half:-1], tokens[half + 1:]
+    cache = KVCache(model.config, len(tokens), model.dtype, model.device)
+    model.forward(first, cache)
+    dense = model.forward(second, cache)  # [T / 2, hidden_size]
+    expected = model.logits(dense).float().log_softmax(-1)
+
+    results = []
+    for table in tables:
+        hidden, dropped = dense, torch.zeros(model.config.n_layers, len(PROJECTIONS), dtype=torch.float64, device=model.device)
+        if table is not None:
+            table = table.to(model.device)
+
+            def project(x, p):
+                magnitude, first_part = x.float().abs(), FIRST[p.site]
+                thresholds = table[p.layer, first_part:first_part + len(p.ends)]
+                for i, threshold in enumerate(thresholds, first_part):
+                    dropped[p.layer, i] = (magnitude <= threshold).sum() / x.numel()
+                return masked(x, p, thresholds)
+
+            cache.length = 0 if all_sparse else half
+            if all_sparse:
+                model.forward(first, cache, project)
+            hidden = model.forward(second, cache, project)  # overwrites the dense keys and values of this half
+        predicted = model.logits(hidden).float().log_softmax(-1)
+        results.append({"nll": F.nll_loss(predicted, targets).item(),
+                        "kl": F.kl_div(predicted, expected, log_target=True, reduction="sum").item() / len(targets),
+                        "top1": (predicted.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+                        "sparsity": dropped.cpu()})
+    return results
+
+
+def evaluate(model, windows, thresholds, all_sparse=False):
+    """Means over windows of token ids [n, T] for one table of thresholds, or None: `score`'s results and `perplexity`."""
+    results = [score(model, tokens.to(model.device), [thresholds], all_sparse)[0] for tokens in windows]
+    means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+    return {"perplexity": math.exp(means["nll"]), **means}
+
+
+def cut(tokens, window, offset=0, n=None):
+    """Windows number offset ... offset + n - 1 of a text's token ids -> [n, window]; without n, as many as there are.
+
+    Raises ValueError if the text does not hold them all, or holds none.
+    """
+    held = len(tokens) // window
+    n = max(1, held - offset) if n is None else n
+    if offset < 0 or n < 1 or offset + n > held:
+        raise ValueError(f"the text holds {held} windows of {window} tokens; windows {offset} to {offset + n - 1} asked "
+                         "for; give a longer text or other --window, --offset, --windows")
+    return tokens[offset * window:(offset + n) * window].view(n, window)
+
+
+def find_calibrations(model, files, allocations):
+    """{allocation: Calibration}: from the files given, else whatever is there for this model (its own first)."""
+    found = {}
+    for path in files:
+        calibration = Calibration.load(path, model.config)
+        allocation = calibration.metadata["allocation"]
+        if allocation in found:
+            raise ValueError(f"{path} is a second {allocation} calibration; give one file for each allocation")
+        found[allocation] = calibration
+    for calibration in () if files else calibrate.candidates(model):
+        found.setdefault(calibration.metadata["allocation"], calibration)
+    for allocation in allocations or ():
+        if allocation not in found:
+            raise ValueError(f"there is no {allocation} calibration for this model; make one with calibrate.py "
+                             f"--allocation {allocation} and name it with --calibration")
+    if not found:
+        raise ValueError("there is no calibration for this model; make one with calibrate.py")
+    return {name: found[name] for name in allocations or found}
+
+
+def new_row(allocation, sparsity, run):
+    """A row of results over no windows yet; `add` makes its means grow. `run` identifies what is being measured."""
+    return {"allocation": allocation, "sparsity": sparsity, "realised_sparsity": 0.0, "perplexity": 1.0, "kl": 0.0,
+            "top1": 0.0, "projections": dict.fromkeys(PROJECTIONS, 0.0), "windows": 0, "run": run}
+
+
+def resume(path, rows):
+    """The rows, each as the JSON file at `path` holds it if it stems from the same run."""
+    if path is None or not Path(path).exists():
+        return rows
+    try:
+        old = {row["run"]: row for row in json.loads(Path(path).read_text()) if row.keys() == rows[0].keys()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} exists and holds no results of evaluate.py; name another file with --json") from None
+    return [old.get(row["run"], row) for row in rows]
+
+
+def add(row, result, shares):
+    """Take one more window's result into the means of a row."""
+    row["windows"] += 1
+
+    def mean(old, new):
+        return old + (float(new) - old) / row["windows"]
+
+    sparsity = result["sparsity"].mean(0)  # [7]: a projection is equally large in every layer
+    row["perplexity"] = math.exp(mean(math.log(row["perplexity"]), result["nll"]))
+    row["kl"], row["top1"] = mean(row["kl"], result["kl"]), mean(row["top1"], result["top1"])
+    row["realised_sparsity"] = mean(row["realised_sparsity"], sparsity @ shares)
+    row["projections"] = {name: mean(row["projections"][name], s) for name, s in zip(PROJECTIONS, sparsity)}
+
+
+def write_json(path, rows):
+    """Write the rows whole or not at all: an interruption must not cost what was measured before it."""
+    temporary = Path(f"{path}.{os.getpid()}")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def print_table(rows):
+    print(f"{'allocation':<11}{'sparsity':>9}{'realised':>9}{'perplexity':>11}{'KL':>8}{'top-1':>7}   realised "
+          + " ".join(f"{name:>5}" for name in PROJECTIONS))
+    for row in rows:
+        print(f"{row['allocation']:<11}{row['sparsity']:>9.2f}{row['realised_sparsity']:>9.3f}{row['perplexity']:>11.2f}"
+              f"{row['kl']:>8.4f}{row['top1']:>7.3f}            "
+              + " ".join(f"{row['projections'][name]:>5.3f}" for name in PROJECTIONS))
+
+
+def plot(path, rows):
+    """Perplexity against realised sparsity, one line an allocation, all starting at the dense model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    start = [row for row in rows if row["sparsity"] == 0]
+    for allocation in dict.fromkeys(row["allocation"] for row in rows if row["sparsity"] > 0):
+        line = start + [row for row in rows if row["allocation"] == allocation]
+        line.sort(key=lambda row: row["realised_sparsity"])
+        axes.plot([row["realised_sparsity"] for row in line], [row["perplexity"] for row in line], marker="o", label=allocation)
+    for row in start:
+        axes.axhline(row["perplexity"], color="grey", linewidth=0.8, linestyle=":", label="dense")
+    axes.set(xlabel="sparsity reached", ylabel="perplexity", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Perplexity of a text at a list of sparsities.")
+    parser.add_argument("--model", help="folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--calibration", nargs="+", default=[], help="files of calibrate.py, one an allocation (default: "
+                        "those at hand for this model)")
+    parser.add_argument("--text", required=True, help="UTF-8 file to score")
+    parser.add_argument("--window", type=int, default=2048, help="tokens that see each other; the second half is scored")
+    parser.add_argument("--windows", type=int, help="how many (default: all of the text)")
+    parser.add_argument("--offset", type=int, default=0, help="windows to skip at the text's start")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.6])
+    parser.add_argument("--allocation", nargs="+", choices=calibrate.ALLOCATIONS, help="(default: all that are at hand)")
+    parser.add_argument("--all-sparse", action="store_true", help="make the first half of each window sparse too")
+    parser.add_argument("--json", help="file for the results; an interrupted run continues from it")
+    parser.add_argument("--plot", help="file for a plot of perplexity against sparsity")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(args):
+    from checkpoint import load
+
+    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    if not 4 <= args.window <= model.config.context:
+        raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this model's context")
+    tokens = torch.tensor(tokenizer.encode(Path(args.text).read_text(encoding="utf-8")))
+    windows = cut(tokens, args.window, args.offset, args.windows)
+
+    tasks = [("dense", 0.0, None)] if 0 in args.sparsity else []
+    for name, calibration in find_calibrations(model, args.calibration, args.allocation).items():
+        tasks += [(name, s, calibration.thresholds(s)) for s in sorted(set(args.sparsity)) if s != 0]
+    settings = (calibrate.weights_digest(model), args.dtype, args.window, args.all_sparse)
+    rows = []
+    for name, sparsity, table in tasks:
+        measured = hashlib.sha256(repr((settings, name, sparsity)).encode() + windows.numpy().tobytes())
+        if table is not None:
+            measured.update(table.numpy().tobytes())
+        rows.append(new_row(name, sparsity, measured.hexdigest()[:16]))
+    rows = resume(args.json, rows)
+
+    # Window by window, so that a window's dense reference is computed once for all rows.
+    shares = byte_shares(model.config)
+    for i, tokens in enumerate(tqdm(windows, "evaluating", unit="window", disable=None)):
+        todo = [(row, table) for row, (_, _, table) in zip(rows, tasks) if row["windows"] == i]
+        results = score(model, tokens.to(model.device), [table for _, table in todo], args.all_sparse) if todo else []
+        for (row, _), result in zip(todo, results):
+            add(row, result, shares)
+        if args.json and todo:
+            write_json(args.json, rows)
+    print_table(rows)
+    if args.plot:
+        plot(args.plot, rows)
+
+
+if __name__ == "__main__":
+    main()
