@@ -84,36 +84,35 @@ def _gemv_cpu(x, w_t, segments, kept):
     bag sums one block of columns, so each segment can have its own kept rows, and the bags run on several threads.
     """
     k, n = w_t.shape
-    width = functools.reduce(math.gcd, [end for end, _ in segments])
-    if width == n and n % (threads := torch.get_num_threads()) == 0:
-        width = n // threads
+    segments = tuple((end, float(t)) for end, t in segments)
+    n_blocks, rows, starts, thresholds, first_blocks = _bags(k, n, segments, torch.get_num_threads())
+    weights = x.expand(n_blocks, k).reshape(-1)  # [n_blocks * K], as rows
+    if thresholds is not None:
+        entries = (x.float().abs() <= thresholds).logical_not_().view(-1).nonzero().view(-1)
+        rows, weights = rows.index_select(0, entries), weights.index_select(0, entries)
+        starts = torch.searchsorted(entries, starts)
+    if kept is not None:
+        ends, counts = [*starts.tolist(), len(rows)], kept.numpy()  # the same memory, with far cheaper scalars
+        for i, block in enumerate(first_blocks):
+            counts[i] += ends[block + 1] - ends[block]
+    table = w_t.view(k * n_blocks, n // n_blocks)
+    return torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0].view(n)
+
+
+@functools.lru_cache(maxsize=None)
+def _bags(k, n, segments, n_threads):
+    """What does not depend on x: the number of blocks, each bag's table rows and where it starts, the threshold of
+    every block [n_blocks, 1] (None to keep everything), and the first block of every segment."""
+    if len({t for _, t in segments}) == 1:  # a mask for all: as many blocks as threads
+        width = n // math.gcd(n, n_threads)
+    else:
+        width = functools.reduce(math.gcd, [end for end, _ in segments])
     n_blocks = n // width
-    rows, weights, offsets, start, n_rows = [], [], [], 0, 0
-    magnitude = x.float().abs()
-    for i, (end, t) in enumerate(segments):
-        if isinstance(t, float) and t < 0:  # keeps everything
-            index, values = _arange(k), x
-        else:
-            index = (~(magnitude <= t)).nonzero().view(-1)
-            values = x.index_select(0, index)
-        if kept is not None:
-            kept[i] += index.shape[0]
-        blocks = _arange(n_blocks)[start // width:end // width, None]  # [blocks of this segment, 1]
-        rows.append((index * n_blocks + blocks).view(-1))
-        weights.append(values.expand(blocks.shape[0], -1).reshape(-1))
-        for _ in range(blocks.shape[0]):
-            offsets.append(n_rows)
-            n_rows += index.shape[0]
-        start = end
-    rows, weights = (rows[0], weights[0]) if len(rows) == 1 else (torch.cat(rows), torch.cat(weights))
-    table = w_t.view(k * n_blocks, width)
-    bags = torch.embedding_bag(table, rows, torch.tensor(offsets), False, 0, False, weights)[0]
-    return bags.view(n)
-
-
-@functools.lru_cache
-def _arange(n):
-    return torch.arange(n)
+    rows = (torch.arange(k) * n_blocks + torch.arange(n_blocks)[:, None]).view(-1)  # [n_blocks * K], bag after bag
+    starts = torch.arange(0, n_blocks * k, k)
+    thresholds = torch.tensor([[next(t for end, t in segments if block * width < end)] for block in range(n_blocks)])
+    first_blocks = [start // width for start in (0, *(end for end, _ in segments[:-1]))]
+    return n_blocks, rows, starts, None if thresholds.amax() < 0 else thresholds, first_blocks
 
 
 # ---- GPU -----------------------------------------------------------------------------------------------------------
