@@ -115,8 +115,8 @@ class Session:
         if not prompt:
             raise ValueError("the prompt is empty; give the model at least one token to continue")
         if len(prompt) > context:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, more than the context of {context}; shorten it"
-                             + (" or raise --context" if context < self.model.config.context else ""))
+            raise ValueError(f"the prompt has {len(prompt)} tokens, more than the context of {context}; shorten it, "
+                             "or raise --context where the model allows more")
         self.full = False
         same = 0
         while same < min(len(self.tokens), len(prompt) - 1) and self.tokens[same] == prompt[same]:
