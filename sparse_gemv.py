@@ -38,6 +38,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+# (K, N, bytes a weight, swiglu) -> (BLOCK_N, BLOCK_K, warps, stages), measured on an H200 by `benchmark.py --tune`.
+TUNED = {}
+
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 runs the kernel on the CPU, for tests
 
 def sparse_gemv_reference(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=False, residual=None, out=None,
@@ -49,7 +52,7 @@ def sparse_gemv_reference(x, w_t, threshold, *, scale=None, bias=None, norm=None
         weight, eps = norm
         x = F.rms_norm(x.double(), x.shape, weight.double(), eps).to(y_dtype)
     parts, start = [], 0
-    for i, (end, t) in enumerate(_segments(threshold, w_t.shape[1])):
+    for i, (end, t) in enumerate(_segments(threshold, w_t.shape[1], swiglu)):
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).reshape(())
         keep = ~(x.float().abs() <= t)
         if kept is not None:
@@ -70,9 +73,11 @@ def sparse_gemv_reference(x, w_t, threshold, *, scale=None, bias=None, norm=None
     return y if out is None else out.copy_(y.view(out.shape))
 
 
-def _segments(threshold, n):
-    """A threshold argument as a list of (end column, threshold)."""
-    return list(threshold) if isinstance(threshold, (list, tuple)) else [(n, threshold)]
+def _segments(threshold, n, swiglu):
+    """A threshold argument as a list of (end column, threshold); a SwiGLU has two segments, gate and up."""
+    if isinstance(threshold, (list, tuple)):
+        return list(threshold)
+    return [(n // 2, threshold), (n, threshold)] if swiglu else [(n, threshold)]
 
 
 # ---- CPU -----------------------------------------------------------------------------------------------------------
@@ -118,21 +123,14 @@ def _bags(k, n, segments, n_threads):
 # ---- GPU -----------------------------------------------------------------------------------------------------------
 
 @triton.jit
-def _load_x(x_ptr, norm_ptr, k, inverse_rms, K: tl.constexpr, NORM: tl.constexpr):
-    """x[k], normalised and rounded to x's dtype as a separate RMSNorm would leave it, as float32; 0 beyond K."""
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
-    if NORM:
-        weight = tl.load(norm_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        x = (x.to(tl.float32) * inverse_rms * weight).to(x_ptr.dtype.element_ty)
-    return x.to(tl.float32)
+def _add_rows(total, n_kept, x, k, threshold, w_ptr, n, end, K: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """total [BLOCK_K, BLOCK_N] += x[k] * w_t[k, n] for the kept k; w_ptr is the first of these rows.
 
-
-@triton.jit
-def _add_rows(total, n_kept, x, k, n, end, threshold, w_ptr, K: tl.constexpr, N: tl.constexpr):
-    """total [BLOCK_K, BLOCK_N] += x[k] * w_t[k, n] for the kept k; columns at `end` and beyond count as 0."""
-    keep = (k < K) & ~(tl.abs(x) <= threshold)
-    pointers = w_ptr + k.to(tl.int64)[:, None] * N + n[None, :]
-    w = tl.load(pointers, mask=keep[:, None] & (n < end)[None, :], other=0.0, eviction_policy="evict_first")
+    Columns at `end` and beyond count as 0.
+    """
+    keep = (k < K) & ~(tl.abs(x) <= threshold)  # k < K: the last tile may reach past the end
+    offsets = tl.arange(0, BLOCK_K)[:, None] * N + n[None, :]  # 32 bits do within a tile, if not within the matrix
+    w = tl.load(w_ptr + offsets, mask=keep[:, None] & (n < end)[None, :], other=0.0, eviction_policy="evict_first")
     x = tl.where(keep, x, 0.0)  # a dropped infinity must not meet the zeros that stand in for its row
     return total + w.to(tl.float32) * x[:, None], n_kept + keep.to(tl.int32)
 
@@ -154,7 +152,8 @@ def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, re
                         K: tl.constexpr, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
                         THRESHOLD_IN_MEMORY: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
                         NORM: tl.constexpr, K_PADDED: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
-                        COUNT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+                        COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+                        PDL: tl.constexpr):
     """One program: BLOCK_N columns of the output. Columns [0, END0), [END0, END1), [END1, N) have own thresholds."""
     # Tiles never straddle two segments: find this program's segment, and its tile within it.
     tile = tl.program_id(0)
@@ -176,25 +175,31 @@ def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, re
     threshold = tl.where(segment == 0, threshold0, tl.where(segment == 1, threshold1, threshold2))
     inverse_rms = 1.0
     if NORM:
-        k = tl.arange(0, K_PADDED)
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        inverse_rms = tl.rsqrt(tl.sum(x * x) / K + eps)
+        every_k = tl.arange(0, K_PADDED)
+        hidden = tl.load(x_ptr + every_k, mask=every_k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(hidden * hidden) / K + eps)
 
     total = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     n_kept = tl.zeros([BLOCK_K], tl.int32)
     if SWIGLU:  # the two segments are gate and up, equally wide; this program makes the same columns of both
         total_up = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
         n_kept_up = tl.zeros([BLOCK_K], tl.int32)
-    for first in tl.range(0, K, BLOCK_K):
+    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
-        x = _load_x(x_ptr, norm_ptr, k, inverse_rms, K, NORM)
-        total, n_kept = _add_rows(total, n_kept, x, k, n, end, threshold, w_ptr, K, N)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
+        if NORM:
+            weight = tl.load(norm_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
+            x = (x.to(tl.float32) * inverse_rms * weight.to(tl.float32)).to(x.dtype)  # rounded as RMSNorm leaves it
+        x = x.to(tl.float32)
+        total, n_kept = _add_rows(total, n_kept, x, k, threshold, w_ptr, n, end, K, N, BLOCK_K)
         if SWIGLU:
-            total_up, n_kept_up = _add_rows(total_up, n_kept_up, x, k, END0 + n, N, threshold1, w_ptr, K, N)
+            total_up, n_kept_up = _add_rows(total_up, n_kept_up, x, k, threshold1, w_ptr, END0 + n, END0 + end, K, N,
+                                            BLOCK_K)
+        w_ptr += BLOCK_K * N
 
     y = _finish(total, n, end, scale_ptr, bias_ptr, SCALE, BIAS)
     if SWIGLU:
-        y_up = _finish(total_up, END0 + n, N, scale_ptr, bias_ptr, SCALE, BIAS)
+        y_up = _finish(total_up, END0 + n, END0 + end, scale_ptr, bias_ptr, SCALE, BIAS)
         y = y / (1 + tl.exp(-y)) * y_up
     if RESIDUAL:
         y += tl.load(residual_ptr + n, mask=n < end, other=0.0).to(tl.float32)
@@ -207,27 +212,40 @@ def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, re
                 tl.store(kept_ptr + 1, tl.load(kept_ptr + 1) + tl.sum(n_kept_up))
 
 
-def _launch_shape(k, n, itemsize):
-    return 256, 32, 8  # BLOCK_K, BLOCK_N, warps
+def _launch_shape(k, n, itemsize, swiglu):
+    """(BLOCK_N, BLOCK_K, warps, stages) for w_t [k, n]."""
+    if (k, n, itemsize, swiglu) in TUNED:
+        return TUNED[k, n, itemsize, swiglu]
+    n_out = n // 2 if swiglu else n
+    # Wide tiles read longer runs of a row and repeat less work, but an SM (there are about 130) must not go without
+    # one. The fewer programs share an SM, the more bytes each has to keep in flight.
+    block_n = min(64 if n_out > 16384 or (swiglu and itemsize == 1) else 32, max(16, triton.next_power_of_2(n_out // 192)))
+    if n_out // block_n >= 264:
+        return block_n, 128, 4, 3
+    return block_n, 512 if n_out // block_n <= 132 else 256, 8 if block_n == 32 and n_out // block_n <= 132 else 4, 3
 
 
-def _gemv_gpu(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept, shape=None, pdl=False):
+@functools.lru_cache
+def _supports_pdl(device):
+    """Programmatic dependent launch, an early start of the next kernel, came with Hopper."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _gemv_gpu(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
     k, n = w_t.shape
-    ends = [end for end, _ in segments]
-    thresholds = [t for _, t in segments]
-    while len(ends) < 3:
-        ends.append(n)
-        thresholds.append(thresholds[-1])
-    block_k, block_n, warps = shape or _launch_shape(k, n, w_t.element_size())
+    ends = [end for end, _ in segments] + [n] * (3 - len(segments))
+    thresholds = [t for _, t in segments] + [segments[-1][1]] * (3 - len(segments))
+    block_n, block_k, warps, stages = _launch_shape(k, n, w_t.element_size(), swiglu)
     widths = (ends[0],) if swiglu else (ends[0], ends[1] - ends[0], n - ends[1])
     grid = (sum(triton.cdiv(width, block_n) for width in widths),)
     norm_weight, eps = norm if norm is not None else (None, 0.0)
+    pdl = _supports_pdl(x.device)
     _sparse_gemv_kernel[grid](
         x, w_t, out, scale, bias, norm_weight, residual, kept, *thresholds, eps,
         K=k, N=n, END0=ends[0], END1=ends[1], THRESHOLD_IN_MEMORY=isinstance(thresholds[0], torch.Tensor),
         SCALE=scale is not None, BIAS=bias is not None, NORM=norm is not None, K_PADDED=triton.next_power_of_2(k),
-        SWIGLU=swiglu, RESIDUAL=residual is not None, COUNT=kept is not None,
-        BLOCK_K=block_k, BLOCK_N=block_n, PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}))
+        SWIGLU=swiglu, RESIDUAL=residual is not None, COUNT=kept is not None, BLOCK_N=block_n, BLOCK_K=block_k,
+        STAGES=stages, PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}))
     return out
 
 
@@ -248,13 +266,13 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=F
     swiglu:    the result is silu(left half) * right half, N / 2 wide
     residual:  [N] (or [N / 2]), x's dtype, added last
     out:       where to put the result; may be `residual` itself
-    kept:      int64 [number of segments], on x's device: the number of kept rows is added to it
+    kept:      int64 [number of segments] (two with swiglu): the number of kept rows is added to it
 
     Returns y in x's dtype, shaped like x with N (or N / 2) in place of K. Sums are float32 and reproducible: the
     same inputs give the same bits. With `out` given, a GPU call neither allocates nor synchronises. Raises ValueError
     naming the argument for shapes, dtypes, strides or devices that do not fit.
     """
-    segments = _segments(threshold, w_t.shape[-1])
+    segments = _segments(threshold, w_t.shape[-1], swiglu)
     _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept)
     n_out = w_t.shape[1] // 2 if swiglu else w_t.shape[1]
     flat = x.reshape(-1)
@@ -278,4 +296,34 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=F
 
 
 def _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
-    pass
+    """Raise ValueError, naming the argument and both values, for what the kernels cannot take."""
+    def refuse(name, value, wanted):
+        raise ValueError(f"sparse_gemv: {name} is {value}; expected {wanted}")
+
+    if w_t.dim() != 2 or not w_t.is_contiguous():
+        refuse("w_t", f"{tuple(w_t.shape)} with strides {w_t.stride()}", "a contiguous matrix [K, N]")
+    k, n = w_t.shape
+    if x.shape[-1:] != (k,) or x.numel() != k:
+        refuse("x's shape", tuple(x.shape), f"[{k}] or [1, {k}], for w_t has {k} rows")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        refuse("x's dtype", x.dtype, "torch.float32, torch.float16 or torch.bfloat16")
+    if w_t.dtype != x.dtype and w_t.dtype != torch.int8:
+        refuse("w_t's dtype", w_t.dtype, f"x's dtype, {x.dtype}, or torch.int8")
+    if w_t.dtype == torch.int8 and scale is None:
+        refuse("scale", None, f"a tensor [{n}], for w_t is int8")
+    if w_t.device != x.device:
+        refuse("w_t's device", w_t.device, f"x's device, {x.device}")
+    ends = [end for end, _ in segments]
+    if len(ends) > 3 or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != n:
+        refuse("threshold's list of ends", ends, f"up to three ascending ends, the last at w_t's {n} columns")
+    if swiglu and ends != [n // 2, 2 * (n // 2)]:
+        refuse("threshold's list of ends", ends, f"[{n // 2}, {2 * (n // 2)}], gate and up, with swiglu")
+    for _, t in segments:
+        if isinstance(t, torch.Tensor) and (t.numel() != 1 or t.dtype != torch.float32 or t.device != x.device):
+            refuse("a threshold", f"{t.dtype} {tuple(t.shape)} on {t.device}", f"one float32 number on {x.device}")
+    n_out = n // 2 if swiglu else n
+    for name, tensor, size in (("scale", scale, n), ("bias", bias, n), ("norm's weight", norm and norm[0], k),
+                               ("residual", residual, n_out), ("out", out, n_out), ("kept", kept, len(ends))):
+        if tensor is not None and (tensor.numel() != size or not tensor.is_contiguous() or tensor.device != x.device):
+            refuse(name, f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}",
+                   f"{size} contiguous elements on {x.device}")

@@ -1,0 +1,170 @@
+"""Attention of one new token over the KV cache, in one kernel: rotary embedding, cache write, attention, combination.
+
+While decoding, attention reads every cached key and value once, so like the rest of the step it is bound by memory.
+One program a key head would leave most of the GPU idle, so the context is split too (flash-decoding): each program
+takes a chunk of the keys of one head, computes its softmax with a running maximum, and leaves an unnormalised sum;
+the program that finishes last combines the chunks of its head, always in the order of the context, so the result is
+the same every time. Query heads that share a key head (grouped-query attention) are rows of one small matrix, so
+keys and values are read once for all of them.
+
+The position lives in GPU memory and the launch does not depend on it: one captured CUDA graph serves every context
+length. Programs without a chunk return at once, so the cost follows the tokens held, not the cache's size.
+
+Sources: Dao et al., "Flash-Decoding for long-context inference" (2023); Milakov and Gimelshein, "Online normalizer
+calculation for softmax" (arXiv:1805.02867). The file needs torch, triton and nothing else.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+BLOCK_S = 64  # keys a program looks at together, and the shortest chunk
+
+
+def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window=None):
+    """The definition of `decode_attention` in plain PyTorch: same arguments, returns [n_heads * head_dim]."""
+    n_kv_heads, _, head_dim = k_cache.shape
+    heads = qkv.view(-1, head_dim)
+    n_heads = heads.shape[0] - 2 * n_kv_heads
+    position = int(position)
+    a, b = heads[:n_heads + n_kv_heads].float().chunk(2, dim=-1)
+    c, s = cos[position], sin[position]
+    rotated = torch.cat((a * c - b * s, b * c + a * s), -1).to(qkv.dtype)
+    k_cache[:, position], v_cache[:, position] = rotated[n_heads:], heads[n_heads + n_kv_heads:]
+    start = 0 if window is None else max(0, position + 1 - window)
+    q = rotated[:n_heads].view(n_kv_heads, -1, head_dim)
+    return F.scaled_dot_product_attention(q, k_cache[:, start:position + 1], v_cache[:, start:position + 1]).view(-1)
+
+
+@triton.jit
+def _rotate(ptr, mask, half: tl.constexpr, cos, sin):
+    """Rotary embedding of the heads at ptr (pointers to their first halves), in float32, rounded to their dtype."""
+    a = tl.load(ptr, mask=mask, other=0.0)
+    b = tl.load(ptr + half, mask=mask, other=0.0)
+    a32, b32 = a.to(tl.float32), b.to(tl.float32)
+    return (a32 * cos - b32 * sin).to(a.dtype), (b32 * cos + a32 * sin).to(a.dtype)
+
+
+@triton.jit
+def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr, sums_ptr, stats_ptr,
+                             counter_ptr, context, scale,
+                             N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+                             WINDOW: tl.constexpr, SPLITS: tl.constexpr, GROUP_PADDED: tl.constexpr,
+                             HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
+    """One program: one chunk of the context for one key head and the GROUP query heads that share it."""
+    head, split = tl.program_id(0), tl.program_id(1)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    DIM_PADDED: tl.constexpr = 2 * HALF_PADDED
+    g = tl.arange(0, GROUP_PADDED)
+    half = tl.arange(0, HALF_PADDED)
+    dim = tl.arange(0, DIM_PADDED)
+    k_ptr += head.to(tl.int64) * context * HEAD_DIM
+    v_ptr += head.to(tl.int64) * context * HEAD_DIM
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    position = tl.load(position_ptr).to(tl.int32)
+    first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
+    length = position + 1 - first
+    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
+    n_chunks = tl.cdiv(length, chunk)
+    if split >= n_chunks:
+        return
+    start = first + split * chunk
+    end = tl.minimum(start + chunk, position + 1)
+
+    cos = tl.load(cos_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
+    q_mask = (g < GROUP)[:, None] & (half < HALF)[None, :]
+    q_a, q_b = _rotate(qkv_ptr + (head * GROUP + g)[:, None] * HEAD_DIM + half[None, :], q_mask, HALF, cos, sin)
+    if end == position + 1:  # this chunk holds the new token: its key and value enter the cache
+        new_k = qkv_ptr + (N_KV_HEADS * GROUP + head) * HEAD_DIM
+        new_v = new_k + N_KV_HEADS * HEAD_DIM
+        k_a, k_b = _rotate(new_k + half[None, :], (half < HALF)[None, :], HALF, cos, sin)
+        row = k_ptr + position * HEAD_DIM + half[None, :]
+        tl.store(row, k_a, mask=(half < HALF)[None, :])
+        tl.store(row + HALF, k_b, mask=(half < HALF)[None, :])
+        tl.store(v_ptr + position * HEAD_DIM + dim, tl.load(new_v + dim, mask=dim < HEAD_DIM), mask=dim < HEAD_DIM)
+        tl.debug_barrier()  # the loop below reads them back
+
+    biggest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    y = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
+    for s0 in tl.range(start, end, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        k_rows = k_ptr + s[:, None] * HEAD_DIM + half[None, :]
+        k_mask = (s < end)[:, None] & (half < HALF)[None, :]
+        k_a = tl.load(k_rows, mask=k_mask, other=0.0)
+        k_b = tl.load(k_rows + HALF, mask=k_mask, other=0.0)
+        v = tl.load(v_ptr + s[:, None] * HEAD_DIM + dim[None, :], mask=(s < end)[:, None] & (dim < HEAD_DIM)[None, :],
+                    other=0.0)
+        scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")  # [GROUP_PADDED, BLOCK_S]
+        scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee") * scale
+        scores = tl.where((s < end)[None, :], scores, float("-inf"))
+        new_biggest = tl.maximum(biggest, tl.max(scores, axis=1))
+        shrink = tl.exp(biggest - new_biggest)
+        weights = tl.exp(scores - new_biggest[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+        biggest = new_biggest
+
+    out = out_ptr + (head * GROUP + g)[:, None] * HEAD_DIM + dim[None, :]
+    out_mask = (g < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    if n_chunks == 1:
+        tl.store(out, (y / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
+        return
+    # Leave this chunk's share; whoever is last for this head adds the shares up.
+    slot = (head * SPLITS + split) * GROUP
+    tl.store(sums_ptr + (slot + g)[:, None] * HEAD_DIM + dim[None, :], y, mask=out_mask)
+    tl.store(stats_ptr + (slot + g) * 2, biggest, mask=g < GROUP)
+    tl.store(stats_ptr + (slot + g) * 2 + 1, total, mask=g < GROUP)
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
+        i = tl.arange(0, SPLITS)
+        for member in tl.static_range(GROUP):
+            slots = (head * SPLITS + i) * GROUP + member
+            biggests = tl.load(stats_ptr + slots * 2, mask=i < n_chunks, other=float("-inf"), cache_modifier=".cg")
+            totals = tl.load(stats_ptr + slots * 2 + 1, mask=i < n_chunks, other=0.0, cache_modifier=".cg")
+            share = tl.exp(biggests - tl.max(biggests, axis=0))  # [SPLITS]
+            sums = tl.load(sums_ptr + slots[:, None] * HEAD_DIM + dim[None, :],
+                           mask=(i < n_chunks)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg")
+            row = tl.sum(sums * share[:, None], axis=0) / tl.sum(totals * share, axis=0)
+            tl.store(out_ptr + (head * GROUP + member) * HEAD_DIM + dim, row.to(out_ptr.dtype.element_ty),
+                     mask=dim < HEAD_DIM)
+        tl.store(counter_ptr + head, 0)
+
+
+class Workspace:
+    """What chunks leave for one another: allocated once, before a graph is captured."""
+
+    def __init__(self, n_heads, n_kv_heads, head_dim, device):
+        # About four programs an SM, for contexts long enough to need them all.
+        self.splits = min(64, max(8, triton.next_power_of_2(512 // n_kv_heads)))
+        self.sums = torch.empty(n_heads * self.splits * head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(n_heads * self.splits * 2, dtype=torch.float32, device=device)
+        self.counter = torch.zeros(n_kv_heads, dtype=torch.int32, device=device)
+
+
+def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, window=None, pdl=False):
+    """Attention of the token at `position`, whose key and value are also written into the cache.
+
+    qkv:       [(n_heads + 2 n_kv_heads) * head_dim], this token's queries, keys and values, not yet rotated
+    k_cache, v_cache: [n_kv_heads, context, head_dim], contiguous; row `position` is written, rows before it are read
+    cos, sin:  float32 [context, head_dim / 2]
+    position:  integer tensor of one element, on the device
+    out:       [n_heads * head_dim], written
+    window:    the token sees itself and window - 1 tokens before it; None for all
+    pdl:       launch with programmatic dependent launch (Hopper and newer)
+    """
+    n_kv_heads, context, head_dim = k_cache.shape
+    group = qkv.numel() // head_dim // n_kv_heads - 2
+    _decode_attention_kernel[(n_kv_heads, workspace.splits)](
+        qkv, k_cache, v_cache, out, cos, sin, position, workspace.sums, workspace.stats, workspace.counter,
+        context, head_dim ** -0.5,
+        N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0, SPLITS=workspace.splits,
+        GROUP_PADDED=max(16, triton.next_power_of_2(group)), HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),
+        BLOCK_S=BLOCK_S, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}))
+    return out
