@@ -216,7 +216,11 @@ def chat(session, tokenizer, max_new_tokens, question):
                 print()
                 return
         messages.append({"role": "user", "content": question})
-        answer = write(session.generate(tokenizer.chat(messages), max_new_tokens), tokenizer)
+        ids = tokenizer.chat(messages)
+        if len(ids) > session.cache.context:
+            session.full = True
+            return
+        answer = write(session.generate(ids, max_new_tokens), tokenizer)
         messages.append({"role": "assistant", "content": answer})
         question = None
 
@@ -310,16 +314,13 @@ def run(args):
         context = min(context, len(ids) + args.max_new_tokens)
     session = Session(model, thresholds(model, tokenizer, args), context=context, temperature=args.temperature,
                       top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=tokenizer.eos_ids)
-    try:
-        if args.chat:
-            chat(session, tokenizer, args.max_new_tokens, prompt)
-        else:
-            write(session.generate(ids, args.max_new_tokens), tokenizer)
-    finally:
-        if session.full:
-            print(f"the context of {context} tokens is full, so the text ends here", file=sys.stderr)
-        if session.stats.prompt_tokens:
-            print(summary(session, args), file=sys.stderr)
+    if args.chat:
+        chat(session, tokenizer, args.max_new_tokens, prompt)
+    else:
+        write(session.generate(ids, args.max_new_tokens), tokenizer)
+    if session.full:
+        print(f"the context of {context} tokens is full, so the text ends here", file=sys.stderr)
+    print(summary(session, args), file=sys.stderr)
 
 
 def main():
