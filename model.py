@@ -156,6 +156,7 @@ class Projection:
         self.widths = widths  # of the parts: (q, k, v), (o,), (gate, up) or (down,)
         self.ends = tuple(sum(widths[:i + 1]) for i in range(len(widths)))  # last column + 1 of each part
         self.w_t = torch.empty(in_features, self.ends[-1], dtype=dtype, device=device)  # [K, N]
+        self.scale = None  # [N], float32, of int8 weights
         self.bias = torch.zeros(self.ends[-1], dtype=dtype, device=device) if has_bias else None  # [N]
 
 
