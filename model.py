@@ -296,7 +296,7 @@ class Model:
             # The query heads that share a key head are this head's rows: no mask, no copies of k and v.
             start = 0 if window is None else max(0, n_keys - window)
             q = q.view(n_kv, config.n_heads // n_kv, head_dim)
-            return F.scaled_dot_product_attention(q[None], k[None, :, start:], v[None, :, start:]).view(1, -1)
+            return F.scaled_dot_product_attention(q[None], k[None, :, start:], v[None, :, start:]).reshape(1, -1)
         mask = None
         if n_keys > n_tokens or (window is not None and n_keys > window):
             distance = (torch.arange(n_keys - n_tokens, n_keys, device=q.device)[:, None]
