@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from quantize import PIECE, empty_packed, is_quantized, pack, quantize_tensor, unpack
+
 # The four points of a block where a hidden state meets weights, and the projections that read it there.
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 PROJECTIONS = tuple(name for names in SITES.values() for name in names)
@@ -128,8 +130,11 @@ class Config:
                 "down": (self.intermediate_size, (self.hidden_size,))}[site]
 
 
-def tensor_shapes(config):
-    """Every tensor a checkpoint of this config must hold: {Hugging Face name: shape in its [out, in] orientation}."""
+def tensor_shapes(config, quantized=False):
+    """Every tensor a checkpoint of this config must hold: {Hugging Face name: shape in its [out, in] orientation}.
+
+    If it is `quantized`, it also holds the scales of its int8 tensors.
+    """
     embedding = (config.vocab_size, config.hidden_size)
     shapes = {"model.embed_tokens.weight": embedding, "model.norm.weight": (config.hidden_size,)}
     if not config.tie_embeddings:
@@ -145,33 +150,72 @@ def tensor_shapes(config):
                 shapes[f"model.layers.{i}.{block}.{name}_proj.weight"] = (width, in_features)
                 if has_bias:
                     shapes[f"model.layers.{i}.{block}.{name}_proj.bias"] = (width,)
+    if quantized:
+        shapes |= {f"{name}_scale": shape[:1] for name, shape in shapes.items() if is_quantized(name)}
     return shapes
 
 
 class Projection:
-    """One fused matrix of a block, stored transposed: y = x @ w_t + bias, y's columns being its parts side by side."""
+    """One fused matrix of a block, stored transposed: y = x @ w_t + bias, y's columns being its parts side by side.
 
-    def __init__(self, layer, site, in_features, widths, has_bias, dtype, device):
+    Quantized, y = (x @ w_t) * scale + bias: w_t holds int8, on a CPU packed as its fast product wants it (quantize.py).
+    """
+
+    def __init__(self, layer, site, in_features, widths, has_bias, dtype, device, quantize=None):
         self.layer, self.site = layer, site
         self.widths = widths  # of the parts: (q, k, v), (o,), (gate, up) or (down,)
         self.ends = tuple(sum(widths[:i + 1]) for i in range(len(widths)))  # last column + 1 of each part
-        self.w_t = torch.empty(in_features, self.ends[-1], dtype=dtype, device=device)  # [K, N]
-        self.scale = None  # [N], float32, of int8 weights
-        self.bias = torch.zeros(self.ends[-1], dtype=dtype, device=device) if has_bias else None  # [N]
+        n = self.ends[-1]
+        if quantize and torch.device(device).type == "cpu":
+            self.w_t = empty_packed(in_features, self.ends, narrow=site == "lm_head")  # uint8 [blocks, K, columns + 8]
+        else:
+            self.w_t = torch.empty(in_features, n, dtype=torch.int8 if quantize else dtype, device=device)  # [K, N]
+        self.scale = torch.empty(n, device=device) if quantize else None  # float32 [N]
+        self.bias = torch.zeros(n, dtype=dtype, device=device) if has_bias else None  # [N]
+
+    def put(self, name, start, tensor):
+        """Write a part's weight [n, K] (floats, or already int8), weight_scale [n] or bias [n], columns from `start` on."""
+        columns = slice(start, start + tensor.shape[0])
+        if name.endswith(".bias"):
+            self.bias[columns] = tensor
+        elif name.endswith(".weight_scale"):
+            self.scale[columns] = tensor
+        elif self.scale is None:
+            self.w_t[:, columns] = tensor.to(self.w_t.dtype).T
+        else:
+            q = tensor
+            if tensor.dtype != torch.int8:
+                q, self.scale[columns] = quantize_tensor(tensor, name)
+            if self.w_t.dtype == torch.uint8:
+                pack(self.w_t, start, q)
+            else:
+                self.w_t[:, columns] = q.T
+
+    def weight(self, start, end, dtype):
+        """The columns start ... end - 1, [K, end - start], as the numbers they stand for."""
+        if self.scale is None:
+            return self.w_t[:, start:end]
+        q = unpack(self.w_t, start, end) if self.w_t.dtype == torch.uint8 else self.w_t[:, start:end]
+        return torch.mul(q, self.scale[start:end], out=torch.empty(q.shape, dtype=dtype, device=q.device))
 
 
 def dense(x, p):
     """x [T, K] times a whole projection -> [T, N]."""
-    y = x @ p.w_t
+    if p.scale is None:
+        y = x @ p.w_t
+    else:  # some columns at a time: the whole matrix as floats could be larger than anything else in memory
+        width = p.w_t.shape[2] - 8 if p.w_t.dtype == torch.uint8 else 1
+        step = max(1, PIECE // (x.shape[1] * width)) * width
+        y = torch.cat([x @ p.weight(i, min(i + step, p.ends[-1]), x.dtype) for i in range(0, p.ends[-1], step)], dim=-1)
     return y if p.bias is None else y + p.bias
 
 
 class Layer:
     """The weights of one transformer block."""
 
-    def __init__(self, i, config, dtype, device):
+    def __init__(self, i, config, dtype, device, quantize):
         def projection(site, has_bias=False):
-            return Projection(i, site, *config.shapes(site), has_bias, dtype, device)
+            return Projection(i, site, *config.shapes(site), has_bias, dtype, device, quantize)
 
         self.attn_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self.qkv = projection("qkv", config.qkv_bias)
@@ -223,39 +267,44 @@ def rotate(x, cos, sin):
 
 
 class Model:
-    """A Llama-family model: weights and the forward pass over them. Fresh weights are uninitialised; `put` fills them."""
+    """A Llama-family model: weights and the forward pass over them. Fresh weights are uninitialised; `put` fills them.
 
-    def __init__(self, config, dtype=torch.float32, device="cpu"):
+    With quantize="int8" the projections and the LM head are int8 with scales, made from whatever `put` is given.
+    """
+
+    def __init__(self, config, dtype=torch.float32, device="cpu", quantize=None):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        self.shapes = tensor_shapes(config)
-        # The LM head is stored transposed like every other matrix; a tied embedding is then its columns.
-        self.lm_head = Projection(None, "lm_head", config.hidden_size, (config.vocab_size,), False, dtype, device)
-        self.embedding = None if config.tie_embeddings else torch.empty(
+        self.shapes = tensor_shapes(config, quantize is not None)
+        # The LM head is stored transposed like every other matrix; a tied embedding is then its columns, unless they
+        # are quantized: the look-up keeps its precision.
+        self.lm_head = Projection(None, "lm_head", config.hidden_size, (config.vocab_size,), False, dtype, device, quantize)
+        self.embedding = None if config.tie_embeddings and quantize is None else torch.empty(
             config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = [Layer(i, config, dtype, device) for i in range(config.n_layers)]
+        self.layers = [Layer(i, config, dtype, device, quantize) for i in range(config.n_layers)]
         self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self.frequencies = rope_frequencies(config, device)
 
     def put(self, name, tensor):
         """Copy one checkpoint tensor (Hugging Face name and [out, in] orientation) to its place, cast to our dtype.
 
-        Raises ValueError, naming the tensor, if the model has no such tensor or its shape differs.
+        Raises ValueError, naming the tensor, if the model has no such tensor, its shape differs, or it is to become
+        int8 and holds infinite or NaN weights.
         """
         shape = self.shapes.get(name)
         if shape is None or tuple(tensor.shape) != shape:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}; the config asks for {shape}")
-        tensor = tensor.to(self.device, self.dtype)
+        tensor = tensor.to(self.device)
         if name == "model.norm.weight":
             self.norm.copy_(tensor)
-        elif name == "lm_head.weight":
-            self.lm_head.w_t.copy_(tensor.T)
         elif name == "model.embed_tokens.weight":
-            if self.embedding is None:
-                self.lm_head.w_t.copy_(tensor.T)
-            else:
+            if self.embedding is not None:
                 self.embedding.copy_(tensor)
+            if self.config.tie_embeddings:
+                self.lm_head.put(name, 0, tensor)
+        elif name.startswith("lm_head."):
+            self.lm_head.put(name, 0, tensor)
         else:
-            _, _, index, *_, part, kind = name.split(".")  # model.layers.3.self_attn.q_proj.weight
+            _, _, index, *_, part, _ = name.split(".")  # model.layers.3.self_attn.q_proj.weight
             layer = self.layers[int(index)]
             if part == "input_layernorm":
                 layer.attn_norm.copy_(tensor)
@@ -265,12 +314,7 @@ class Model:
                 part = part.removesuffix("_proj")
                 site = next(site for site, names in SITES.items() if part in names)
                 p = getattr(layer, site)
-                end = p.ends[SITES[site].index(part)]
-                columns = slice(end - tensor.shape[0], end)
-                if kind == "weight":
-                    p.w_t[:, columns].copy_(tensor.T)
-                else:
-                    p.bias[columns].copy_(tensor)
+                p.put(name, p.ends[SITES[site].index(part)] - tensor.shape[0], tensor)
 
     def embed(self, tokens):
         """Token ids [T] -> hidden states [T, hidden_size]."""

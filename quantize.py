@@ -1,0 +1,88 @@
+"""int8 weights: half the bytes of bfloat16, and at 50% sparsity a quarter.
+
+Decoding waits for weights to arrive from memory, so a weight stored in fewer bits is read sooner, and sparsity then
+leaves half of those unread: the two gains multiply. The arithmetic, for one output channel w (a row of W [N, K]):
+
+    scale = max(|w|) / 127                one float32 for the whole row
+    q     = round(w / scale)              integers from -127 to 127, one byte each
+    w     ~ q * scale                     off by at most scale / 2, for q is off by at most 1/2
+    y     = sum of x[k] * w[k]  ~  scale * (sum of x[k] * q[k])
+
+The scale does not depend on k, so it is applied once, to the finished sum: whatever sums up rows of numbers (the
+sparse kernel, embedding_bag) sums up rows of integers just as well, and knows nothing of quantization but a factor at
+the end. Zero maps to zero; activations stay as they are, and so do the thresholds on them. Quantized are the seven
+projections of every block and the LM head. Norms, biases and the embedding's look-up table keep their precision.
+
+    python quantize.py --model M --out DIR        then: python generate.py --model DIR
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+METHOD = "nanoteal-int8"  # marks config.json
+PIECE = 1 << 22  # weights turned to float32 at a time
+SHARD = 1 << 30  # bytes of weights in one file
+
+
+def is_quantized(name):
+    """Whether the tensor of this Hugging Face name is one that becomes int8; NAME_scale is its partner then."""
+    return name.endswith("_proj.weight") or name == "lm_head.weight"
+
+
+def quantize_tensor(weight, name="weight"):
+    """A float matrix [N, K] -> (int8 [N, K], its scales float32 [N]), round-to-nearest.
+
+    Raises ValueError, naming the tensor, if a weight is infinite or NaN.
+    """
+    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], device=weight.device)
+    rows = max(1, PIECE // weight.shape[1])
+    for w, q_rows, scale_rows in zip(weight.split(rows), q.split(rows), scale.split(rows)):
+        w = w.float()
+        torch.div(w.abs().amax(1), 127, out=scale_rows)
+        scale_rows.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros: 0 / tiny is 0
+        q_rows.copy_((w / scale_rows[:, None]).round_())
+    if not scale.isfinite().all():  # the largest of numbers with a NaN is NaN
+        raise ValueError(f"tensor {name} holds infinite or NaN weights, which cannot be quantized; get a sound checkpoint")
+    return q, scale
+
+
+# ---------------------------------------------------------------- packed for the CPU
+
+# PyTorch's quantized embedding_bag sums up rows of uint8, each followed by its own float32 scale and bias. Ours are 1
+# and -128, so that a byte q + 128 counts as q. Columns are cut into equal blocks, each a table [K, width + 8] of its
+# own: uint8 [n_blocks, K, width + 8] (`_gemv_cpu_int8` in sparse_gemv.py multiplies with it).
+
+def empty_packed(k, ends, narrow=False):
+    """Room for int8 [k, ends[-1]], matrices side by side that end at the columns `ends`; no two of them share a block.
+
+    There is a block for every thread, as wide as that allows: memory likes long rows best when they are scattered. If
+    `narrow`, blocks have 256 columns, or hardly more, which is faster where all rows are read, one after the other.
+    """
+    whole = math.gcd(*ends)
+    least = max(1, min(whole, 256 if narrow else ends[-1] // torch.get_num_threads()))
+    width = next(width for width in range(least, whole + 1) if whole % width == 0)
+    packed = torch.empty(ends[-1] // width, k, width + 8, dtype=torch.uint8)
+    packed[:, :, width:] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+    return packed
+
+
+def pack(packed, start, q):
+    """Write int8 q [n, K] as the columns from `start` on."""
+    width = packed.shape[2] - 8
+    blocks = packed[start // width:(start + len(q)) // width, :, :width]
+    blocks.copy_((q.view(torch.uint8) ^ 128).view(-1, width, q.shape[1]).transpose(1, 2))
+
+
+def unpack(packed, start, end):
+    """The columns start ... end - 1 as int8 [K, end - start]."""
+    width = packed.shape[2] - 8
+    blocks = packed[start // width:end // width, :, :width] ^ 128  # [blocks, K, width]
+    return blocks.view(torch.int8).transpose(0, 1).flatten(1)
