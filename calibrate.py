@@ -36,6 +36,7 @@ EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << 16).view(torch.float32)  #
 STEP = 0.01  # of greedy, in shares of a block's bytes
 MOST = 0.99  # the highest sparsity of one projection
 FIRST = {site: PROJECTIONS.index(names[0]) for site, names in SITES.items()}  # a site's first index in PROJECTIONS
+SITE_INDEX = {site: i for i, site in enumerate(SITES)}
 SITE_OF = torch.tensor([i for i, names in enumerate(SITES.values()) for _ in names])  # of each projection [7]
 
 
@@ -177,18 +178,18 @@ def masked(x, p, thresholds):
     return y if p.bias is None else y + p.bias
 
 
-def parts(values, p):
-    """Of values [..., 7] in the order PROJECTIONS those of projection p's parts."""
-    return values[..., FIRST[p.site]:FIRST[p.site] + len(p.ends)]
+def parts(p):
+    """The places of a fused projection's parts in PROJECTIONS, as a slice."""
+    return slice(FIRST[p.site], FIRST[p.site] + len(p.ends))
 
 
+@torch.no_grad()
 def count(model, windows):
     """Histograms of |x| over windows [n, T] of tokens: int64 [n_layers, 4 sites, BINS].
 
     Raises CalibrationError, naming layer and projection, where an activation is infinite or NaN.
     """
     counts = torch.zeros(model.config.n_layers, len(SITES), BINS, dtype=torch.int64, device=model.device)
-    sites = list(SITES)
 
     def record(x, p):
         bins = x[SINKS:].float().abs().view(torch.int32) >> 16
@@ -196,12 +197,18 @@ def count(model, windows):
         if len(total) > BINS:  # the exponent of infinity and NaN
             raise CalibrationError(f"layer {p.layer}: the input of {'/'.join(SITES[p.site])} is not finite; "
                                    "check the weights, or try --dtype float32")
-        counts[p.layer, sites.index(p.site)] += total
+        counts[p.layer, SITE_INDEX[p.site]] += total
         return dense(x, p)
 
     for tokens in tqdm(windows, "activations", unit="window", disable=None):
         model.forward(tokens.to(model.device), project=record)
-    return counts.cpu()
+    counts = counts.cpu()
+    crowd = (counts[..., 1:].amax(-1) / counts.sum(-1)).flatten()  # the fullest bin of each histogram
+    layer, site = divmod(crowd.argmax().item(), len(SITES))  # zeros are no obstacle: they may always be dropped
+    if crowd.max() > 0.05:
+        raise CalibrationError(f"layer {layer}: {crowd.max():.0%} of the inputs of {'/'.join(list(SITES.values())[site])} have "
+                               "the same magnitude, so that no threshold reaches most sparsities; check the weights")
+    return counts
 
 
 def quantile(counts, p):
@@ -214,6 +221,7 @@ def quantile(counts, p):
     return torch.lerp(EDGES[i], EDGES[i + 1], share.float())
 
 
+@torch.no_grad()
 def write_text(model, tokenizer, n_tokens, seed=0):
     """Token ids int64 [n_tokens] of documents the model writes itself: dense sampling at temperature 1.
 
@@ -246,11 +254,6 @@ def byte_shares(config):
     return torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
 
 
-def uniform(model):
-    """Every projection at the target."""
-    return GRID.expand(model.config.n_layers, len(PROJECTIONS), -1)
-
-
 @torch.no_grad()
 def greedy(model, tokens, counts):
     """TEAL's block-wise greedy allocation (its algorithm 1), on the dense model's inputs of every block.
@@ -267,7 +270,7 @@ def greedy(model, tokens, counts):
 
         def error(levels):
             thresholds = quantile(counts[i, SITE_OF], levels[:, None])[:, 0]
-            sparse = model.block(layer, x, rope, project=lambda x, p: masked(x, p, parts(thresholds, p)))
+            sparse = model.block(layer, x, rope, project=lambda x, p: masked(x, p, thresholds[parts(p)]))
             return (sparse - y)[SINKS:].float().square().sum().item()
 
         path = [torch.zeros(len(PROJECTIONS), dtype=torch.float64)]
@@ -289,7 +292,7 @@ def interpolate(path, shares):
 
 
 class Probe(torch.autograd.Function):
-    """`masked` whose backward pass shows `record` the gradient of the loss at each part's own input."""
+    """`masked` whose backward pass shows `record` x [T, K] and the gradients [T, K] of the loss at each part's own input."""
 
     @staticmethod
     def forward(ctx, x, p, thresholds, record):
@@ -299,14 +302,12 @@ class Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (x,), p, gradients, start = ctx.saved_tensors, ctx.p, [], 0
-        for end in p.ends:
-            gradients.append(dy[:, start:end] @ p.w_t[:, start:end].T)  # [T, K]
-            start = end
+        (x,), p = ctx.saved_tensors, ctx.p
+        starts = (0, *p.ends[:-1])
+        gradients = [dy[:, a:b] @ p.w_t[:, a:b].T for a, b in zip(starts, p.ends)]
         ctx.record(x, p, gradients)
         magnitude = x.float().abs()
-        dx = sum(g.masked_fill(magnitude <= t, 0) for g, t in zip(gradients, ctx.thresholds))
-        return dx, None, None, None
+        return sum(g.masked_fill(magnitude <= t, 0) for g, t in zip(gradients, ctx.thresholds)), None, None, None
 
 
 def hidden_states(model, tokens, project):
@@ -316,6 +317,32 @@ def hidden_states(model, tokens, project):
     for layer in model.layers:
         x = checkpoint(model.block, layer, x, rope, None, project, use_reentrant=False)
     return F.rms_norm(x, (model.config.hidden_size,), model.norm, model.config.norm_eps)
+
+
+def fisher(model, windows, counts):
+    """Sparsities by what dropping inputs costs the loss, estimated from one backward pass over the windows.
+
+    With g the gradient at a projection's input x, dropping the smallest share s of x changes the loss by the sum of
+    -g[k] x[k] over the dropped k; the mean square of that over tokens, D(s), is (twice) the KL divergence from the
+    dense model to second order. `allocate` spends the budget by these curves.
+    """
+    levels = torch.arange(100) / 100
+    edges = quantile(counts, levels.expand(*counts.shape[:2], -1)).to(model.device)  # [n_layers, 4, 100]
+    costs = torch.zeros(model.config.n_layers, len(PROJECTIONS), len(levels), device=model.device)
+    dense = torch.full((len(PROJECTIONS),), -1.0, device=model.device)
+
+    def record(x, p, gradients):
+        level = torch.bucketize(x[SINKS:].float().abs(), edges[p.layer, SITE_INDEX[p.site]])  # from which x is dropped
+        for cost, g in zip(costs[p.layer, parts(p)], gradients):
+            effect = torch.zeros(len(level), len(levels) + 1, device=x.device)
+            effect.scatter_add_(1, level, g[SINKS:].float() * x[SINKS:].float())
+            cost += effect.cumsum(1)[:, :-1].square().sum(0)
+
+    for tokens in tqdm(windows, "gradients", unit="window", disable=None):
+        tokens = tokens.to(model.device)
+        logits = model.logits(hidden_states(model, tokens, lambda x, p: Probe.apply(x, p, dense[parts(p)], record)))
+        F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum").backward()
+    return allocate(costs.cpu(), levels, byte_shares(model.config))
 
 
 def allocate(losses, levels, shares):
@@ -365,10 +392,10 @@ TEAL_MODELS = {
     "Mistral-7B": (32000, 4096, 14336, 32, 32, 8),
 }
 TEAL_NOTES = (
-    "For base Llama-3 it was made with Llama-3 and serves Llama-3.1, whose weights have the same shapes. The release's "
+    "Tables made with Llama-3 serve Llama-3.1 too, whose weights have the same shapes. The release's "
     "default-path histograms of Llama-3-8B are copies of Llama-2-7B's; these thresholds come from the folder beside "
-    "them, whose counts fit Llama-3-8B. The release's greedy search weighed k and v at 1/8 of q for every model; its "
-    "sparsities are kept here and interpolated at the block sparsity they truly reach.")
+    "them, whose counts fit Llama-3-8B. The release's greedy search weighed k and v at 1/8 of q for every model, and "
+    "could raise them beyond 1; its sparsities are cut at 0.95 and taken at the block sparsity they truly reach.")
 
 
 def from_teal(path, allocation):
@@ -376,6 +403,8 @@ def from_teal(path, allocation):
     sparsity_grid; greedy_sparsity [n_layers, 18, 7] on target_grid) -> Calibration, "uniform" or "greedy".
     """
     name = Path(path).stem
+    if allocation == "fisher":
+        raise CalibrationError("TEAL published tables for the allocations uniform and greedy, not fisher")
     if name not in TEAL_MODELS:
         raise CalibrationError(f"{path} is named after no model TEAL published; expected one of {', '.join(TEAL_MODELS)}")
     vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads = TEAL_MODELS[name]
@@ -400,31 +429,26 @@ def from_teal(path, allocation):
 # ---------------------------------------------------------------------------------------------------------------------
 # Making one
 
-def windows_of(tokens, window, n_tokens):
-    """The first n_tokens (rounded down to whole windows) of a text as windows [n, window].
-
-    Raises CalibrationError for a text shorter than one window.
-    """
-    n = min(len(tokens), n_tokens) // window
-    if n == 0 or window <= SINKS:
-        raise CalibrationError(f"{min(len(tokens), n_tokens)} tokens do not fill one window of {window}, of which the "
-                               f"first {SINKS} do not count; give more text or a smaller --window")
-    return tokens[:n * window].view(n, window)
-
-
-@torch.no_grad()
-def calibrate(model, tokens, window=1024, allocation="uniform", source="", licence=""):
+def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
     """Calibrate a model on token ids int64 [n], cut into windows -> Calibration.
 
     Raises CalibrationError for too short a text and for activations that are not finite.
     """
-    windows = windows_of(tokens, window, len(tokens))
+    n = len(tokens) // window
+    if n == 0:
+        raise CalibrationError(f"{len(tokens)} tokens do not fill one window of {window}; give more text, more --tokens or a "
+                               "smaller --window")
+    windows = tokens[:n * window].view(n, window)
     counts = count(model, windows)
-    sparsities = {"uniform": uniform}[allocation](model)
-    metadata = {"format": FORMAT, "fingerprint": fingerprint(model.config), "weights": weights_digest(model),
-                "allocation": allocation, "tokens": str(windows.numel()), "window": str(window), "source": source,
-                "licence": licence}
-    return Calibration(quantile(counts[:, SITE_OF], sparsities), sparsities.clone(), metadata)
+    if allocation == "uniform":
+        sparsities = GRID.expand(model.config.n_layers, len(PROJECTIONS), -1).clone()
+    elif allocation == "greedy":
+        sparsities = greedy(model, windows[0].to(model.device), counts)
+    else:
+        sparsities = fisher(model, windows, counts)
+    return Calibration(quantile(counts[:, SITE_OF], sparsities), sparsities, {
+        "format": FORMAT, "fingerprint": fingerprint(model.config), "weights": weights_digest(model),
+        "allocation": allocation, "tokens": str(windows.numel()), "window": str(window), "source": source})
 
 
 def main():
@@ -433,7 +457,8 @@ def main():
     parser.add_argument("--text", help="UTF-8 file to calibrate on (default: text the model writes itself)")
     parser.add_argument("--tokens", type=int, default=8192, help="how many tokens of the text, from its start")
     parser.add_argument("--window", type=int, default=1024, help="tokens that see each other")
-    parser.add_argument("--allocation", choices=ALLOCATIONS, default="uniform")
+    parser.add_argument("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0])
+    parser.add_argument("--teal", metavar="FILE.npz", help="convert a table published with TEAL instead, for --out")
     parser.add_argument("--out", help="file to write (default: this model's place in the user's cache)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -443,15 +468,22 @@ def main():
     from checkpoint import load
 
     try:
-        model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-        if args.text is None:
-            tokens, source = write_text(model, tokenizer, args.tokens, args.seed), f"self-written, seed {args.seed}"
+        if args.teal is not None:
+            if args.out is None:
+                raise CalibrationError("--teal needs --out, the file to write")
+            calibration, out = from_teal(args.teal, args.allocation), args.out
         else:
-            text = Path(args.text).read_text(encoding="utf-8")
-            tokens, source = torch.tensor(tokenizer.encode(text)), Path(args.text).name
-        tokens = windows_of(tokens, args.window, args.tokens).flatten()
-        calibration = calibrate(model, tokens, args.window, args.allocation, source)
-        out = Path(args.out) if args.out else cache_path(model)
+            model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+            if not SINKS < args.window <= model.config.context:
+                raise CalibrationError(f"--window {args.window} is outside {SINKS + 1} to {model.config.context}: the first "
+                                       f"{SINKS} tokens do not count, and this model reads no more")
+            if args.text is None:
+                tokens, source = write_text(model, tokenizer, args.tokens, args.seed), f"self-written, seed {args.seed}"
+            else:
+                text = Path(args.text).read_text(encoding="utf-8")
+                tokens, source = torch.tensor(tokenizer.encode(text)[:args.tokens]), Path(args.text).name
+            calibration = calibrate(model, tokens, args.window, args.allocation, source)
+            out = args.out or cache_path(model)
         calibration.save(out)
     except (OSError, ValueError) as error:
         print(f"calibrate.py: {error}", file=sys.stderr)

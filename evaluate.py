@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import calibrate
-from calibrate import FIRST, Calibration, byte_shares, masked
+from calibrate import Calibration, byte_shares, masked, parts
 from model import PROJECTIONS, KVCache
 
 
@@ -48,10 +48,8 @@ def score(model, tokens, tables, all_sparse=False):
             table = table.to(model.device)
 
             def project(x, p):
-                magnitude, first_part = x.float().abs(), FIRST[p.site]
-                thresholds = table[p.layer, first_part:first_part + len(p.ends)]
-                for i, threshold in enumerate(thresholds, first_part):
-                    dropped[p.layer, i] = (magnitude <= threshold).sum() / x.numel()
+                magnitude, thresholds = x.float().abs(), table[p.layer, parts(p)]
+                dropped[p.layer, parts(p)] = torch.stack([(magnitude <= t).double().mean() for t in thresholds])
                 return masked(x, p, thresholds)
 
             cache.length = 0 if all_sparse else half

@@ -1,10 +1,10 @@
 """Tests of calibrate.py against brute force, on a tiny random model."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import calibrate
+import checkpoint
 from calibrate import (BINS, GRID, MOST, SINKS, SITE_OF, STEP, Calibration, CalibrationError, allocate, byte_shares,
                        count, find, fingerprint, masked, parts, quantile)
 from model import PROJECTIONS, SITES, Config, Model
@@ -58,10 +59,9 @@ def inputs_of(model, tokens):
 
 # ---------------------------------------------------------------- histograms
 
-@pytest.mark.parametrize("samples", [torch.randn(100_000), torch.randn(100_000) * 1e-4, torch.rand(100_000).pow(8),
-                                     torch.distributions.Laplace(0.0, 3.0).sample((100_000,))])
-def test_quantiles_of_a_histogram(samples):
-    magnitudes = samples.abs()
+@pytest.mark.parametrize("scale, power", [(1.0, 1), (1e-4, 1), (30.0, 3)])
+def test_quantiles_of_a_histogram(scale, power):
+    magnitudes = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs() ** power * scale
     counts = torch.bincount(magnitudes.view(torch.int32) >> 16, minlength=BINS)
     thresholds = quantile(counts, GRID)
     exact = torch.quantile(magnitudes, GRID)
@@ -101,6 +101,15 @@ def test_infinite_activations_are_named(tokens):
     model.layers[1].gate_up.w_t[3, 5] = float("inf")
     with pytest.raises(CalibrationError, match="layer 1: the input of down"):
         count(model, tokens.view(4, 64))
+
+
+def test_equal_magnitudes_that_no_threshold_splits_are_named(tokens):
+    model = tiny()
+    model.layers[0].mlp_norm.zero_()  # zeros alone are no obstacle
+    count(model, tokens.view(4, 64))
+    model.layers[1].qkv.w_t[:, 48:] = 0.1  # all of v is alike, and so is what attention makes of it
+    with pytest.raises(CalibrationError, match="layer 1: 100% of the inputs of o have the same magnitude"):
+        count(model, tokens[:1].expand(1, 64))
 
 
 # ---------------------------------------------------------------- allocations
@@ -157,7 +166,7 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
                 trial[i] = min(MOST, trial[i] + 0.05 / shares[i].item())
                 thresholds = torch.stack([quantile(counts[1, SITE_OF[j]], torch.tensor([trial[j]], dtype=torch.float64))[0]
                                           for j in range(7)])
-                got = model.block(model.layers[1], x, rope, project=lambda x, p: masked(x, p, parts(thresholds, p)))
+                got = model.block(model.layers[1], x, rope, project=lambda x, p: masked(x, p, thresholds[parts(p)]))
                 error = (got - y)[SINKS:].square().sum().item()
                 if best is None or error < best[0]:
                     best = error, trial
@@ -169,3 +178,225 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
         i = int((reached < target).sum())
         wanted = path[i - 1] + (path[i] - path[i - 1]) * (target - reached[i - 1]) / (reached[i] - reached[i - 1])
         torch.testing.assert_close(sparsities[1, :, round(target * 100)], wanted.float(), atol=1e-5, rtol=0)
+
+
+def leaf_gradients(model, tokens, thresholds=DENSE):
+    """{(layer, projection index): (x, dL/dx)} by autograd, every projection given an input of its own."""
+    leaves = {}
+
+    def project(x, p):
+        y, start = [], 0
+        for i, end in enumerate(p.ends, calibrate.FIRST[p.site]):
+            noise = torch.zeros_like(x, requires_grad=True)
+            leaves[p.layer, i] = x.detach(), noise
+            y.append((torch.where(x.abs() <= thresholds[p.layer, i], 0, x) + noise) @ p.w_t[:, start:end])
+            start = end
+        return torch.cat(y, -1)
+
+    logits = model.logits(model.forward(tokens, project=project))
+    F.cross_entropy(logits[:-1], tokens[1:], reduction="sum").backward()
+    return {key: (x, noise.grad) for key, (x, noise) in leaves.items()}
+
+
+@pytest.mark.parametrize("level", [-1.0, 0.1])
+def test_gradients_of_each_projection(model, tokens, level):
+    seen, thresholds = {}, torch.full_like(DENSE, level)
+
+    def record(x, p, gradients):
+        for i, g in enumerate(gradients, calibrate.FIRST[p.site]):
+            seen[p.layer, i] = x, g
+
+    logits = model.logits(calibrate.hidden_states(
+        model, tokens[:64], lambda x, p: calibrate.Probe.apply(x, p, thresholds[p.layer, parts(p)], record)))
+    F.cross_entropy(logits[:-1], tokens[1:64], reduction="sum").backward()
+    wanted = leaf_gradients(model, tokens[:64], thresholds)
+    assert seen.keys() == wanted.keys() and len(wanted) == 14
+    for key in wanted:
+        torch.testing.assert_close(seen[key][0], wanted[key][0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(seen[key][1], wanted[key][1], atol=1e-5, rtol=1e-4)
+
+
+def test_fisher_costs(model, tokens, counts, monkeypatch):
+    monkeypatch.setattr(calibrate, "allocate", lambda costs, levels, shares: costs)
+    costs = calibrate.fisher(model, tokens.view(4, 64), counts)
+    wanted = torch.zeros(CONFIG.n_layers, 7, 100)
+    for window in tokens.view(4, 64):
+        for (layer, i), (x, g) in leaf_gradients(model, window).items():
+            for level in range(100):
+                threshold = quantile(counts[layer, SITE_OF[i]], torch.tensor([level / 100]))
+                wanted[layer, i, level] += (g * x * (x.abs() <= threshold))[SINKS:].sum(1).square().sum()
+    torch.testing.assert_close(costs, wanted, atol=1e-4, rtol=2e-3)
+
+
+# ---------------------------------------------------------------- the file
+
+@pytest.fixture(scope="module")
+def calibration(model, tokens):
+    return calibrate.calibrate(model, tokens, 64, "fisher", source="noise")
+
+
+def test_thresholds_of_a_calibration(calibration):
+    assert (calibration.thresholds(0) == -1).all() and (calibration.thresholds(0.0) == -1).all()
+    torch.testing.assert_close(calibration.thresholds(0.5), calibration.table[..., 50])
+    torch.testing.assert_close(calibration.thresholds(0.955 - 0.01), (calibration.table[..., 94:].sum(-1) / 2))
+    torch.testing.assert_close(calibration.thresholds(0.95), calibration.table[..., 95])
+    shares = byte_shares(CONFIG).float()
+    assert [(calibration.expected(s).mean(0) @ shares).item() for s in (0.1, 0.345, 0.95)] == pytest.approx([0.1, 0.345, 0.95], abs=1e-4)
+    for sparsity in (-0.01, 0.951, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="from 0 to 0.95"):
+            calibration.thresholds(sparsity)
+
+
+def test_a_file_gives_back_what_was_saved(calibration, tmp_path):
+    calibration.save(tmp_path / "new" / "c.safetensors")
+    loaded = Calibration.load(tmp_path / "new" / "c.safetensors", CONFIG)
+    assert torch.equal(loaded.table, calibration.table) and torch.equal(loaded.sparsities, calibration.sparsities)
+    assert loaded.metadata == calibration.metadata and loaded.metadata["allocation"] == "fisher"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.safetensors"]
+
+
+def damaged(calibration, **changes):
+    """The calibration's tensors and metadata with some of them replaced; None removes."""
+    tensors = {"sparsity_grid": GRID, "thresholds": calibration.table, "sparsities": calibration.sparsities}
+    metadata = dict(calibration.metadata)
+    for name, value in changes.items():
+        kind = metadata if name in metadata else tensors
+        kind.pop(name) if value is None else kind.update({name: value})
+    return {name: tensor.clone() for name, tensor in tensors.items()}, metadata
+
+
+def test_hostile_files_are_refused(calibration, tmp_path):
+    nan, falling = calibration.table.clone(), calibration.table.clone()
+    nan[1, 2, 3], falling[0, 0, 50] = float("nan"), 1e9
+    file = tmp_path / "c.safetensors"
+    for changes, sentence in (
+            ({"thresholds": nan}, "must be finite"), ({"thresholds": falling}, "must be finite"),
+            ({"thresholds": -calibration.table - 1}, "must be finite"), ({"thresholds": None}, "thresholds"),
+            ({"thresholds": calibration.table[:1]}, "expected F32"), ({"thresholds": calibration.table.double()}, "expected F32"),
+            ({"sparsities": calibration.sparsities * 2}, "must lie in"), ({"sparsity_grid": GRID / 2}, "must lie in"),
+            ({"format": "2"}, "format"), ({"format": None}, "format"), ({"fingerprint": "{}"}, "another model")):
+        save_file(*[damaged(calibration, **changes)[0], file, damaged(calibration, **changes)[1]])
+        with pytest.raises(CalibrationError, match=sentence) as raised:
+            Calibration.load(file, CONFIG)
+        assert "\n" not in str(raised.value)
+    calibration.save(file)
+    for content in (b"", b"hello", file.read_bytes()[:-8], b"\xff" * 8 + file.read_bytes()[8:]):
+        file.write_bytes(content)
+        with pytest.raises(CalibrationError, match="cannot read"):
+            Calibration.load(file, CONFIG)
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(CalibrationError, match="cannot read"):
+            Calibration.load(path, CONFIG)
+
+
+def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert find(model) is None
+    calibration.metadata["source"] = "cache"
+    calibration.save(calibrate.cache_path(model))
+    assert find(model).metadata["source"] == "cache" and find(model, folder=tmp_path).metadata["source"] == "cache"
+    assert find(tiny(seed=1)) is None  # a fine-tune of the same shape
+    calibration.metadata["source"] = "beside"
+    calibration.save(tmp_path / "calibration.safetensors")
+    assert find(model, folder=tmp_path).metadata["source"] == "beside"
+    with pytest.raises(CalibrationError, match="cannot read"):
+        find(model, path=tmp_path / "nowhere")
+
+
+def test_every_calibration_of_the_repository_loads():
+    files = sorted((Path(calibrate.__file__).parent / "calibrations").glob("*.safetensors"))
+    assert files
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        numbers = json.loads(metadata["fingerprint"])
+        config = Config("llama", **numbers)
+        calibration = Calibration.load(file, config)
+        assert metadata["allocation"] in calibrate.ALLOCATIONS and metadata["source"]
+        for sparsity in (0.2, 0.5, 0.9):
+            reached = calibration.expected(sparsity).mean(0).double() @ byte_shares(config)
+            assert reached.item() == pytest.approx(sparsity, abs=0.001)
+
+
+# ---------------------------------------------------------------- the tables published with TEAL
+
+def test_teal_tables(tmp_path):
+    """Thresholds read from quantiles are those our code finds in a histogram with the same quantiles."""
+    file = tmp_path / "Llama-2-7B.npz"
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4, 50_000, generator=generator).abs() * torch.tensor([[1.0], [0.1], [0.5], [0.02]])
+    quantiles = torch.quantile(samples, GRID, dim=1).T  # [4, 96]
+    targets = np.arange(1, 19) / 20
+    greedy = np.broadcast_to(targets[:, None], (32, 18, 7)).copy()
+    greedy[:, :, 1] = 9.0  # as published for k of Llama-3-70B
+    np.savez(file, sparsity_grid=GRID, magnitude_quantiles=quantiles.expand(32, -1, -1), target_grid=targets,
+             greedy_sparsity=greedy.astype(np.float32))
+    counts = torch.stack([torch.bincount(row.view(torch.int32) >> 16, minlength=BINS) for row in samples])
+    for allocation in ("uniform", "greedy"):
+        calibration = calibrate.from_teal(file, allocation)
+        ours = quantile(counts[SITE_OF], calibration.sparsities[5])
+        reached = (samples[SITE_OF][:, None] <= torch.stack([ours, calibration.table[5]])[:, :, ::19, None].transpose(0, 1).reshape(7, -1, 1)).float().mean(-1)
+        assert (reached[:, :6] - reached[:, 6:]).abs().max() < 1e-3
+    assert calibration.sparsities.max() <= 0.95 and "FasterDecoding" in calibration.metadata["licence"]
+    with pytest.raises(CalibrationError, match="Llama-2-13B"):
+        calibrate.from_teal(tmp_path / "GPT-2.npz", "uniform")
+
+
+# ---------------------------------------------------------------- the command line
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    eos_ids, bos_id, has_chat_template = frozenset({0}), None, False
+
+    def encode(self, text, bos=True):
+        return [ord(letter) % CONFIG.vocab_size for letter in text]
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch, capsys):
+    """Runs the script in this process -> (exit code, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(checkpoint, "load", lambda *args, **options: (model, Letters()))
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 12)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["calibrate.py", "--device", "cpu", "--window", "64", *map(str, arguments)])
+        try:
+            calibrate.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("allocation", calibrate.ALLOCATIONS)
+def test_calibrating_on_a_text(run, tmp_path, allocation, monkeypatch):
+    monkeypatch.setattr(calibrate, "STEP", 0.1)
+    code, out, err = run("--text", tmp_path / "text", "--tokens", 200, "--allocation", allocation, "--out", tmp_path / "c")
+    assert code == 0 and out.strip() == str(tmp_path / "c"), err
+    metadata = Calibration.load(tmp_path / "c", CONFIG).metadata
+    assert (metadata["allocation"], metadata["tokens"], metadata["window"]) == (allocation, "192", "64")
+
+
+def test_calibrating_on_what_the_model_writes(run, model):
+    assert run("--tokens", 128, "--seed", 3, "--allocation", "uniform")[0] == 0
+    assert find(model).metadata["source"] == "self-written, seed 3"
+    texts = [calibrate.write_text(model, Letters(), 100, seed) for seed in (3, 3, 4)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2]) and len(texts[0]) == 100
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--text", "nowhere.txt"], "nowhere.txt"),
+    (["--text", __file__, "--window", 1 << 20], "is outside 9 to 2048"),
+    (["--text", __file__, "--window", 8], "is outside 9 to 2048"),
+    (["--text", __file__, "--tokens", 63], "63 tokens do not fill one window of 64"),
+    (["--teal", "Llama-2-7B.npz", "--allocation", "uniform"], "needs --out"),
+    (["--teal", "Llama-2-7B.npz", "--out", "c"], "not fisher"),
+    (["--teal", "GPT-2.npz", "--out", "c", "--allocation", "uniform"], "no model TEAL published"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, sentence):
+    code, out, err = run(*arguments)
+    assert code == 2 and sentence in err and err.count("\n") == 1 and not out

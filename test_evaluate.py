@@ -50,7 +50,7 @@ def test_sparse_scores_are_those_of_decoding_token_by_token(model, windows, cali
     tokens, thresholds = windows[5], calibration.thresholds(0.4)
 
     def project(x, p):
-        return calibrate.masked(x, p, calibrate.parts(thresholds[p.layer], p))
+        return calibrate.masked(x, p, thresholds[p.layer, calibrate.parts(p)])
 
     cache = KVCache(model.config, 64)
     model.forward(tokens[:32], cache, *[project] * all_sparse)
