@@ -80,6 +80,11 @@ def _segments(threshold, n, swiglu):
     return [(n // 2, threshold), (n, threshold)] if swiglu else [(n, threshold)]
 
 
+def _size(w_t):
+    """(K, N) of a matrix w_t, packed or not."""
+    return (w_t.shape[1], w_t.shape[0] * (w_t.shape[2] - 8)) if w_t.dim() == 3 else (w_t.shape[0], w_t.shape[-1])
+
+
 # ---- CPU -----------------------------------------------------------------------------------------------------------
 
 def _gemv_cpu(x, w_t, segments, kept):
@@ -87,11 +92,14 @@ def _gemv_cpu(x, w_t, segments, kept):
 
     Cut every row of w_t into `n_blocks` equal blocks and the same memory is a table [K * n_blocks, N / n_blocks]. One
     bag sums one block of columns, so each segment can have its own kept rows, and the bags run on several threads.
+    Packed int8 has been cut already, into [n_blocks, K, width + 8] bytes: see `sparse_gemv`.
     """
-    k, n = w_t.shape
+    k, n = _size(w_t)
+    packed = w_t.dtype == torch.uint8
     segments = tuple((end, float(t)) for end, t in segments)
-    n_blocks, rows, starts, thresholds, first_blocks = _bags(k, n, segments, torch.get_num_threads())
-    weights = x.expand(n_blocks, k).reshape(-1)  # [n_blocks * K], as rows
+    n_blocks, rows, starts, thresholds, first_blocks = _bags(
+        k, n, segments, torch.get_num_threads(), n // w_t.shape[0] if packed else None)
+    weights = (x.float() if packed else x).expand(n_blocks, k).reshape(-1)  # [n_blocks * K], as rows
     if thresholds is not None:
         entries = (x.float().abs() <= thresholds).logical_not_().view(-1).nonzero().view(-1)
         rows, weights = rows.index_select(0, entries), weights.index_select(0, entries)
@@ -100,20 +108,39 @@ def _gemv_cpu(x, w_t, segments, kept):
         ends, counts = [*starts.tolist(), len(rows)], kept.numpy()  # the same memory, with far cheaper scalars
         for i, block in enumerate(first_blocks):
             counts[i] += ends[block + 1] - ends[block]
-    table = w_t.view(k * n_blocks, n // n_blocks)
+    table = w_t.view(k * n_blocks, -1)
+    if packed:
+        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            table, rows, starts, per_sample_weights=weights).view(n)
     return torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0].view(n)
 
 
+def _gemv_cpu_int8(x, w_t, segments, kept):
+    """`_gemv_cpu` for int8 that is not packed: simple, and slow, because it copies the kept rows as float32 first."""
+    y, start = [], 0
+    for i, (end, t) in enumerate(segments):
+        rows = (x.float().abs() <= t).logical_not_().nonzero().view(-1)
+        if kept is not None:
+            kept[i] += len(rows)
+        y.append(x[rows].float() @ w_t[rows, start:end].float())
+        start = end
+    return torch.cat(y)
+
+
 @functools.lru_cache(maxsize=None)
-def _bags(k, n, segments, n_threads):
+def _bags(k, n, segments, n_threads, packed_width):
     """What does not depend on x: the number of blocks, each bag's table rows and where it starts, the threshold of
     every block [n_blocks, 1] (None to keep everything), and the first block of every segment."""
-    if len({t for _, t in segments}) == 1:  # a mask for all: as many blocks as threads
+    if packed_width is not None:
+        width = packed_width
+    elif len({t for _, t in segments}) == 1:  # a mask for all: as many blocks as threads
         width = n // math.gcd(n, n_threads)
     else:
         width = functools.reduce(math.gcd, [end for end, _ in segments])
     n_blocks = n // width
-    rows = (torch.arange(k) * n_blocks + torch.arange(n_blocks)[:, None]).view(-1)  # [n_blocks * K], bag after bag
+    rows = torch.arange(n_blocks * k)  # bag after bag, as packed weights lie; others interleave the blocks
+    if packed_width is None:
+        rows = (torch.arange(k) * n_blocks + torch.arange(n_blocks)[:, None]).view(-1)
     starts = torch.arange(0, n_blocks * k, k)
     thresholds = torch.tensor([[next(t for end, t in segments if block * width < end)] for block in range(n_blocks)])
     first_blocks = [start // width for start in (0, *(end for end, _ in segments[:-1]))]
@@ -257,6 +284,8 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=F
 
     x:         [K], [1, K] or [1, 1, K]; float32, float16 or bfloat16
     w_t:       [K, N], contiguous; x's dtype, or int8 with a `scale`. Rows of dropped k are never read.
+               On the CPU int8 is fast only packed: uint8 [blocks, K, width + 8], block b holding columns b * width,
+               b * width + 1, ... as w + 128, and the bytes of the two float32 numbers 1 and -128 after every row.
     threshold: a float; or a one-element float32 tensor on x's device, so that it can change under a captured graph;
                or up to three (end column, threshold) segments, when w_t holds several matrices side by side.
                A negative threshold keeps everything.
@@ -272,17 +301,18 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=F
     same inputs give the same bits. With `out` given, a GPU call neither allocates nor synchronises. Raises ValueError
     naming the argument for shapes, dtypes, strides or devices that do not fit.
     """
-    segments = _segments(threshold, w_t.shape[-1], swiglu)
+    _, n = _size(w_t)
+    segments = _segments(threshold, n, swiglu)
     _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept)
-    n_out = w_t.shape[1] // 2 if swiglu else w_t.shape[1]
+    n_out = n // 2 if swiglu else n
     flat = x.reshape(-1)
-    if x.is_cuda or INTERPRETED:
+    if (x.is_cuda or INTERPRETED) and w_t.dtype != torch.uint8:
         if out is None:
             out = torch.empty(*x.shape[:-1], n_out, dtype=x.dtype, device=x.device)
         return _gemv_gpu(flat, w_t, segments, scale, bias, norm, swiglu, residual, out, kept)
     if norm is not None:
         flat = F.rms_norm(flat, flat.shape, *norm)
-    y = _gemv_cpu(flat, w_t, segments, kept)
+    y = (_gemv_cpu_int8 if w_t.dtype == torch.int8 else _gemv_cpu)(flat, w_t, segments, kept)
     if scale is not None:
         y = y * scale
     if bias is not None:
@@ -300,22 +330,25 @@ def _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
     def refuse(name, value, wanted):
         raise ValueError(f"sparse_gemv: {name} is {value}; expected {wanted}")
 
-    if w_t.dim() != 2 or not w_t.is_contiguous():
+    packed = w_t.dtype == torch.uint8
+    if w_t.dim() != (3 if packed else 2) or not w_t.is_contiguous():
         refuse("w_t", f"{tuple(w_t.shape)} with strides {w_t.stride()}", "a contiguous matrix [K, N]")
-    k, n = w_t.shape
+    k, n = _size(w_t)
     if x.shape[-1:] != (k,) or x.numel() != k:
         refuse("x's shape", tuple(x.shape), f"[{k}] or [1, {k}], for w_t has {k} rows")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         refuse("x's dtype", x.dtype, "torch.float32, torch.float16 or torch.bfloat16")
-    if w_t.dtype != x.dtype and w_t.dtype != torch.int8:
+    if w_t.dtype not in (x.dtype, torch.int8) and not (packed and x.device.type == "cpu"):
         refuse("w_t's dtype", w_t.dtype, f"x's dtype, {x.dtype}, or torch.int8")
-    if w_t.dtype == torch.int8 and scale is None:
+    if w_t.dtype in (torch.int8, torch.uint8) and scale is None:
         refuse("scale", None, f"a tensor [{n}], for w_t is int8")
     if w_t.device != x.device:
         refuse("w_t's device", w_t.device, f"x's device, {x.device}")
     ends = [end for end, _ in segments]
     if len(ends) > 3 or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != n:
         refuse("threshold's list of ends", ends, f"up to three ascending ends, the last at w_t's {n} columns")
+    if packed and any(end % (n // w_t.shape[0]) for end in ends):
+        refuse("threshold's list of ends", ends, f"multiples of {n // w_t.shape[0]}, the width of w_t's blocks")
     if swiglu and ends != [n // 2, 2 * (n // 2)]:
         refuse("threshold's list of ends", ends, f"[{n // 2}, {2 * (n // 2)}], gate and up, with swiglu")
     for _, t in segments:
