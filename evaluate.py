@@ -186,6 +186,7 @@ def main():
     parser.add_argument("--json", help="file for the results; an interrupted run continues from it")
     parser.add_argument("--plot", help="file for a plot of perplexity against sparsity")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--quantize", choices=("int8",), help="evaluate the model with int8 weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
@@ -198,7 +199,7 @@ def main():
 def run(args):
     from checkpoint import load
 
-    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, quantize=args.quantize)
     if not 4 <= args.window <= model.config.context:
         raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this model's context")
     tokens = torch.tensor(tokenizer.encode(Path(args.text).read_text(encoding="utf-8")))
@@ -207,7 +208,7 @@ def run(args):
     tasks = [("dense", 0.0, None)] if 0 in args.sparsity else []
     for name, calibration in find_calibrations(model, args.calibration, args.allocation).items():
         tasks += [(name, s, calibration.thresholds(s)) for s in sorted(set(args.sparsity)) if s != 0]
-    settings = (calibrate.weights_digest(model), args.dtype, args.window, args.all_sparse)
+    settings = (calibrate.weights_digest(model), args.dtype, model.quantize, args.window, args.all_sparse)
     rows = []
     for name, sparsity, table in tasks:
         measured = hashlib.sha256(repr((settings, name, sparsity)).encode() + windows.numpy().tobytes())

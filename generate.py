@@ -81,20 +81,20 @@ class Session:
         self.full = False  # whether the last generation ended because the context did
         self.stats = Stats()
         self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64, device=model.device)
-        if thresholds is None:
-            thresholds = torch.full(self.kept.shape, -1.0)
-        # Segments (end column, threshold) of every fused matrix, and where the rows kept for each are counted.
+        # For every fused matrix, segments (end column, threshold) and where the rows kept for each are counted.
         self.segments = {}
-        for layer, row, kept in zip(model.layers, thresholds.tolist(), self.kept):
+        for layer, row, kept in zip(model.layers, [] if thresholds is None else thresholds.tolist(), self.kept):
             for site, names in SITES.items():
                 columns = slice(PROJECTIONS.index(names[0]), PROJECTIONS.index(names[-1]) + 1)
                 p = getattr(layer, site)
                 self.segments[p] = tuple(zip(p.ends, row[columns])), kept[columns]
 
     def multiply(self, x, p):
-        """x [1, K] times a projection -> [1, N], reading only the rows that matter; all of the LM head's."""
+        """x [1, K] times a projection -> [1, N], reading only the rows that matter; all of them without thresholds."""
+        if p is self.model.lm_head and p.w_t.dtype == torch.float32:
+            return dense(x, p)  # at this shape and type, the ordinary product is twice as fast
         threshold, kept = self.segments.get(p, (-1.0, None))
-        return sparse_gemv(x, p.w_t, threshold, bias=p.bias, kept=kept)
+        return sparse_gemv(x, p.w_t, threshold, scale=p.scale, bias=p.bias, kept=kept)
 
     @torch.inference_mode()
     def next_token(self, tokens, project):
@@ -103,7 +103,7 @@ class Session:
         for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK):
             hidden = model.forward(chunk, self.cache, project)
         self.tokens += tokens
-        return sample(model.logits(hidden[-1:], project)[0], *self.sampling).item()
+        return sample(model.logits(hidden[-1:], self.multiply)[0], *self.sampling).item()
 
     def generate(self, prompt, max_new_tokens):
         """A generator of the token ids that continue `prompt`, a list of ids, up to and without a stop token.
@@ -138,11 +138,11 @@ class Session:
             if self.full:
                 return
             start = time.perf_counter()
-            self.kept.zero_()
             token = self.next_token([token], self.multiply)
             stats.decode_seconds += time.perf_counter() - start
             stats.steps += 1
             stats.kept = stats.kept + self.kept
+            self.kept.zero_()
             seen = min(cache.length, self.model.config.sliding_window or cache.length)
             stats.cache_bytes += seen * 2 * cache.k[:, :, 0].nbytes
 
@@ -160,9 +160,12 @@ class Session:
         """(bytes of the blocks' weights read by all decode steps so far, bytes that one dense step reads)"""
         row_bytes, size = [], 0  # of one row of each projection
         for site in SITES:
-            p = getattr(self.model.layers[0], site)
-            row_bytes += [width * p.w_t.element_size() for width in p.widths]
-            size += p.w_t.nbytes * len(self.model.layers)
+            in_features, widths = self.model.config.shapes(site)
+            itemsize = getattr(self.model.layers[0], site).w_t.element_size()
+            row_bytes += [width * itemsize for width in widths]
+            size += in_features * sum(widths) * itemsize * len(self.model.layers)
+        if not self.segments:
+            return size * self.stats.steps, size
         return (self.stats.kept.cpu().sum(0) * torch.tensor(row_bytes)).sum().item(), size
 
 
@@ -265,6 +268,7 @@ def parse_args():
     add("--model", metavar="M", help="Hugging Face folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
         help="of weights and arithmetic (default: %(default)s)")
+    add("--quantize", choices=("int8",), help="hold the weights as int8: half the bytes of bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--context", type=number(int, 1, many), metavar="N",
         help="longest text, prompt and answers, that memory is set aside for (default: the model's longest)")
@@ -306,7 +310,8 @@ def parse_args():
 def run(args):
     """Load, generate, and say on standard error how it went."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, context=args.context)
+    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, quantize=args.quantize,
+                            context=args.context)
     context, ids = model.config.context, []
     if not args.chat:
         use_template = tokenizer.has_chat_template and not args.raw

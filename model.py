@@ -273,7 +273,7 @@ class Model:
     """
 
     def __init__(self, config, dtype=torch.float32, device="cpu", quantize=None):
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.config, self.dtype, self.device, self.quantize = config, dtype, torch.device(device), quantize
         self.shapes = tensor_shapes(config, quantize is not None)
         # The LM head is stored transposed like every other matrix; a tied embedding is then its columns, unless they
         # are quantized: the look-up keeps its precision.
