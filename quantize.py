@@ -25,6 +25,9 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
 
 METHOD = "nanoteal-int8"  # marks config.json
 PIECE = 1 << 22  # weights turned to float32 at a time
@@ -86,3 +89,82 @@ def unpack(packed, start, end):
     width = packed.shape[2] - 8
     blocks = packed[start // width:end // width, :, :width] ^ 128  # [blocks, K, width]
     return blocks.view(torch.int8).transpose(0, 1).flatten(1)
+
+
+# ---------------------------------------------------------------- a folder of its own
+
+def write_folder(checkpoint, out):
+    """Quantize an open `checkpoint.Checkpoint` into the new folder `out`, in the form that `checkpoint.load` reads.
+
+    Tensor by tensor, in files of about SHARD bytes, so that no model is ever too large for the memory. The folder
+    appears under its name when it is complete. Raises ValueError if it exists and is not empty, cannot be written, or
+    if a weight is not finite.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        weight_map, shard = {}, {}  # tensor name -> file name; the tensors of the file that comes next
+
+        def write_json(name, value):
+            (temporary / name).write_text(json.dumps(value, indent=1) + "\n")
+
+        def flush():
+            file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+            save_file(shard, temporary / file, {"format": "pt"})
+            shutil.copymode(temporary / "config.json", temporary / file)  # save_file makes it unreadable for others
+            weight_map.update(dict.fromkeys(shard, file))
+            shard.clear()
+
+        write_json("config.json", checkpoint.config_json | {"quantization_config": {"quant_method": METHOD}})
+        for name, tensor in tqdm(checkpoint.tensors, "quantizing", len(checkpoint.shapes), unit="tensor", leave=False,
+                                 disable=None):
+            if is_quantized(name):
+                tensor, shard[f"{name}_scale"] = quantize_tensor(tensor, name)
+            shard[name] = tensor
+            if sum(tensor.nbytes for tensor in shard.values()) >= SHARD:
+                flush()
+        if shard:
+            flush()
+        write_json("model.safetensors.index.json", {"weight_map": weight_map})
+
+        tokenizer = checkpoint.tokenizer
+        tokenizer.tokenizer.save(str(temporary / "tokenizer.json"), pretty=False)
+        write_json("tokenizer_config.json", tokenizer.special)
+        write_json("generation_config.json", {"eos_token_id": sorted(tokenizer.eos_ids)})
+        if tokenizer.has_chat_template:
+            (temporary / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8", errors="replace")
+        os.replace(temporary, out)  # over an empty folder, if there is one
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {out} ({getattr(error, 'strerror', None) or error}); make room on the disk or "
+                         "name another folder with --out") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a model with int8 weights into a new folder.")
+    parser.add_argument("--model", help="folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--out", required=True, help="the new folder, to be given to generate.py --model")
+    args = parser.parse_args()
+
+    from checkpoint import open_checkpoint
+
+    try:
+        out = Path(args.out).resolve()
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise ValueError(f"{args.out} exists already; name a new or an empty folder with --out")
+        checkpoint = open_checkpoint(args.model)
+        if checkpoint.quantized:
+            raise ValueError(f"{args.model} is quantized already; quantize the model it was made from")
+        write_folder(checkpoint, out)
+    except (OSError, ValueError) as error:
+        print(f"quantize.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sizes = [sum(file.stat().st_size for file in files) / 1e6 for files in (checkpoint.files, out.iterdir())]
+    print(f"{args.out}: {sizes[1]:.1f} MB, made from {sizes[0]:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
