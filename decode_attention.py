@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-BLOCK_S = 64  # keys a program looks at together, and the shortest chunk
-
 
 def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window=None):
     """The definition of `decode_attention` in plain PyTorch: same arguments, returns [n_heads * head_dim]."""
@@ -51,7 +49,7 @@ def _rotate(ptr, mask, half: tl.constexpr, cos, sin):
 def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr, sums_ptr, stats_ptr,
                              counter_ptr, context, scale,
                              N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                             WINDOW: tl.constexpr, SPLITS: tl.constexpr, GROUP_PADDED: tl.constexpr,
+                             WINDOW: tl.constexpr, SPLITS: tl.constexpr, GROUP_PADDED: tl.constexpr, MEMBERS: tl.constexpr,
                              HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
     """One program: one chunk of the context for one key head and the GROUP query heads that share it."""
     head, split = tl.program_id(0), tl.program_id(1)
@@ -93,7 +91,7 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     biggest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PADDED], tl.float32)
     y = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
-    for s0 in tl.range(start, end, BLOCK_S):
+    for s0 in tl.range(start, end, BLOCK_S, num_stages=2):
         s = s0 + tl.arange(0, BLOCK_S)
         k_rows = k_ptr + s[:, None] * HEAD_DIM + half[None, :]
         k_mask = (s < end)[:, None] & (half < HALF)[None, :]
@@ -123,17 +121,26 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     tl.store(stats_ptr + (slot + g) * 2 + 1, total, mask=g < GROUP)
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
-        i = tl.arange(0, SPLITS)
-        for member in tl.static_range(GROUP):
-            slots = (head * SPLITS + i) * GROUP + member
-            biggests = tl.load(stats_ptr + slots * 2, mask=i < n_chunks, other=float("-inf"), cache_modifier=".cg")
-            totals = tl.load(stats_ptr + slots * 2 + 1, mask=i < n_chunks, other=0.0, cache_modifier=".cg")
-            share = tl.exp(biggests - tl.max(biggests, axis=0))  # [SPLITS]
-            sums = tl.load(sums_ptr + slots[:, None] * HEAD_DIM + dim[None, :],
-                           mask=(i < n_chunks)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg")
-            row = tl.sum(sums * share[:, None], axis=0) / tl.sum(totals * share, axis=0)
-            tl.store(out_ptr + (head * GROUP + member) * HEAD_DIM + dim, row.to(out_ptr.dtype.element_ty),
-                     mask=dim < HEAD_DIM)
+        member = tl.arange(0, MEMBERS)
+        combined = tl.zeros([MEMBERS, DIM_PADDED], tl.float32)
+        weight_sum = tl.zeros([MEMBERS], tl.float32)
+        highest = tl.full([MEMBERS], float("-inf"), tl.float32)
+        for i0 in tl.range(0, n_chunks, 8):
+            i = i0 + tl.arange(0, 8)
+            slots = (head * SPLITS + i)[:, None] * GROUP + member[None, :]  # [8, MEMBERS]
+            chunk_mask = (i < n_chunks)[:, None] & (member < GROUP)[None, :]
+            maxima = tl.load(stats_ptr + slots * 2, mask=chunk_mask, other=float("-inf"), cache_modifier=".cg")
+            totals = tl.load(stats_ptr + slots * 2 + 1, mask=chunk_mask, other=0.0, cache_modifier=".cg")
+            sums = tl.load(sums_ptr + slots[:, :, None] * HEAD_DIM + dim[None, None, :],
+                           mask=chunk_mask[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg")
+            new_highest = tl.maximum(tl.maximum(highest, tl.max(maxima, axis=0)), -1e30)  # finite, also if unused
+            decay, share = tl.exp(highest - new_highest), tl.exp(maxima - new_highest[None, :])
+            weight_sum = weight_sum * decay + tl.sum(totals * share, axis=0)
+            combined = combined * decay[:, None] + tl.sum(sums * share[:, :, None], axis=0)
+            highest = new_highest
+        member_out = out_ptr + (head * GROUP + member)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(member_out, (combined / weight_sum[:, None]).to(out_ptr.dtype.element_ty),
+                 mask=(member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
         tl.store(counter_ptr + head, 0)
 
 
@@ -165,6 +172,7 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, 
         qkv, k_cache, v_cache, out, cos, sin, position, workspace.sums, workspace.stats, workspace.counter,
         context, head_dim ** -0.5,
         N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0, SPLITS=workspace.splits,
-        GROUP_PADDED=max(16, triton.next_power_of_2(group)), HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),
-        BLOCK_S=BLOCK_S, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}))
+        GROUP_PADDED=max(16, triton.next_power_of_2(group)), MEMBERS=triton.next_power_of_2(group),
+        HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),
+        BLOCK_S=128 if head_dim * qkv.element_size() <= 256 else 64, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}))
     return out
