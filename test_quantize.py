@@ -1,0 +1,251 @@
+"""Tests of quantize.py and of everything that multiplies with int8 weights, on tiny random models and the CPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import calibrate
+import checkpoint
+import quantize
+from calibrate import masked
+from generate import generate
+from model import PROJECTIONS, SITES, Config, Model, Projection, dense, tensor_shapes
+from quantize import empty_packed, is_quantized, pack, quantize_tensor, unpack
+from sparse_gemv import sparse_gemv, sparse_gemv_reference
+from test_checkpoint import CONFIG, strings, weights, write_folder, write_gguf
+
+torch.set_num_threads(1)  # tiny products: a second thread would only wait
+
+
+@pytest.fixture(params=[False, True], ids=["own head", "tied"])
+def source(request, tmp_path):
+    """A checkpoint folder of random weights."""
+    config = CONFIG | {"tie_word_embeddings": request.param, "eos_token_id": 2}
+    tensors = {name: tensor.bfloat16() * 0.2 for name, tensor in weights(config).items()}
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return write_folder(tmp_path / "source", config, tensors, tokenizer_config={
+        "bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}, generation_config={"eos_token_id": [2, 5]})
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """A function that runs quantize.py's command line -> (exit code, stderr)."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, args)])
+        code = 0
+        try:
+            quantize.main()
+        except SystemExit as error:
+            code = error.code
+        return code, capfd.readouterr().err
+    return run
+
+
+# ---------------------------------------------------------------- the arithmetic
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n, k", [(1, 1), (7, 33), (50, 4096), (3, quantize.PIECE + 1)])
+def test_rounding_is_off_by_half_a_step_at_most(n, k, dtype):
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype)
+    q, scale = quantize_tensor(weight)
+    assert q.dtype == torch.int8 and q.shape == (n, k) and scale.dtype == torch.float32 and scale.shape == (n,)
+    error = (q.double() * scale.double()[:, None] - weight.double()).abs()
+    assert (error <= scale.double()[:, None] * (0.5 + 1e-5)).all()  # the float32 division is off by some 1e-5 of a step
+    assert (q.abs().amax(1) == 127).all()
+
+
+def test_rows_of_zeros_tiny_and_huge_numbers():
+    row = torch.linspace(-1, 1, 255, dtype=torch.float64)
+    for size in (0.0, 1e-45, 1e-40, 1e-38, 1e-30, 1.0, 1e30, 3.4e38):
+        weight = (row * size).float()[None]
+        q, scale = quantize_tensor(weight)
+        assert scale.isfinite().all() and scale > 0
+        assert ((q.double() * scale - weight.double()).abs() <= scale.double() * (0.5 + 1e-5)).all()
+        if size > 1e-35:
+            assert torch.equal(q, torch.arange(-127, 128)[None]), size
+    q, _ = quantize_tensor(torch.stack((torch.zeros(5), torch.ones(5))))
+    assert q.tolist() == [[0] * 5, [127] * 5]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value, run, tmp_path):
+    tensors = weights()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    folder = write_folder(tmp_path / "source", tensors=tensors)
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight") as raised:
+        checkpoint.load(folder, quantize="int8")
+    assert "\n" not in str(raised.value)
+    code, error = run("--model", folder, "--out", tmp_path / "out")
+    assert code == 2 and error.count("\n") == 1 and "model.layers.1.mlp.up_proj.weight" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# ---------------------------------------------------------------- products
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("k, ends", [(64, (96, 128, 160)), (33, (1000,)), (50, (307,)), (16, (512, 1024)), (5, (1,))])
+def test_packed_products(k, ends, narrow, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    g = torch.Generator().manual_seed(k)
+    q = torch.randint(-127, 128, (k, ends[-1]), dtype=torch.int8, generator=g)  # [K, N]
+    q[0] = -128  # another program's file may hold it
+    packed, start = empty_packed(k, ends, narrow), 0
+    for end in ends:
+        pack(packed, start, q[:, start:end].T.contiguous())
+        start = end
+    assert torch.equal(unpack(packed, 0, ends[-1]), q)
+    assert torch.equal(unpack(packed, *(0, *ends)[-2:]), q[:, (0, *ends)[-2]:])
+
+    scale, bias = torch.rand(ends[-1], generator=g), torch.randn(ends[-1], generator=g)
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        x = torch.randn(1, k, generator=g).to(dtype)
+        x[0, 0] = 0.5
+        for threshold in (-1.0, 0.5, 100.0, torch.tensor([0.7]), [(end, 0.3 * i - 0.1) for i, end in enumerate(ends)]):
+            counts = [torch.zeros(len(threshold) if isinstance(threshold, list) else 1, dtype=torch.int64) for _ in range(3)]
+            wanted = sparse_gemv_reference(x, q, threshold, scale=scale, bias=bias, kept=counts[0])
+            for w_t, kept in ((packed, counts[1]), (q, counts[2])):
+                y = sparse_gemv(x, w_t, threshold, scale=scale, bias=bias, kept=kept)
+                assert y.dtype == dtype and y.shape == (1, ends[-1]) and torch.equal(kept, counts[0])
+                torch.testing.assert_close(y[0], wanted, rtol=rtol, atol=rtol * 127 * 5)
+
+
+def test_packed_products_refuse_what_does_not_fit():
+    packed, x, scale = empty_packed(16, (32, 96)), torch.randn(16), torch.ones(96)
+    for args, options, name in (
+            ((x, packed, 0.1), {}, "scale"), ((x[:8], packed, 0.1), {"scale": scale}, "x's shape"),
+            ((x, packed[0], 0.1), {"scale": scale}, "w_t"), ((x, packed[:, ::2], 0.1), {"scale": scale}, "w_t"),
+            ((x, packed, [(40, 0.1), (96, 0.2)]), {"scale": scale}, "threshold")):
+        with pytest.raises(ValueError, match=name):
+            sparse_gemv(*args, **options)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_dense_products_in_pieces(dtype, tolerance, monkeypatch):
+    torch.manual_seed(0)
+    p = Projection(0, "qkv", 64, (96, 32, 32), True, dtype, "cpu", "int8")
+    parts = [torch.randn(width, 64) for width in p.widths]
+    for part, end in zip(parts, p.ends):
+        p.put("q_proj.weight", end - len(part), part)
+        p.put("q_proj.bias", end - len(part), torch.randn(len(part)))
+    x = torch.randn(20, 64).to(dtype)
+    wanted = torch.cat([torch.mul(*(t if t.dim() == 2 else t[:, None] for t in quantize_tensor(part))) for part in parts])
+    torch.testing.assert_close(p.weight(96, 160, dtype), wanted.T[:, 96:].to(dtype), rtol=1e-6, atol=0)
+    wanted = x.double() @ wanted.T.double() + p.bias.double()
+    for piece in (quantize.PIECE, 1, 64 * 50):
+        monkeypatch.setattr("model.PIECE", piece)
+        torch.testing.assert_close(dense(x, p).double(), wanted, rtol=tolerance, atol=tolerance * 10)
+    torch.testing.assert_close(masked(x, p, [-1.0] * 3).double(), wanted, rtol=tolerance, atol=tolerance * 10)
+
+
+# ---------------------------------------------------------------- models and folders
+
+def plain(model, folder):
+    """An unquantized float32 model whose weights are those that the int8 model's stand for."""
+    result, tensors = Model(model.config), {name: tensor.float() for name, tensor in checkpoint.open_checkpoint(folder).tensors}
+    for name, tensor in tensors.items():
+        result.put(name, tensor)
+    for layer, quantized in zip(result.layers, model.layers):
+        for site in SITES:
+            p = getattr(quantized, site)
+            getattr(layer, site).w_t.copy_(p.weight(0, p.ends[-1], torch.float32))
+    result.embedding = tensors["model.embed_tokens.weight"]
+    result.lm_head.w_t = model.lm_head.weight(0, model.config.vocab_size, torch.float32)
+    return result
+
+
+def test_the_int8_model_is_a_model_with_rounded_weights(source):
+    model, _ = checkpoint.load(source, quantize="int8")
+    assert model.quantize == "int8" and model.lm_head.w_t.dtype == torch.uint8 and model.embedding.dtype == torch.float32
+    wanted, tokens = plain(model, source), torch.randint(320, (32,), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.logits(model.forward(tokens)), wanted.logits(wanted.forward(tokens)), rtol=1e-4, atol=1e-4)
+
+    thresholds = calibrate.calibrate(wanted, tokens.repeat(2), 32, "fisher").thresholds(0.5)
+    torch.testing.assert_close(calibrate.calibrate(model, tokens.repeat(2), 32, "fisher").thresholds(0.5), thresholds, rtol=1e-3, atol=1e-4)
+    prompt = tokens[:8].tolist()
+    for table in (None, thresholds):
+        assert list(generate(model, prompt, 24, thresholds=table)) == list(generate(wanted, prompt, 24, thresholds=table))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_is_the_same_model_as_quantizing_while_loading(source, tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(quantize, "SHARD", 20_000)  # bytes: several files
+    opened = checkpoint.open_checkpoint(source)
+    quantize.write_folder(opened, tmp_path / "out")
+    written = checkpoint.open_checkpoint(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and sorted(os.listdir(tmp_path)) == ["out", "source"]
+    assert written.quantized and written.config == opened.config
+
+    (model, tokenizer), (wanted, theirs) = checkpoint.load(tmp_path / "out", dtype=dtype), checkpoint.load(source, dtype=dtype, quantize="int8")
+    for ours, other in zip((model, *model.layers), (wanted, *wanted.layers)):
+        for name, value in vars(ours).items():
+            if isinstance(value, Projection):
+                assert torch.equal(value.w_t, vars(other)[name].w_t) and torch.equal(value.scale, vars(other)[name].scale)
+            elif isinstance(value, torch.Tensor):
+                assert torch.equal(value, vars(other)[name])
+    assert list(generate(model, [1, 50, 60], 32)) == list(generate(wanted, [1, 50, 60], 32))
+    assert tokenizer.eos_ids == theirs.eos_ids == {2, 5} and tokenizer.special == theirs.special
+    assert tokenizer.chat([{"role": "user", "content": "the"}]) == theirs.chat([{"role": "user", "content": "the"}])
+    assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50))
+
+
+def test_a_gguf_file_becomes_a_folder(run, tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    code, error = run("--model", tmp_path / "m.gguf", "--out", tmp_path / "new" / "out")
+    assert code == 0 and error == ""
+    model, tokenizer = checkpoint.load(tmp_path / "new" / "out")
+    wanted, theirs = checkpoint.load(tmp_path / "m.gguf", quantize="int8")
+    assert torch.equal(model.lm_head.w_t, wanted.lm_head.w_t) and torch.equal(model.layers[1].qkv.w_t, wanted.layers[1].qkv.w_t)
+    assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50)) and tokenizer.eos_ids == theirs.eos_ids
+
+
+def test_files_hold_int8_and_nothing_twice(source, tmp_path):
+    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "out")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model-00001.safetensors")
+    config = Config.from_hf(checkpoint.read_json(tmp_path / "out" / "config.json"))
+    assert {name: tuple(tensor.shape) for name, tensor in after.items()} == tensor_shapes(config, quantized=True)
+    for name, tensor in before.items():
+        assert after[name].dtype == (torch.int8 if is_quantized(name) else tensor.dtype)
+    assert sum(is_quantized(name) for name in before) == 2 * len(PROJECTIONS) + (not config.tie_embeddings)
+    assert (tmp_path / "out" / "model-00001.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path):
+    source = write_folder(tmp_path / "source")
+    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    for model, out, words in ((source, "int8", "exists already"), (source, "file", "exists already"),
+                              (source, "file/out", "cannot write"), (tmp_path / "int8", "twice", "quantized already"),
+                              (tmp_path / "nowhere", "out", "does not exist")):
+        code, error = run("--model", model, "--out", tmp_path / out)
+        assert code == 2 and error.count("\n") == 1 and words in error, error
+        assert sorted(os.listdir(tmp_path)) == before
+    assert run("--model", source, "--out", tmp_path / "empty") == (0, "")
+    checkpoint.load(tmp_path / "empty")
+
+
+def test_a_full_disk(tmp_path):
+    source = write_folder(tmp_path / "source")
+    for kib in (0, 30):  # no file can grow beyond: config.json fails, the weights fail
+        command = f"ulimit -f {kib}; exec '{sys.executable}' -B quantize.py --model '{source}' --out '{tmp_path}/out'"
+        done = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done.stderr
+        assert os.listdir(tmp_path) == ["source"]
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    source = write_folder(tmp_path / "source")
+    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
+    shutil.copy(source / "model.safetensors", tmp_path / "int8" / "model.safetensors")  # floats under the int8 config
+    with pytest.raises(checkpoint.CheckpointError, match="weight_scale is missing"):
+        checkpoint.open_checkpoint(tmp_path / "int8")
+    shutil.copy(tmp_path / "int8" / "model-00001.safetensors", source / "model.safetensors")  # int8 under a plain config
+    with pytest.raises(checkpoint.CheckpointError, match="unexpected tensor"):
+        checkpoint.open_checkpoint(source)
