@@ -158,8 +158,18 @@ def _to_float32(w):
 
 
 @triton.jit
-def _add_rows(total, n_kept, x, k, threshold, w_ptr, n, end, K: tl.constexpr, N: tl.constexpr,
-              ALL_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_x(x_ptr, norm_ptr, k, inverse_rms, K: tl.constexpr, NORM: tl.constexpr):
+    """x[k], normalised and rounded to x's dtype as a separate RMSNorm would leave it, as float32; 0 from K on."""
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
+    if NORM:
+        weight = tl.load(norm_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
+        x = (x.to(tl.float32) * inverse_rms * weight.to(tl.float32)).to(x.dtype)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _add_rows(total, x, k, threshold, w_ptr, n, end, K: tl.constexpr, N: tl.constexpr, ALL_COLUMNS: tl.constexpr,
+              BLOCK_K: tl.constexpr):
     """total [BLOCK_K, BLOCK_N] += x[k] * w_t[k, n] for the kept k; w_ptr is the first of these rows.
 
     Columns at `end` and beyond count as 0.
@@ -173,7 +183,7 @@ def _add_rows(total, n_kept, x, k, threshold, w_ptr, n, end, K: tl.constexpr, N:
     offsets = tl.arange(0, BLOCK_K)[:, None] * N + n[None, :]  # 32 bits do within a tile, if not within the matrix
     w = tl.load(w_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
     x = tl.where(keep, x, 0.0)  # a dropped infinity must not meet the zeros that stand in for its row
-    return total + _to_float32(w) * x[:, None], n_kept + keep.to(tl.int32)
+    return total + _to_float32(w) * x[:, None]
 
 
 @triton.jit
@@ -197,11 +207,11 @@ def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, re
                         PDL: tl.constexpr):
     """One program: BLOCK_N columns of the output. Columns [0, END0), [END0, END1), [END1, N) have own thresholds."""
     # Tiles never straddle two segments: find this program's segment, and its tile within it.
-    tile = tl.program_id(0)
+    program = tl.program_id(0)
     tiles0: tl.constexpr = (END0 + BLOCK_N - 1) // BLOCK_N
     tiles1: tl.constexpr = tiles0 + (END1 - END0 + BLOCK_N - 1) // BLOCK_N
-    segment = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
-    tile -= tl.where(segment == 0, 0, tl.where(segment == 1, tiles0, tiles1))
+    segment = (program >= tiles0).to(tl.int32) + (program >= tiles1).to(tl.int32)
+    tile = program - tl.where(segment == 0, 0, tl.where(segment == 1, tiles0, tiles1))
     start = tl.where(segment == 0, 0, tl.where(segment == 1, END0, END1))
     end = tl.where(segment == 0, END0, tl.where(segment == 1, END1, N))
     n = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -221,22 +231,33 @@ def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, re
         hidden = tl.load(x_ptr + every_k, mask=every_k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(hidden * hidden) / K + eps)
 
+    if COUNT:
+        if program == tl.num_programs(0) - 1:  # one program more than there are tiles counts the kept rows, while the others work
+            count0 = tl.zeros([1024], tl.int32)
+            count1 = tl.zeros([1024], tl.int32)
+            count2 = tl.zeros([1024], tl.int32)
+            for first in tl.range(0, K, 1024):
+                k = first + tl.arange(0, 1024)
+                magnitude = tl.abs(_load_x(x_ptr, norm_ptr, k, inverse_rms, K, NORM))
+                count0 += ((k < K) & ~(magnitude <= threshold0)).to(tl.int32)
+                count1 += ((k < K) & ~(magnitude <= threshold1)).to(tl.int32)
+                count2 += ((k < K) & ~(magnitude <= threshold2)).to(tl.int32)
+            tl.store(kept_ptr, tl.load(kept_ptr) + tl.sum(count0))
+            if END0 < N:
+                tl.store(kept_ptr + 1, tl.load(kept_ptr + 1) + tl.sum(count1))
+            if END1 < N:
+                tl.store(kept_ptr + 2, tl.load(kept_ptr + 2) + tl.sum(count2))
+            return
+
     total = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    n_kept = tl.zeros([BLOCK_K], tl.int32)
     if SWIGLU:  # the two segments are gate and up, equally wide; this program makes the same columns of both
         total_up = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-        n_kept_up = tl.zeros([BLOCK_K], tl.int32)
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
-        if NORM:
-            weight = tl.load(norm_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
-            x = (x.to(tl.float32) * inverse_rms * weight.to(tl.float32)).to(x.dtype)  # rounded as RMSNorm leaves it
-        x = x.to(tl.float32)
-        total, n_kept = _add_rows(total, n_kept, x, k, threshold, w_ptr, n, end, K, N, ALL_COLUMNS, BLOCK_K)
+        x = _load_x(x_ptr, norm_ptr, k, inverse_rms, K, NORM)
+        total = _add_rows(total, x, k, threshold, w_ptr, n, end, K, N, ALL_COLUMNS, BLOCK_K)
         if SWIGLU:
-            total_up, n_kept_up = _add_rows(total_up, n_kept_up, x, k, threshold1, w_ptr, END0 + n, END0 + end,
-                                            K, N, ALL_COLUMNS, BLOCK_K)
+            total_up = _add_rows(total_up, x, k, threshold1, w_ptr, END0 + n, END0 + end, K, N, ALL_COLUMNS, BLOCK_K)
         w_ptr += BLOCK_K * N
 
     y = _finish(total, n, end, scale_ptr, bias_ptr, SCALE, BIAS)
@@ -246,12 +267,6 @@ def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, re
     if RESIDUAL:
         y += tl.load(residual_ptr + n, mask=n < end, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < end)
-    if COUNT:
-        if tile == 0:  # one program a segment counts, so no two touch the same counter
-            counter = kept_ptr + segment
-            tl.store(counter, tl.load(counter) + tl.sum(n_kept))
-            if SWIGLU:
-                tl.store(kept_ptr + 1, tl.load(kept_ptr + 1) + tl.sum(n_kept_up))
 
 
 def _launch_shape(n, itemsize, swiglu):
@@ -263,11 +278,10 @@ def _launch_shape(n, itemsize, swiglu):
     """
     n_out = n // 2 if swiglu else n
     block_n = max(16, min(64 if n_out > 16384 else 32, triton.next_power_of_2(n_out // 192)))
-    programs, stages = n_out // block_n, 3
-    block_k, warps = (512, 8) if programs <= 132 else (256, 4)
-    if swiglu:  # two tiles at once
-        block_k, warps = 128, 8 if programs <= 400 else 4
-    while block_k * block_n * itemsize * (stages - 1) * (2 if swiglu else 1) > 100_000:  # of 227 KB an SM
+    programs, tiles, stages = n_out // block_n, 2 if swiglu else 1, 3
+    block_k, warps = 512, 8 if programs <= 132 else 4
+    # At most 64 sums a thread, in registers, and 100 KB of the 227 KB of shared memory an SM has.
+    while tiles * block_k * block_n > 64 * 32 * warps or tiles * block_k * block_n * itemsize * (stages - 1) > 100_000:
         block_k //= 2
     return block_n, block_k, warps, stages
 
@@ -284,7 +298,7 @@ def _gemv_gpu(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
     thresholds = [t for _, t in segments] + [segments[-1][1]] * (3 - len(segments))
     block_n, block_k, warps, stages = _launch_shape(n, w_t.element_size(), swiglu)
     widths = (ends[0],) if swiglu else (ends[0], ends[1] - ends[0], n - ends[1])
-    grid = (sum(triton.cdiv(width, block_n) for width in widths),)
+    grid = (sum(triton.cdiv(width, block_n) for width in widths) + (kept is not None),)
     norm_weight, eps = norm if norm is not None else (None, 0.0)
     pdl = _supports_pdl(x.device)
     _sparse_gemv_kernel[grid](
