@@ -99,7 +99,8 @@ def _gemv_cpu(x, w_t, segments, kept):
     weights = (x.float() if packed else x).expand(n_blocks, k).reshape(-1)  # [n_blocks * K], as rows
     if thresholds is not None:
         entries = (x.float().abs() <= thresholds).logical_not_().view(-1).nonzero().view(-1)
-        rows, weights = rows.index_select(0, entries), weights.index_select(0, entries)
+        rows = entries if packed else rows.index_select(0, entries)
+        weights = weights.index_select(0, entries)
         starts = torch.searchsorted(entries, starts)
     if kept is not None:
         ends, counts = [*starts.tolist(), len(rows)], kept.numpy()  # the same memory, with far cheaper scalars
