@@ -12,6 +12,7 @@ block's output least (TEAL: Liu et al. 2024, arXiv:2408.14690, sections 4.1-4.3,
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -35,6 +36,10 @@ BINS = 0x7F80  # a float32 magnitude cut to its upper 16 bits: one bin for each 
 EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << 16).view(torch.float32)  # bin i holds [EDGES[i], EDGES[i + 1])
 STEP = 0.01  # of greedy, in shares of a block's bytes
 MOST = 0.99  # the highest sparsity of one projection
+PROMPTS = ("Tell me about the history of a city.", "Explain how an engine works.", "Write a short story.",
+           "What have scientists found out about the sea?", "Describe the life of a famous musician.",
+           "How do I cook a good soup?", "Write a function that sorts a list, and explain it.",
+           "What should I know about money?")  # to which a chat model writes its own calibration text
 FIRST = {site: PROJECTIONS.index(names[0]) for site, names in SITES.items()}  # a site's first index in PROJECTIONS
 SITE_INDEX = {site: i for i, site in enumerate(SITES)}
 SITE_OF = torch.tensor([i for i, names in enumerate(SITES.values()) for _ in names])  # of each projection [7]
@@ -170,11 +175,9 @@ def find(model, path=None, folder=None):
 
 def masked(x, p, thresholds):
     """x [T, K] times projection p -> [T, N], each part i dropping the x with |x| <= thresholds[i]."""
-    parts, start, magnitude = [], 0, x.float().abs()
-    for end, threshold in zip(p.ends, thresholds):
-        parts.append(x.masked_fill(magnitude <= threshold, 0) @ p.weight(start, end, x.dtype))  # a NaN is kept, so visible
-        start = end
-    y = torch.cat(parts, -1)
+    magnitude = x.float().abs()
+    y = torch.cat([x.masked_fill(magnitude <= t, 0) @ p.weight(a, b, x.dtype)  # a NaN is kept, so it stays visible
+                   for t, a, b in zip(thresholds, (0, *p.ends), p.ends)], -1)
     return y if p.bias is None else y + p.bias
 
 
@@ -223,26 +226,30 @@ def quantile(counts, p):
 
 @torch.no_grad()
 def write_text(model, tokenizer, n_tokens, seed=0):
-    """Token ids int64 [n_tokens] of documents the model writes itself: dense sampling at temperature 1.
+    """Token ids int64 [n_tokens] of text the model writes itself: dense sampling at temperature 1, without top-k or top-p.
 
-    Each document begins with the model's first token and ends where the model ends it, or after 512 tokens.
+    A chat model answers PROMPTS in turn, any other model continues its first token. A document ends where the model
+    ends it, or after 512 tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache(model.config, min(512, model.config.context), model.dtype, model.device)
-    start = tokenizer.bos_id if tokenizer.bos_id is not None else min(tokenizer.eos_ids)
-    tokens = []
+    starts = [[tokenizer.bos_id or min(tokenizer.eos_ids, default=0)]]
+    if tokenizer.has_chat_template:
+        starts = [tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    text = []
     with tqdm(total=n_tokens, desc="writing text", unit="token", disable=None) as bar:
-        while len(tokens) < n_tokens:
-            cache.length, token = 0, start
-            while cache.length < cache.context:
-                tokens.append(token)
-                bar.update()
-                if cache.length and token in tokenizer.eos_ids:
+        for start in itertools.cycle(starts):
+            cache.length, new = 0, start[:cache.context]
+            while True:
+                text += new
+                bar.update(len(new))
+                if len(text) >= n_tokens:
+                    return torch.tensor(text[:n_tokens])
+                if cache.length + len(new) == cache.context or (cache.length and new[0] in tokenizer.eos_ids):
                     break
-                hidden = model.forward(torch.tensor([token], device=model.device), cache)
-                probabilities = model.logits(hidden)[0].float().softmax(-1).cpu()
-                token = torch.multinomial(probabilities, 1, generator=generator).item()
-    return torch.tensor(tokens[:n_tokens])
+                hidden = model.forward(torch.tensor(new, device=model.device), cache)
+                probabilities = model.logits(hidden[-1:])[0].float().softmax(-1).cpu()
+                new = torch.multinomial(probabilities, 1, generator=generator).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,22 +299,20 @@ def interpolate(path, shares):
 
 
 class Probe(torch.autograd.Function):
-    """`masked` whose backward pass shows `record` x [T, K] and the gradients [T, K] of the loss at each part's own input."""
+    """`dense` whose backward pass shows `record` x [T, K] and the gradients [T, K] of the loss at each part's own input."""
 
     @staticmethod
-    def forward(ctx, x, p, thresholds, record):
+    def forward(ctx, x, p, record):
         ctx.save_for_backward(x)
-        ctx.p, ctx.thresholds, ctx.record = p, thresholds, record
-        return masked(x, p, thresholds)
+        ctx.p, ctx.record = p, record
+        return dense(x, p)
 
     @staticmethod
     def backward(ctx, dy):
         (x,), p = ctx.saved_tensors, ctx.p
-        starts = (0, *p.ends[:-1])
-        gradients = [dy[:, a:b] @ p.weight(a, b, dy.dtype).T for a, b in zip(starts, p.ends)]
+        gradients = [dy[:, a:b] @ p.weight(a, b, dy.dtype).T for a, b in zip((0, *p.ends), p.ends)]
         ctx.record(x, p, gradients)
-        magnitude = x.float().abs()
-        return sum(g.masked_fill(magnitude <= t, 0) for g, t in zip(gradients, ctx.thresholds)), None, None, None
+        return sum(gradients), None, None
 
 
 def hidden_states(model, tokens, project):
@@ -323,13 +328,12 @@ def fisher(model, windows, counts):
     """Sparsities by what dropping inputs costs the loss, estimated from one backward pass over the windows.
 
     With g the gradient at a projection's input x, dropping the smallest share s of x changes the loss by the sum of
-    -g[k] x[k] over the dropped k; the mean square of that over tokens, D(s), is (twice) the KL divergence from the
-    dense model to second order. `allocate` spends the budget by these curves.
+    -g[k] x[k] over the dropped k. The mean square of that over tokens, D(s), estimates (twice) the KL divergence from
+    the dense model, to second order. `allocate` spends the budget by these curves.
     """
     levels = torch.arange(100) / 100
     edges = quantile(counts, levels.expand(*counts.shape[:2], -1)).to(model.device)  # [n_layers, 4, 100]
     costs = torch.zeros(model.config.n_layers, len(PROJECTIONS), len(levels), device=model.device)
-    dense = torch.full((len(PROJECTIONS),), -1.0, device=model.device)
 
     def record(x, p, gradients):
         level = torch.bucketize(x[SINKS:].float().abs(), edges[p.layer, SITE_INDEX[p.site]])  # from which x is dropped
@@ -340,8 +344,12 @@ def fisher(model, windows, counts):
 
     for tokens in tqdm(windows, "gradients", unit="window", disable=None):
         tokens = tokens.to(model.device)
-        logits = model.logits(hidden_states(model, tokens, lambda x, p: Probe.apply(x, p, dense[parts(p)], record)))
+        logits = model.logits(hidden_states(model, tokens, lambda x, p: Probe.apply(x, p, record)))
         F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum").backward()
+    layer, projection = divmod(costs.sum(-1).flatten().argmax().item(), len(PROJECTIONS))  # NaN counts as the largest
+    if not costs[layer, projection].isfinite().all():
+        raise CalibrationError(f"layer {layer}: the gradient at the input of {PROJECTIONS[projection]} is not finite; try "
+                               "--dtype float32")
     return allocate(costs.cpu(), levels, byte_shares(model.config))
 
 
@@ -486,7 +494,7 @@ def main():
             calibration = calibrate(model, tokens, args.window, args.allocation, source)
             out = args.out or cache_path(model)
         calibration.save(out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         print(f"calibrate.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(out)

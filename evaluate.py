@@ -191,7 +191,7 @@ def main():
     args = parser.parse_args()
     try:
         run(args)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -18,7 +18,6 @@ from calibrate import (BINS, GRID, MOST, SINKS, SITE_OF, STEP, Calibration, Cali
 from model import PROJECTIONS, SITES, Config, Model
 
 CONFIG = Config("llama", vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8)
-DENSE = torch.full((CONFIG.n_layers, len(PROJECTIONS)), -1.0)
 
 
 def tiny(config=CONFIG, seed=0, dtype=torch.float32):
@@ -180,7 +179,7 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
         torch.testing.assert_close(sparsities[1, :, round(target * 100)], wanted.float(), atol=1e-5, rtol=0)
 
 
-def leaf_gradients(model, tokens, thresholds=DENSE):
+def leaf_gradients(model, tokens):
     """{(layer, projection index): (x, dL/dx)} by autograd, every projection given an input of its own."""
     leaves = {}
 
@@ -189,7 +188,7 @@ def leaf_gradients(model, tokens, thresholds=DENSE):
         for i, end in enumerate(p.ends, calibrate.FIRST[p.site]):
             noise = torch.zeros_like(x, requires_grad=True)
             leaves[p.layer, i] = x.detach(), noise
-            y.append((torch.where(x.abs() <= thresholds[p.layer, i], 0, x) + noise) @ p.w_t[:, start:end])
+            y.append((x + noise) @ p.w_t[:, start:end])
             start = end
         return torch.cat(y, -1)
 
@@ -198,18 +197,16 @@ def leaf_gradients(model, tokens, thresholds=DENSE):
     return {key: (x, noise.grad) for key, (x, noise) in leaves.items()}
 
 
-@pytest.mark.parametrize("level", [-1.0, 0.1])
-def test_gradients_of_each_projection(model, tokens, level):
-    seen, thresholds = {}, torch.full_like(DENSE, level)
+def test_gradients_of_each_projection(model, tokens):
+    seen = {}
 
     def record(x, p, gradients):
         for i, g in enumerate(gradients, calibrate.FIRST[p.site]):
             seen[p.layer, i] = x, g
 
-    logits = model.logits(calibrate.hidden_states(
-        model, tokens[:64], lambda x, p: calibrate.Probe.apply(x, p, thresholds[p.layer, parts(p)], record)))
+    logits = model.logits(calibrate.hidden_states(model, tokens[:64], lambda x, p: calibrate.Probe.apply(x, p, record)))
     F.cross_entropy(logits[:-1], tokens[1:64], reduction="sum").backward()
-    wanted = leaf_gradients(model, tokens[:64], thresholds)
+    wanted = leaf_gradients(model, tokens[:64])
     assert seen.keys() == wanted.keys() and len(wanted) == 14
     for key in wanted:
         torch.testing.assert_close(seen[key][0], wanted[key][0], atol=1e-5, rtol=1e-4)
