@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 METHOD = "nanoteal-int8"  # marks config.json
-PIECE = 1 << 22  # weights turned to float32 at a time
+PIECE = 1 << 20  # weights turned to float32 at a time
 SHARD = 1 << 30  # bytes of weights in one file
 
 
@@ -81,7 +81,8 @@ def pack(packed, start, q):
     """Write int8 q [n, K] as the columns from `start` on."""
     width = packed.shape[2] - 8
     blocks = packed[start // width:(start + len(q)) // width, :, :width]
-    blocks.copy_((q.view(torch.uint8) ^ 128).view(-1, width, q.shape[1]).transpose(1, 2))
+    blocks.copy_(q.view(torch.uint8).view(-1, width, q.shape[1]).transpose(1, 2))
+    blocks ^= 128  # the two's complement of q as a byte, its highest bit turned: q + 128
 
 
 def unpack(packed, start, end):
@@ -119,8 +120,9 @@ def write_folder(checkpoint, out):
         for name, tensor in tqdm(checkpoint.tensors, "quantizing", len(checkpoint.shapes), unit="tensor", leave=False,
                                  disable=None):
             if is_quantized(name):
-                tensor, shard[f"{name}_scale"] = quantize_tensor(tensor, name)
-            shard[name] = tensor
+                shard[name], shard[f"{name}_scale"] = quantize_tensor(tensor, name)
+            else:
+                shard[name] = tensor.clone()  # as read, it may keep pages of its file in memory
             if sum(tensor.nbytes for tensor in shard.values()) >= SHARD:
                 flush()
         if shard:
