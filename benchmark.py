@@ -120,7 +120,7 @@ def row_bytes(model):
     return torch.tensor([width * p.w_t.element_size() for p in projections for width in p.widths])
 
 
-def decode_speed(model, decoder, thresholds, context, n_tokens=200, runs=5):
+def decode_speed(model, decoder, thresholds, context, n_tokens=200, runs=3):
     """Decode n_tokens, around `context`, several times -> (tokens a second: the median, bytes a token, sparsity)."""
     decoder.thresholds.copy_(thresholds)
     first = max(0, context - n_tokens // 2)

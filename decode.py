@@ -26,7 +26,7 @@ class Decoder:
     graph:      False launches every kernel from Python, token by token: the same result, slow, for debugging
 
     `thresholds`, float32 [n_layers, 7] (order PROJECTIONS, -1 keeps everything), may be changed in place at any time;
-    `kept`, int64 [n_layers, 7], counts the rows read since it was last zeroed.
+    `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
     """
 
     def __init__(self, model, cache, choose, generators=(), graph=True):
@@ -52,6 +52,7 @@ class Decoder:
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
         self.pdl = not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
         self.graph = self.capture(generators) if graph else None
+        self.n_steps = 0
 
     def project(self, x, p, out, **fused):
         """x times a projection into `out`, each of its parts with its own threshold, counting the rows read."""
@@ -106,6 +107,7 @@ class Decoder:
 
     def advance(self):
         """Run one step without waiting for it."""
+        self.n_steps += 1
         if self.graph is None:
             self.step()
         else:

@@ -61,7 +61,6 @@ class Stats:
     new_tokens: int = 0
     steps: int = 0  # forward passes of one token; the first new token comes from prefill
     decode_seconds: float = 0.0
-    kept: torch.Tensor | int = 0  # rows read by the steps, int64 [n_layers, 7]
     cache_bytes: int = 0  # keys and values read by the steps
 
 
@@ -70,20 +69,37 @@ class Session:
 
     thresholds: float32 [n_layers, 7], one for each projection (order PROJECTIONS); None decodes densely
     context:    tokens the KV cache can hold; None for the model's longest
+    graph:      on a GPU, capture the decode step as a CUDA graph; False runs it kernel by kernel, to the same tokens
     """
 
-    def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=(), context=None):
+    def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=(), context=None,
+                 graph=True):
         config = model.config
         self.model, self.stop = model, frozenset(stop)
-        self.sampling = (temperature, top_k, top_p, torch.Generator(model.device).manual_seed(seed))
+        generator = torch.Generator(model.device).manual_seed(seed)
+        self.sampling = (temperature, top_k, top_p, generator)
         self.cache = KVCache(config, context or config.context, model.dtype, model.device)
         self.tokens = []  # those whose keys and values the cache holds
         self.full = False  # whether the last generation ended because the context did
         self.stats = Stats()
-        self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64, device=model.device)
+        self.decoder = None
+        if model.device.type == "cuda":
+            from decode import Decoder
+
+            self.decoder = Decoder(model, self.cache, lambda logits: sample(logits, *self.sampling), [generator], graph)
+            self.kept = self.decoder.kept
+        else:
+            self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64)
+        self.set_thresholds(thresholds)
+
+    def set_thresholds(self, thresholds):
+        """Decode with these thresholds from now on (see the class)."""
         # For every fused matrix, segments (end column, threshold) and where the rows kept for each are counted.
         self.segments = {}
-        for layer, row, kept in zip(model.layers, [] if thresholds is None else thresholds.tolist(), self.kept):
+        if self.decoder is not None:
+            self.decoder.thresholds.copy_(torch.tensor(-1.0) if thresholds is None else thresholds)
+            return
+        for layer, row, kept in zip(self.model.layers, [] if thresholds is None else thresholds.tolist(), self.kept):
             for site, names in SITES.items():
                 columns = slice(PROJECTIONS.index(names[0]), PROJECTIONS.index(names[-1]) + 1)
                 p = getattr(layer, site)
@@ -104,6 +120,20 @@ class Session:
             hidden = model.forward(chunk, self.cache, project)
         self.tokens += tokens
         return sample(model.logits(hidden[-1:], self.multiply)[0], *self.sampling).item()
+
+    def steps(self, token, n):
+        """Yield the n token ids that follow `token`, each from one decode step."""
+        if self.decoder is None:
+            for _ in range(n):
+                token = self.next_token([token], self.multiply)
+                yield token
+        else:
+            self.decoder.start(token, self.cache.length)
+            for following in self.decoder.tokens(n):
+                self.tokens.append(token)
+                self.cache.length += 1
+                token = following
+                yield token
 
     def generate(self, prompt, max_new_tokens):
         """A generator of the token ids that continue `prompt`, a list of ids, up to and without a stop token.
@@ -127,6 +157,7 @@ class Session:
         token = self.next_token(prompt[same:], dense)
         stats.prompt_tokens += len(prompt) - same
         stats.prefill_seconds += time.perf_counter() - start
+        steps = self.steps(token, min(max_new_tokens, context - len(prompt)) - 1)
         for i in range(max_new_tokens):
             if token in self.stop:
                 return
@@ -138,35 +169,33 @@ class Session:
             if self.full:
                 return
             start = time.perf_counter()
-            token = self.next_token([token], self.multiply)
+            token = next(steps)
             stats.decode_seconds += time.perf_counter() - start
             stats.steps += 1
-            stats.kept = stats.kept + self.kept
-            self.kept.zero_()
             seen = min(cache.length, self.model.config.sliding_window or cache.length)
             stats.cache_bytes += seen * 2 * cache.k[:, :, 0].nbytes
 
     def sparsity(self):
-        """The share of the blocks' weights that the decode steps have not read."""
+        """The share of the blocks' weights that a decode step does not read, on average."""
         read, size = self.block_bytes()
-        return 1 - read / (size * self.stats.steps)
+        return 1 - read / size
 
     def bytes_per_token(self):
         """Bytes that a decode step reads, on average: weights of the blocks, LM head, keys and values."""
-        read, _ = self.block_bytes()
-        return self.model.lm_head.w_t.nbytes + (read + self.stats.cache_bytes) / self.stats.steps
+        return self.model.lm_head.w_t.nbytes + self.block_bytes()[0] + self.stats.cache_bytes / self.stats.steps
 
     def block_bytes(self):
-        """(bytes of the blocks' weights read by all decode steps so far, bytes that one dense step reads)"""
+        """Bytes of the blocks' weights that a decode step reads on average, and those it would read dense."""
         row_bytes, size = [], 0  # of one row of each projection
         for site in SITES:
             in_features, widths = self.model.config.shapes(site)
             itemsize = getattr(self.model.layers[0], site).w_t.element_size()
             row_bytes += [width * itemsize for width in widths]
             size += in_features * sum(widths) * itemsize * len(self.model.layers)
-        if not self.segments:
-            return size * self.stats.steps, size
-        return (self.stats.kept.cpu().sum(0) * torch.tensor(row_bytes)).sum().item(), size
+        if self.decoder is None and not self.segments:
+            return size, size
+        n_steps = self.stats.steps if self.decoder is None else self.decoder.n_steps
+        return (self.kept.cpu().sum(0) * torch.tensor(row_bytes)).sum().item() / n_steps, size
 
 
 def generate(model, prompt, max_new_tokens, **options):

@@ -73,7 +73,7 @@ def test_sparse_steps_are_masked_products(smollm):
 
     session.multiply = checked
     tokens = list(session.generate(ask(tokenizer, PROMPTS[0]), 16))
-    assert torch.equal(session.stats.kept, kept)
+    assert torch.equal(session.kept, kept)
     assert tokens == list(generate(model, ask(tokenizer, PROMPTS[0]), 16, thresholds=thresholds))
 
 
