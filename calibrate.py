@@ -85,13 +85,14 @@ class Calibration:
 
         Raises ValueError outside [0, 0.95].
         """
-        return self._at(self.table, sparsity) if sparsity else torch.full(self.table.shape[:2], -1.0)
+        return self.at(self.table, sparsity) if sparsity else torch.full(self.table.shape[:2], -1.0)
 
     def expected(self, sparsity):
-        """The share of each projection's inputs that `thresholds(sparsity)` drops, float32 [n_layers, 7]."""
-        return self._at(self.sparsities, sparsity)
+        """About the share of each projection's inputs that `thresholds(sparsity)` drops, float32 [n_layers, 7]."""
+        return self.at(self.sparsities, sparsity)
 
-    def _at(self, table, sparsity):
+    def at(self, table, sparsity):
+        """A table [n_layers, 7, 96] at one sparsity, linearly interpolated -> [n_layers, 7]."""
         if not 0 <= sparsity <= 0.95:
             raise CalibrationError(f"sparsity {sparsity} is out of range; choose a value from 0 to 0.95")
         position = sparsity * 100
@@ -131,15 +132,14 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in shapes}
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot read calibration {path}: {error}") from None
-        for name in ("thresholds", "sparsities"):
-            table = tensors[name]
-            if not (table.isfinite().all() and (table >= 0).all() and (table.diff(dim=-1) >= 0).all()):
-                raise CalibrationError(f"{path}: {name} must be finite, not negative and not fall as sparsity grows; "
-                                       "make the file anew with calibrate.py")
-        if not torch.equal(tensors["sparsity_grid"], GRID) or (tensors["sparsities"] > 1).any():
+        table, sparsities = tensors["thresholds"], tensors["sparsities"]
+        if not (table.isfinite().all() and (table >= 0).all() and (table.diff(dim=-1) >= 0).all()):
+            raise CalibrationError(f"{path}: thresholds must be finite, not negative and not fall as sparsity grows; "
+                                   "make the file anew with calibrate.py")
+        if not (torch.equal(tensors["sparsity_grid"], GRID) and ((sparsities >= 0) & (sparsities <= 1)).all()):
             raise CalibrationError(f"{path}: sparsities must lie in [0, 1], on a grid of 0, 0.01 ... 0.95; "
                                    "make the file anew with calibrate.py")
-        return cls(tensors["thresholds"], tensors["sparsities"], metadata)
+        return cls(table, sparsities, metadata)
 
 
 def candidates(model, folder=None):
@@ -437,6 +437,44 @@ def from_teal(path, allocation):
 # ---------------------------------------------------------------------------------------------------------------------
 # Making one
 
+@torch.no_grad()
+def realised(model, windows, thresholds):
+    """The share of each projection's inputs that thresholds [n_layers, 7] drop when all are at work, float64 [n_layers, 7]."""
+    dropped = torch.zeros(thresholds.shape, dtype=torch.float64, device=model.device)
+    thresholds = thresholds.to(model.device)
+
+    def project(x, p):
+        sparse, magnitude = thresholds[p.layer, parts(p)], x[SINKS:].float().abs()
+        dropped[p.layer, parts(p)] += torch.stack([(magnitude <= t).double().mean() for t in sparse])
+        return torch.cat((dense(x[:SINKS], p), masked(x[SINKS:], p, sparse)))
+
+    for tokens in windows:
+        model.forward(tokens.to(model.device), project=project)
+    return dropped.cpu() / len(windows)
+
+
+def correct(model, windows, calibration):
+    """The calibration with its targets shifted to what they reach.
+
+    Dropping inputs shrinks the activations behind them, so at high sparsity thresholds found on the dense model drop
+    more than asked for. Here the share dropped is measured at a few targets and the table is read at the target that
+    reaches the one asked for.
+    """
+    shares, anchors = byte_shares(model.config), (0.2, 0.4, 0.6, 0.8, 0.95)
+    measured = [torch.zeros(calibration.table.shape[:2], dtype=torch.float64)]
+    for anchor in tqdm(anchors, "checking", unit="target", disable=None):
+        measured.append(realised(model, windows, calibration.thresholds(anchor)))
+    measured = torch.stack(measured)  # [6, n_layers, 7]
+    reached = (measured.mean(1) @ shares).cummax(0).values
+    anchors = torch.tensor((0.0, *anchors), dtype=torch.float64)
+    after = torch.searchsorted(reached, GRID.double()).clamp(1, len(anchors) - 1)
+    weight = ((GRID - reached[after - 1]) / (reached[after] - reached[after - 1])).clamp(0, 1)
+    read_at = torch.lerp(anchors[after - 1], anchors[after], weight).tolist()
+    table = torch.stack([calibration.at(calibration.table, sparsity) for sparsity in read_at], -1)
+    sparsities = torch.lerp(measured[after - 1], measured[after], weight[:, None, None]).permute(1, 2, 0)
+    return Calibration(table, sparsities.float(), calibration.metadata)
+
+
 def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
     """Calibrate a model on token ids int64 [n], cut into windows -> Calibration.
 
@@ -454,9 +492,10 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
         sparsities = greedy(model, windows[0].to(model.device), counts)
     else:
         sparsities = fisher(model, windows, counts)
-    return Calibration(quantile(counts[:, SITE_OF], sparsities), sparsities, {
+    calibration = Calibration(quantile(counts[:, SITE_OF], sparsities), sparsities, {
         "format": FORMAT, "fingerprint": fingerprint(model.config), "weights": weights_digest(model),
         "allocation": allocation, "tokens": str(windows.numel()), "window": str(window), "source": source})
+    return correct(model, windows[:2], calibration)
 
 
 def main():
@@ -473,6 +512,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the self-written text")
     args = parser.parse_args()
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+        parser.error(f"device {args.device!r} is not available; try --device cpu")
 
     from checkpoint import load
 
@@ -497,6 +540,8 @@ def main():
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         print(f"calibrate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(out)
 
 

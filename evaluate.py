@@ -190,10 +190,17 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+        parser.error(f"device {args.device!r} is not available; try --device cpu")
+    try:
         run(args)
     except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted" + ("; the same command continues" if args.json else ""), file=sys.stderr)
+        sys.exit(130)
 
 
 def run(args):

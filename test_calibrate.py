@@ -252,6 +252,16 @@ def test_a_file_gives_back_what_was_saved(calibration, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.safetensors"]
 
 
+def test_targets_are_reached_with_all_masks_at_work(model, tokens):
+    windows, shares = tokens.view(4, 64)[:2], byte_shares(CONFIG)
+    for allocation in ("uniform", "fisher"):
+        calibration = calibrate.calibrate(model, windows.flatten(), 64, allocation)
+        for sparsity in (0.2, 0.5, 0.6, 0.9):
+            reached = calibrate.realised(model, windows, calibration.thresholds(sparsity)).mean(0)
+            assert (reached @ shares).item() == pytest.approx(sparsity, abs=0.01)
+            assert (calibration.expected(sparsity).mean(0).double() @ shares).item() == pytest.approx(sparsity, abs=1e-3)
+
+
 def damaged(calibration, **changes):
     """The calibration's tensors and metadata with some of them replaced; None removes."""
     tensors = {"sparsity_grid": GRID, "thresholds": calibration.table, "sparsities": calibration.sparsities}
@@ -259,7 +269,7 @@ def damaged(calibration, **changes):
     for name, value in changes.items():
         kind = metadata if name in metadata else tensors
         kind.pop(name) if value is None else kind.update({name: value})
-    return {name: tensor.clone() for name, tensor in tensors.items()}, metadata
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, metadata
 
 
 def test_hostile_files_are_refused(calibration, tmp_path):
