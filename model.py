@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from quantize import PIECE, empty_packed, is_quantized, pack, quantize_tensor, unpack
+from quantize import empty_packed, is_quantized, pack, quantize_tensor, unpack
 
 # The four points of a block where a hidden state meets weights, and the projections that read it there.
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 PROJECTIONS = tuple(name for names in SITES.values() for name in names)
+
+PIECE = 1 << 24  # weights of an int8 matrix that prefill turns into floats at a time
 
 # model_type in config.json -> architecture name there.
 SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -203,7 +205,7 @@ def dense(x, p):
     """x [T, K] times a whole projection -> [T, N]."""
     if p.scale is None:
         y = x @ p.w_t
-    else:  # some columns at a time: the whole matrix as floats could be larger than anything else in memory
+    else:  # some columns at a time: all of them as floats could be the largest thing in memory
         width = p.w_t.shape[2] - 8 if p.w_t.dtype == torch.uint8 else 1
         step = max(1, PIECE // (x.shape[1] * width)) * width
         y = torch.cat([x @ p.weight(i, min(i + step, p.ends[-1]), x.dtype) for i in range(0, p.ends[-1], step)], dim=-1)

@@ -137,7 +137,7 @@ def test_dense_products_in_pieces(dtype, tolerance, monkeypatch):
     wanted = torch.cat([torch.mul(*(t if t.dim() == 2 else t[:, None] for t in quantize_tensor(part))) for part in parts])
     torch.testing.assert_close(p.weight(96, 160, dtype), wanted.T[:, 96:].to(dtype), rtol=1e-6, atol=0)
     wanted = x.double() @ wanted.T.double() + p.bias.double()
-    for piece in (quantize.PIECE, 1, 64 * 50):
+    for piece in (1 << 24, 1, 64 * 50):
         monkeypatch.setattr("model.PIECE", piece)
         torch.testing.assert_close(dense(x, p).double(), wanted, rtol=tolerance, atol=tolerance * 10)
     torch.testing.assert_close(masked(x, p, [-1.0] * 3).double(), wanted, rtol=tolerance, atol=tolerance * 10)
