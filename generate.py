@@ -18,6 +18,10 @@ import sys
 import time
 from dataclasses import dataclass
 
+# Before PyTorch starts OpenMP: threads that spin while waiting for each other, as they do for long by default, make
+# decoding several times slower on a busy machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import torch
 
 from checkpoint import TextStream, load
