@@ -13,6 +13,10 @@ sparse kernel, embedding_bag) sums up rows of integers just as well, and knows n
 the end. Zero maps to zero; activations stay as they are, and so do the thresholds on them. Quantized are the seven
 projections of every block and the LM head. Norms, biases and the embedding's look-up table keep their precision.
 
+A smaller scale would clip the largest weights and round the others more finely. Chosen for each row by squared error,
+plain or weighted by the inputs' mean squares, it moved the predictions no less: KL divergence from the unquantized
+SmolLM2-135M 0.0039 and 0.0040 against 0.0037 as above (WikiText-2). So the largest weight sets the scale.
+
     python quantize.py --model M --out DIR        then: python generate.py --model DIR
 """
 
