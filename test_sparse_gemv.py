@@ -1,0 +1,166 @@
+"""The sparse GEMV against float64. The same tests run three times: on the CPU's own route here; with the Triton code
+in Triton's interpreter, in a process of its own (the last test starts it); and with the compiled kernel on a GPU."""
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_gemv import INTERPRETED, sparse_gemv, sparse_gemv_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# Only the output's rounding is left; the interpreter cuts bfloat16 off where the hardware rounds to nearest.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.int8: 1e-5}
+SEED = random.SystemRandom().randrange(2**32)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+
+
+def draw(k, n, dtype):
+    """x [k] and keyword arguments for w_t [k, n] of this dtype; int8 weights meet a float32 x."""
+    if dtype == torch.int8:
+        return (torch.randn(k, device=DEVICE), torch.randint(-127, 128, (k, n), dtype=dtype, device=DEVICE),
+                {"scale": torch.rand(n, device=DEVICE) / 100})
+    return torch.randn(k, device=DEVICE).to(dtype), torch.randn(k, n, device=DEVICE).to(dtype), {}
+
+
+def error(y, expected):
+    """Relative to the size of the whole vector; NaN never passes."""
+    y, expected = y.double().view(-1), expected.double().view(-1)
+    return ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def test_random_draws():
+    """200 draws of sizes, types and thresholds, against float64 sums over the kept rows."""
+    rng = random.Random(SEED)
+    for _ in range(200):
+        k, n = rng.choice([1, 7, 33, 64, 100, 256, 577]), rng.choice([1, 5, 32, 33, 64, 96])
+        dtype = rng.choice(list(TOLERANCE))
+        x, w_t, options = draw(k, n, dtype)
+        t = x.float().abs().quantile(rng.random()).item() if rng.random() < 0.9 else rng.choice([-1.0, 1e9])
+        kept = x.float().abs() > t
+        expected = x[kept].double() @ w_t[kept].double() * options.get("scale", torch.ones(n, device=DEVICE)).double()
+        case = (k, n, dtype, t)
+        assert error(sparse_gemv(x, w_t, t, **options), expected) <= TOLERANCE[dtype], case
+        assert error(sparse_gemv_reference(x, w_t, t, **options), expected) <= TOLERANCE[dtype], case
+
+
+@pytest.mark.parametrize("k, n", [(576, 96), (577, 33), (1, 1)] + [(576, 960), (1536, 576), (2048, 8192)] * (not INTERPRETED))
+def test_fused_forms(k, n):
+    """RMSNorm in front, scale, bias, SwiGLU and residual behind, and segments with thresholds in memory."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w_t, _ = draw(k, n, dtype)
+        norm = torch.rand(k, device=DEVICE).to(dtype), 1e-5
+        # In the widest gap between two values of the middle half, so that no rounding decides what is kept.
+        magnitude = F.rms_norm(x.float(), (k,), norm[0].float(), norm[1]).abs().sort().values
+        gap = k // 4 + magnitude[k // 4:k - k // 4].diff().argmax().item() if k > 1 else 0
+        middle = magnitude[gap:gap + 2].mean() if k > 1 else magnitude[0] / 2
+        ends = sorted({max(1, n // 3), max(1, n // 2), n})
+        segments = [(end, (middle * (i % 2)).view(1)) for i, end in enumerate(ends)]
+        kept, expected_kept = (torch.zeros(len(ends), dtype=torch.int64, device=DEVICE) for _ in range(2))
+        options = {"norm": norm, "bias": torch.randn(n, device=DEVICE).to(dtype)}
+        y = sparse_gemv(x, w_t, segments, kept=kept, **options)
+        assert error(y, sparse_gemv_reference(x, w_t, segments, kept=expected_kept, **options)) <= 2 * TOLERANCE[dtype]
+        assert torch.equal(kept, expected_kept)
+        if n % 2 == 0:
+            residual = torch.randn(n // 2, device=DEVICE).to(dtype)
+            options |= {"swiglu": True, "residual": residual, "scale": torch.rand(n, device=DEVICE)}
+            expected = sparse_gemv_reference(x, w_t, float(middle), **options)
+            y = sparse_gemv(x, w_t, float(middle), out=residual, **options)  # in place, as the residual stream is
+            assert y is residual
+            # SwiGLU's inputs are rounded on the CPU, not in the kernel
+            assert error(y, expected) <= (5 * TOLERANCE[dtype])
+
+
+def test_ties_are_dropped_and_nothing_else():
+    x = torch.tensor([1.0, -1.0, 1.0000001, 0.5, -2.0, 1e-40, 0.0], device=DEVICE)
+    w_t = torch.eye(7, device=DEVICE)
+    assert sparse_gemv(x, w_t, 1.0).tolist() == [0, 0, x[2].item(), 0, -2, 0, 0]
+    assert sparse_gemv(x, w_t, 0.0).tolist() == x.tolist()
+    assert sparse_gemv(x, w_t, -1.0).tolist() == x.tolist()
+    # The threshold is a float32: rounded to bfloat16, 0.3 would be 0.30078125 and drop this entry.
+    assert sparse_gemv(torch.tensor([0.30078125], device=DEVICE).bfloat16(), w_t[:1, :1].bfloat16(), 0.3).item() != 0
+
+
+def test_all_and_none_dropped():
+    x, w_t, _ = draw(100, 33, torch.float32)
+    bias = torch.randn(33, device=DEVICE)
+    assert torch.equal(sparse_gemv(x, w_t, 1e9), torch.zeros(33, device=DEVICE))
+    assert torch.equal(sparse_gemv(x, w_t, float("inf"), bias=bias), bias)
+    assert error(sparse_gemv(x, w_t, -1.0), x.double() @ w_t.double()) <= 1e-6
+
+
+def test_nan_and_infinity():
+    """Kept ones spread as in dense arithmetic; weights of dropped rows are never read."""
+    x, w_t, _ = draw(64, 32, torch.float32)
+    x[:32] = x[:32].sign() * 0.1
+    x[32:] = x[32:].sign() * 2
+    clean = sparse_gemv(x, w_t, 1.0)
+    w_t[:32] = float("nan")
+    assert torch.equal(sparse_gemv(x, w_t, 1.0), clean)
+    x[5] = float("nan")  # not (|nan| <= t): kept
+    assert sparse_gemv(x, w_t, 1.0).isnan().all()
+    x[5], x[40], w_t[40] = 0.1, float("inf"), 1.0
+    assert (sparse_gemv(x, w_t, 1.0) == float("inf")).all()
+    assert torch.equal(sparse_gemv(x, w_t, float("inf")), torch.zeros(32, device=DEVICE))
+
+
+def test_same_bits_every_time():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w_t, _ = draw(1000, 96, dtype)
+        first = sparse_gemv(x, w_t, 0.5)
+        assert all(torch.equal(sparse_gemv(x, w_t, 0.5), first) for _ in range(5))
+
+
+def test_shapes_and_out():
+    x, w_t, _ = draw(64, 48, torch.float32)
+    y = sparse_gemv(x, w_t, 0.5)
+    assert sparse_gemv(x[None], w_t, 0.5).shape == (1, 48) and sparse_gemv(x[None, None], w_t, 0.5).shape == (1, 1, 48)
+    out = torch.full((1, 48), float("nan"), device=DEVICE)
+    assert sparse_gemv(x, w_t, torch.tensor([0.5], device=DEVICE), out=out) is out and torch.equal(out[0], y)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("x's shape", {"x": torch.zeros(63)}),
+    ("x's shape", {"x": torch.zeros(2, 64)}),
+    ("x's dtype", {"x": torch.zeros(64, dtype=torch.float64)}),
+    ("w_t", {"w_t": torch.zeros(48, 64).T}),
+    ("w_t", {"w_t": torch.zeros(64, 2, 48)}),
+    ("w_t's dtype", {"w_t": torch.zeros(64, 48, dtype=torch.float16)}),
+    ("scale", {"w_t": torch.zeros(64, 48, dtype=torch.int8)}),
+    ("scale", {"scale": torch.zeros(47)}),
+    ("bias", {"bias": torch.zeros(96)[::2]}),
+    ("norm's weight", {"norm": (torch.zeros(48), 1e-5)}),
+    ("residual", {"residual": torch.zeros(48), "swiglu": True}),
+    ("out", {"out": torch.zeros(64)}),
+    ("kept", {"kept": torch.zeros(2, dtype=torch.int64)}),
+    ("threshold", {"threshold": [(24, 0.5), (47, 0.5)]}),
+    ("threshold", {"threshold": [(24, 0.5), (24, 0.5), (48, 0.1)]}),
+    ("threshold", {"threshold": [(12, 0.5), (24, 0.5), (36, 0.1), (48, 0.1)]}),
+    ("threshold", {"threshold": torch.zeros(2)}),
+    ("threshold", {"threshold": torch.zeros(1, dtype=torch.float64)}),
+])
+def test_bad_input_is_named(name, change):
+    arguments = {"x": torch.zeros(64), "w_t": torch.zeros(64, 48), "threshold": 0.5} | change
+    arguments = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    if "norm" in change:
+        arguments["norm"] = change["norm"][0].to(DEVICE), 1e-5
+    with pytest.raises(ValueError, match=name):
+        sparse_gemv(**arguments)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
+def test_triton_code_in_the_interpreter():
+    """The kernels' own code, on the CPU."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_sparse_gemv.py", "test_decode.py"]
+    done = subprocess.run(command, cwd=here, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
