@@ -93,7 +93,8 @@ class Session:
             self.decoder = Decoder(model, self.cache, lambda logits: sample(logits, *self.sampling), [generator], graph)
             self.kept = self.decoder.kept
         else:
-            self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64)
+            self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64)  # rows read by all steps
+            self.counts = torch.zeros_like(self.kept)  # and by the present one
         self.set_thresholds(thresholds)
 
     def set_thresholds(self, thresholds):
@@ -103,7 +104,7 @@ class Session:
         if self.decoder is not None:
             self.decoder.thresholds.copy_(torch.tensor(-1.0) if thresholds is None else thresholds)
             return
-        for layer, row, kept in zip(self.model.layers, [] if thresholds is None else thresholds.tolist(), self.kept):
+        for layer, row, kept in zip(self.model.layers, [] if thresholds is None else thresholds.tolist(), self.counts):
             for site, names in SITES.items():
                 columns = slice(PROJECTIONS.index(names[0]), PROJECTIONS.index(names[-1]) + 1)
                 p = getattr(layer, site)
@@ -129,7 +130,9 @@ class Session:
         """Yield the n token ids that follow `token`, each from one decode step."""
         if self.decoder is None:
             for _ in range(n):
+                self.counts.zero_()  # of a step that Ctrl-C cut short
                 token = self.next_token([token], self.multiply)
+                self.kept += self.counts
                 yield token
         else:
             self.decoder.start(token, self.cache.length)
@@ -210,9 +213,9 @@ def generate(model, prompt, max_new_tokens, **options):
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
-def thresholds(model, tokenizer, args):
-    """Thresholds [n_layers, 7] for --sparsity, calibrating the model first if nobody has; None for dense."""
-    if args.sparsity == 0:
+def thresholds(model, tokenizer, args, sparsity):
+    """Thresholds [n_layers, 7] for a sparsity, calibrating the model first if nobody has; None for dense."""
+    if sparsity == 0:
         return None
     import calibrate
 
@@ -224,7 +227,7 @@ def thresholds(model, tokenizer, args):
         text = calibrate.write_text(model, tokenizer, n_tokens=8192)
         calibration = calibrate.calibrate(model, text, min(1024, model.config.context), source="self-written, seed 0")
         calibration.save(path)
-    return calibration.thresholds(args.sparsity)
+    return calibration.thresholds(sparsity)
 
 
 def write(ids, tokenizer):
@@ -241,8 +244,11 @@ def write(ids, tokenizer):
     return text
 
 
-def chat(session, tokenizer, max_new_tokens, question):
-    """Answer `question`, if not None, then line after line of standard input; the conversation stays in the cache."""
+def chat(session, tokenizer, max_new_tokens, question, set_sparsity):
+    """Answer `question`, if not None, then line after line of standard input; the conversation stays in the cache.
+
+    A line "/sparsity 0.5" changes the sparsity from there on instead.
+    """
     messages = []
     while not session.full:
         if question is None:
@@ -251,6 +257,13 @@ def chat(session, tokenizer, max_new_tokens, question):
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
+        if question.startswith("/sparsity "):
+            try:
+                set_sparsity(number(float, 0, 0.95)(question.split(maxsplit=1)[1]))
+            except argparse.ArgumentTypeError as error:
+                print(error, file=sys.stderr)
+            question = None
+            continue
         messages.append({"role": "user", "content": question})
         ids = tokenizer.chat(messages)
         if len(ids) > session.cache.context:
@@ -303,6 +316,7 @@ def parse_args():
         help="of weights and arithmetic (default: %(default)s)")
     add("--quantize", choices=("int8",), help="hold the weights as int8: half the bytes of bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--no-graph", action="store_true", help="on a GPU, launch the kernels one by one: the same text, slower")
     add("--context", type=number(int, 1, many), metavar="N",
         help="longest text, prompt and answers, that memory is set aside for (default: the model's longest)")
     add = parser.add_argument_group("sparsity").add_argument
@@ -311,7 +325,7 @@ def parse_args():
     add("--calibration", metavar="FILE", help="thresholds from calibrate.py (default: those of this model, made if need be)")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", metavar="TEXT", help="what to answer; - reads it from standard input")
-    add("--chat", action="store_true", help="hold a conversation: answer every line of standard input")
+    add("--chat", action="store_true", help="hold a conversation: answer every line of standard input; the line /sparsity S changes the sparsity")
     add("--raw", action="store_true", help="continue the prompt as it is, without the model's chat template")
     add("--max-new-tokens", type=number(int, 1, many), default=256, metavar="N", help="for each answer (default: %(default)s)")
     add = parser.add_argument_group("sampling").add_argument
@@ -350,10 +364,16 @@ def run(args):
         use_template = tokenizer.has_chat_template and not args.raw
         ids = tokenizer.chat([{"role": "user", "content": prompt}]) if use_template else tokenizer.encode(prompt)
         context = min(context, len(ids) + args.max_new_tokens)
-    session = Session(model, thresholds(model, tokenizer, args), context=context, temperature=args.temperature,
-                      top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=tokenizer.eos_ids)
+    session = Session(model, thresholds(model, tokenizer, args, args.sparsity), context=context, seed=args.seed,
+                      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=tokenizer.eos_ids,
+                      graph=not args.no_graph)
+
+    def set_sparsity(sparsity):
+        session.set_thresholds(thresholds(model, tokenizer, args, sparsity))
+        args.sparsity = sparsity  # what the summary says was asked
+
     if args.chat:
-        chat(session, tokenizer, args.max_new_tokens, prompt)
+        chat(session, tokenizer, args.max_new_tokens, prompt, set_sparsity)
     else:
         write(session.generate(ids, args.max_new_tokens), tokenizer)
     if session.full:

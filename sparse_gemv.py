@@ -13,13 +13,14 @@ sectors of 32 bytes, so only a dropped *row* saves traffic; the columns dropped 
 size is a power of two known at compile time, spread over the threads of its warps. Here a program owns BLOCK_N columns
 of the output. It walks down K in steps of BLOCK_K: loads that piece of x, decides which entries to keep, and loads the
 [BLOCK_K, BLOCK_N] tile of w_t under that mask. A masked-out load issues no memory transaction: *this is where the bytes
-are saved*. The products are added up in a float32 tile of the same shape, which stays in registers and is summed over
-its rows only once, at the end.
+are saved*. While one tile is multiplied, the loads of the next STAGES - 1 are under way. The products are added up in a
+float32 tile of the same shape, which stays in registers and is summed over its rows only once, at the end.
 
-**Split-K.** N alone may not give enough programs to keep the memory busy, so K has to be split too. We split it over
-the warps of a program: a tile is narrow (BLOCK_N 16-64) and tall (BLOCK_K up to 1024), each warp holds other rows of
-it, and the final sum adds the warps' shares through shared memory, always in the same order. Splitting K over programs
-instead would need either float atomics, whose order and so whose last bits change from run to run, or a second pass.
+**Split-K.** One thread a column would walk down K alone, with far too few loads under way to keep the memory busy, so K
+is split as well. Here it is split over the warps of a program: a tile is narrow (BLOCK_N 16-64) and tall (BLOCK_K up to
+512), each warp holds other rows of it, and the final sum adds the warps' shares through shared memory, always in the
+same order. Splitting K over programs too would need either float atomics, whose order and so whose last bits change
+from run to run, or a second pass over partial sums; measured, neither was faster than narrow tiles.
 
 **Fusions.** One kernel also normalises x first (`norm`), applies silu(gate) * up to the result (`swiglu`) or adds the
 residual stream (`residual`): the hidden state is a few kilobytes, so every program can prepare the whole of it, and a
@@ -39,6 +40,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 runs the kernel on the CPU, for tests
+
 
 def sparse_gemv_reference(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=False, residual=None, out=None,
                           kept=None):
@@ -149,7 +151,7 @@ def _bags(k, n, segments, n_threads, packed_width):
 
 @triton.jit
 def _to_float32(w):
-    """Weights as float32. For int8 by two full-speed operations, where the conversion instruction has 1/8 the speed:
+    """Weights as float32. For int8 by two simple operations, since GPUs convert integers at a fraction of their speed:
     with byte b = w + 128 as its low bits, the float32 of bits 0x4B0000bb is exactly 2**23 + b."""
     if w.dtype == tl.int8:
         bits = w.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x4B000080  # the sign bit flipped: w + 128
@@ -275,7 +277,7 @@ def _launch_shape(n, itemsize, swiglu):
 
     Wide tiles read longer runs of a row and repeat less work, but each of the GPU's SMs, about 130, needs a program.
     The fewer programs share an SM, the more bytes each has to keep in flight: its stages but one, in shared memory.
-    Within a few percent of the best of 60 launch shapes for every product of a Llama-2-7B or Llama-3-8B on an H200.
+    The rule was drawn from timing about 60 shapes for each product of a Llama-2-7B and a Llama-3-8B on an H200.
     """
     n_out = n // 2 if swiglu else n
     block_n = max(16, min(64 if n_out > 16384 else 32, triton.next_power_of_2(n_out // 192)))
