@@ -99,6 +99,8 @@ class Session:
 
     def set_thresholds(self, thresholds):
         """Decode with these thresholds from now on (see the class)."""
+        if thresholds is None and self.stats.steps:  # dense after sparse: go on counting rows
+            thresholds = torch.full(self.kept.shape, -1.0)
         # For every fused matrix, segments (end column, threshold) and where the rows kept for each are counted.
         self.segments = {}
         if self.decoder is not None:
