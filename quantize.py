@@ -57,7 +57,8 @@ def quantize_tensor(weight, name="weight"):
         scale_rows.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros: 0 / tiny is 0
         q_rows.copy_((w / scale_rows[:, None]).round_())
     if not scale.isfinite().all():  # the largest of numbers with a NaN is NaN
-        raise ValueError(f"tensor {name} holds infinite or NaN weights, which cannot be quantized; get a sound checkpoint")
+        raise ValueError(f"tensor {name} holds infinite or NaN weights, which cannot be quantized; "
+                         "get a sound checkpoint")
     return q, scale
 
 
@@ -65,7 +66,7 @@ def quantize_tensor(weight, name="weight"):
 
 # PyTorch's quantized embedding_bag sums up rows of uint8, each followed by its own float32 scale and bias. Ours are 1
 # and -128, so that a byte q + 128 counts as q. Columns are cut into equal blocks, each a table [K, width + 8] of its
-# own: uint8 [n_blocks, K, width + 8] (`_gemv_cpu_int8` in sparse_gemv.py multiplies with it).
+# own: uint8 [n_blocks, K, width + 8] (`_gemv_cpu` in sparse_gemv.py multiplies with it).
 
 def empty_packed(k, ends, narrow=False):
     """Room for int8 [k, ends[-1]], matrices side by side that end at the columns `ends`; no two of them share a block.

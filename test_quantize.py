@@ -30,7 +30,8 @@ def source(request, tmp_path):
     tensors = {name: tensor.bfloat16() * 0.2 for name, tensor in weights(config).items()}
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     return write_folder(tmp_path / "source", config, tensors, tokenizer_config={
-        "bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}, generation_config={"eos_token_id": [2, 5]})
+        "bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template},
+        generation_config={"eos_token_id": [2, 5]})
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_packed_products(k, ends, narrow, monkeypatch):
         x = torch.randn(1, k, generator=g).to(dtype)
         x[0, 0] = 0.5
         for threshold in (-1.0, 0.5, 100.0, torch.tensor([0.7]), [(end, 0.3 * i - 0.1) for i, end in enumerate(ends)]):
-            counts = [torch.zeros(len(threshold) if isinstance(threshold, list) else 1, dtype=torch.int64) for _ in range(3)]
+            counts = torch.zeros(3, len(threshold) if isinstance(threshold, list) else 1, dtype=torch.int64)
             wanted = sparse_gemv_reference(x, q, threshold, scale=scale, bias=bias, kept=counts[0])
             for w_t, kept in ((packed, counts[1]), (q, counts[2])):
                 y = sparse_gemv(x, w_t, threshold, scale=scale, bias=bias, kept=kept)
@@ -134,7 +135,7 @@ def test_dense_products_in_pieces(dtype, tolerance, monkeypatch):
         p.put("q_proj.weight", end - len(part), part)
         p.put("q_proj.bias", end - len(part), torch.randn(len(part)))
     x = torch.randn(20, 64).to(dtype)
-    wanted = torch.cat([torch.mul(*(t if t.dim() == 2 else t[:, None] for t in quantize_tensor(part))) for part in parts])
+    wanted = torch.cat([q * scale[:, None] for q, scale in map(quantize_tensor, parts)])
     torch.testing.assert_close(p.weight(96, 160, dtype), wanted.T[:, 96:].to(dtype), rtol=1e-6, atol=0)
     wanted = x.double() @ wanted.T.double() + p.bias.double()
     for piece in (1 << 24, 1, 64 * 50):
@@ -147,7 +148,8 @@ def test_dense_products_in_pieces(dtype, tolerance, monkeypatch):
 
 def plain(model, folder):
     """An unquantized float32 model whose weights are those that the int8 model's stand for."""
-    result, tensors = Model(model.config), {name: tensor.float() for name, tensor in checkpoint.open_checkpoint(folder).tensors}
+    result = Model(model.config)
+    tensors = {name: tensor.float() for name, tensor in checkpoint.open_checkpoint(folder).tensors}
     for name, tensor in tensors.items():
         result.put(name, tensor)
     for layer, quantized in zip(result.layers, model.layers):
@@ -161,15 +163,17 @@ def plain(model, folder):
 
 def test_the_int8_model_is_a_model_with_rounded_weights(source):
     model, _ = checkpoint.load(source, quantize="int8")
-    assert model.quantize == "int8" and model.lm_head.w_t.dtype == torch.uint8 and model.embedding.dtype == torch.float32
+    assert model.quantize == "int8" and model.lm_head.w_t.dtype == torch.uint8
+    assert model.embedding.dtype == torch.float32
     wanted, tokens = plain(model, source), torch.randint(320, (32,), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model.logits(model.forward(tokens)), wanted.logits(wanted.forward(tokens)), rtol=1e-4, atol=1e-4)
+    logits, expected = (m.logits(m.forward(tokens)) for m in (model, wanted))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
-    thresholds = calibrate.calibrate(wanted, tokens.repeat(2), 32, "fisher").thresholds(0.5)
-    torch.testing.assert_close(calibrate.calibrate(model, tokens.repeat(2), 32, "fisher").thresholds(0.5), thresholds, rtol=1e-3, atol=1e-4)
-    prompt = tokens[:8].tolist()
-    for table in (None, thresholds):
-        assert list(generate(model, prompt, 24, thresholds=table)) == list(generate(wanted, prompt, 24, thresholds=table))
+    ours, expected = (calibrate.calibrate(m, tokens.repeat(2), 32, "fisher").thresholds(0.5) for m in (model, wanted))
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    for thresholds in (None, ours):
+        ids, expected = (list(generate(m, tokens[:8].tolist(), 24, thresholds=thresholds)) for m in (model, wanted))
+        assert ids == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,7 +185,8 @@ def test_a_folder_is_the_same_model_as_quantizing_while_loading(source, tmp_path
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and sorted(os.listdir(tmp_path)) == ["out", "source"]
     assert written.quantized and written.config == opened.config
 
-    (model, tokenizer), (wanted, theirs) = checkpoint.load(tmp_path / "out", dtype=dtype), checkpoint.load(source, dtype=dtype, quantize="int8")
+    model, tokenizer = checkpoint.load(tmp_path / "out", dtype=dtype)
+    wanted, theirs = checkpoint.load(source, dtype=dtype, quantize="int8")
     for ours, other in zip((model, *model.layers), (wanted, *wanted.layers)):
         for name, value in vars(ours).items():
             if isinstance(value, Projection):
