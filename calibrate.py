@@ -331,8 +331,8 @@ def fisher(model, windows, counts):
     -g[k] x[k] over the dropped k. The mean square of that over tokens, D(s), estimates (twice) the KL divergence from
     the dense model, to second order. `allocate` spends the budget by these curves.
     """
-    levels = torch.arange(100) / 100
-    edges = quantile(counts, levels.expand(*counts.shape[:2], -1)).to(model.device)  # [n_layers, 4, 100]
+    levels = torch.arange(20) / 20  # steps of 0.01 gave noisier hulls, and a worse perplexity
+    edges = quantile(counts, levels.expand(*counts.shape[:2], -1)).to(model.device)  # [n_layers, 4, 20]
     costs = torch.zeros(model.config.n_layers, len(PROJECTIONS), len(levels), device=model.device)
 
     def record(x, p, gradients):
