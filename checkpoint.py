@@ -80,8 +80,11 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
         config = dataclasses.replace(config, context=context)
     network = Model(config, dtype=dtype, device=device, quantize="int8" if checkpoint.quantized else quantize)
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor", leave=False, delay=1, disable=None)
-    for name, tensor in progress:
-        network.put(name, tensor)
+    try:
+        for name, tensor in progress:
+            network.put(name, tensor)
+    except (OSError, SafetensorError, ValueError) as error:  # the file has changed, or the weights are no numbers
+        raise CheckpointError(f"{checkpoint.files[0]}: {one_line(error)}") from None
     return network, checkpoint.tokenizer
 
 
@@ -139,6 +142,10 @@ def open_folder(folder):
         with safe_open(where[name], framework="pt") as f:
             return f.get_tensor(name)
 
+    if config.tie_embeddings and "lm_head.weight" in where:  # harmless if it says the same
+        if not torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
+            raise CheckpointError(f"{folder}: tensor lm_head.weight is not the embedding, though tie_word_embeddings in "
+                                  "config.json says so; set it to false")
     tokenizer, files = folder_tokenizer(folder, config_json, config.vocab_size)
     return Checkpoint(config, tokenizer, [config_file, *shards, *files], shapes, read, config_json, quantized)
 
@@ -157,7 +164,7 @@ def weight_files(folder):
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
     for name in weight_map.values():  # a plain name in this folder, or the index could point at any file of the machine
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
             raise CheckpointError(f"{index} names the file {str(name)[:100]!r}; "
                                   "expected a .safetensors file in the same folder")
     shards = [folder / name for name in sorted(set(weight_map.values()))]
@@ -292,8 +299,9 @@ def check_hash(file, sha256):
 # ---------------------------------------------------------------- checks
 
 def one_line(error):
-    """The first line of an error message, of bounded length."""
-    return str(error).strip().partition("\n")[0][:300]
+    """The first line of an error message, of bounded length and fit for a terminal: it may quote the file."""
+    line = str(error).strip().partition("\n")[0][:300]
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def check_size(file):
@@ -360,7 +368,7 @@ class Tokenizer:
         self.skipped = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
         eos += [added[token] for token in (*END_OF_TURN, self.special.get("eos_token")) if token in added]
-        self.eos_ids = frozenset(eos)
+        self.eos_ids = frozenset(i for i in eos if 0 <= i < vocab_size)
         self.bos_id = next(iter(tokenizer.encode("").ids), None)
 
     def encode(self, text, bos=True):

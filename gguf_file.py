@@ -117,7 +117,7 @@ class GGUFFile:
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
             raise ValueError(f"general.alignment is {alignment!r}")
-        start, total = -(-header.at // alignment) * alignment, 0
+        start = end = -(-header.at // alignment) * alignment
         self.tensors = {}
         for name, (shape, kind, offset) in records.items():
             try:
@@ -127,11 +127,16 @@ class GGUFFile:
             except (ValueError, NotImplementedError):
                 raise ValueError(f"tensor {name} has type {kind}, which cannot be read; quantize it differently") from None
             n_bytes = math.prod(shape) // block * block_bytes
-            total += n_bytes  # tensors that share bytes would let a small file claim a large model
-            if shape[-1] % block or start + offset + n_bytes > size or total > size:
+            if shape[-1] % block or start + offset + n_bytes > size:
                 raise ValueError(f"tensor {name}, {quant.name} {list(shape)} at byte {start + offset}, does not fit "
                                  f"in the file's {size} bytes; the file is damaged or its download unfinished")
-            self.tensors[name] = shape, quant, start + offset
+            if start + offset != end:  # anything else is a mistake in a type, a size or an offset: wrong weights
+                raise ValueError(f"tensor {name} is at byte {start + offset}, but the one before it ends at {end}; "
+                                 "the file is damaged")
+            self.tensors[name] = shape, quant, end
+            end += -(-n_bytes // alignment) * alignment
+        if size > end:
+            raise ValueError(f"its tensors end at byte {end}, but it has {size}; the file is damaged")
 
         self.arch = self.metadata.get("general.architecture")
         if self.arch not in ARCHITECTURES:

@@ -102,7 +102,13 @@ class Config:
             raise ValueError(f"config value low_freq_factor is {scaling['low_freq_factor']}; "
                              f"it must be below high_freq_factor {scaling['high_freq_factor']}")
 
-        attention_bias = bool(config.get("attention_bias", False))
+        def flag(key):
+            value = config.get(key)
+            if value not in (None, True, False):  # the text "false" would count as true
+                raise ValueError(f"config value {key} is {value!r}; expected true or false")
+            return bool(value)
+
+        attention_bias = flag("attention_bias")
         return cls(
             architecture=model_type,
             vocab_size=number("vocab_size", high=1 << 22),
@@ -120,7 +126,7 @@ class Config:
             if model_type == "mistral" and config.get("sliding_window") is not None else None,
             qkv_bias=attention_bias or model_type == "qwen2",
             o_bias=attention_bias and model_type == "llama",
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=flag("tie_word_embeddings"),
         )
 
     def shapes(self, site):
@@ -289,13 +295,20 @@ class Model:
     def put(self, name, tensor):
         """Copy one checkpoint tensor (Hugging Face name and [out, in] orientation) to its place, cast to our dtype.
 
-        Raises ValueError, naming the tensor, if the model has no such tensor, its shape differs, or it is to become
-        int8 and holds infinite or NaN weights.
+        Raises ValueError, naming the tensor, if the model has no such tensor, its shape differs, or it holds infinite
+        or NaN weights, or such as `dtype` cannot hold.
         """
         shape = self.shapes.get(name)
         if shape is None or tuple(tensor.shape) != shape:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}; the config asks for {shape}")
         tensor = tensor.to(self.device)
+        if tensor.is_floating_point():
+            low, high = (extreme.item() for extreme in tensor.aminmax())  # NaN if any weight is
+            largest = torch.finfo(self.dtype).max
+            if not -largest <= low <= high <= largest:
+                dtype = str(self.dtype).removeprefix("torch.")
+                raise ValueError(f"tensor {name} holds weights from {low:g} to {high:g}, and {dtype} ends at {largest:g}; " + (
+                    "try --dtype bfloat16" if math.isfinite(low + high) and dtype == "float16" else "get a sound checkpoint"))
         if name == "model.norm.weight":
             self.norm.copy_(tensor)
         elif name == "model.embed_tokens.weight":

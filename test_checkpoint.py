@@ -273,9 +273,11 @@ def test_end_of_turn_and_special_tokens(tmp_path):
 
 def test_harmless_extra_tensors(tmp_path):
     config = CONFIG | {"tie_word_embeddings": True}
-    extra = {"lm_head.weight": torch.zeros(320, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    extra = {"lm_head.weight": weights(config)["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     folder = write_folder(tmp_path / "m", config, weights(config) | extra)
     assert same(open_checkpoint(folder), weights(config))
+    extra["lm_head.weight"] = torch.zeros(320, 32)
+    refused(write_folder(folder, config, weights(config) | extra), "lm_head.weight is not the embedding")
 
 
 # ---------------------------------------------------------------- GGUF
@@ -567,4 +569,4 @@ def test_overlapping_gguf_tensors(tmp_path):
         at = data.index(b"t%02d" % i) + 3 + 4 + 16 + 4
         data[at:at + 8] = bytes(8)
     (tmp_path / "o.gguf").write_bytes(data[:len(data) // 2])
-    refused(tmp_path / "o.gguf", "does not fit")
+    refused(tmp_path / "o.gguf", "but the one before it ends at")
