@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from checkpoint import one_line
 from model import PROJECTIONS, SITES, Config, KVCache, dense
 
 FORMAT = "1"
@@ -122,16 +123,16 @@ class Calibration:
                 if metadata.get("format") != FORMAT:
                     raise CalibrationError(f"{path} is no calibration of format {FORMAT}; make one with calibrate.py")
                 if metadata.get("fingerprint") != fingerprint(config):
-                    raise CalibrationError(f"{path} belongs to another model ({metadata.get('fingerprint')}); "
+                    raise CalibrationError(f"{path} belongs to another model ({str(metadata.get('fingerprint'))[:300]!r}); "
                                            "make one for this model with calibrate.py")
                 for name, shape in shapes.items():
                     header = file.get_slice(name)
                     if header.get_dtype() != "F32" or tuple(header.get_shape()) != shape:
                         raise CalibrationError(f"{path}: tensor {name} is {header.get_dtype()} {header.get_shape()}, "
                                                f"expected F32 {list(shape)}; make the file anew with calibrate.py")
-                tensors = {name: file.get_tensor(name) for name in shapes}
+                tensors = {name: file.get_tensor(name).clone() for name in shapes}  # as read, they still are the file
         except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot read calibration {path}: {error}") from None
+            raise CalibrationError(f"cannot read calibration {path}: {one_line(error)}") from None
         table, sparsities = tensors["thresholds"], tensors["sparsities"]
         if not (table.isfinite().all() and (table >= 0).all() and (table.diff(dim=-1) >= 0).all()):
             raise CalibrationError(f"{path}: thresholds must be finite, not negative and not fall as sparsity grows; "

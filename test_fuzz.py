@@ -32,7 +32,7 @@ import quantize
 from calibrate import Calibration, CalibrationError
 from checkpoint import CheckpointError, TextStream, load, open_checkpoint
 from gguf_file import hf_name
-from model import SITES, Model
+from model import SITES, Config, Model
 from test_checkpoint import CONFIG, weights, write_folder, write_gguf
 
 SECONDS, MEMORY = 5, 1 << 30
@@ -112,11 +112,22 @@ def make_gguf_q8(path):
     return path / "m.gguf"
 
 
-CHECKPOINTS = {"folder": make_folder, "shards": make_shards, "int8": make_int8, "gguf": make_gguf, "gguf q8": make_gguf_q8}
+def make_calibration(path):
+    path.mkdir()
+    table = torch.rand(CONFIG["num_hidden_layers"], 7, len(calibrate.GRID), generator=torch.Generator().manual_seed(0)).cumsum(-1)
+    metadata = {"format": calibrate.FORMAT, "fingerprint": calibrate.fingerprint(Config.from_hf(CONFIG)), "allocation": "fisher"}
+    Calibration(table, table / 100, metadata).save(path / "calibration.safetensors")
+    return path / "calibration.safetensors"
+
+
+MAKERS = {"folder": make_folder, "shards": make_shards, "int8": make_int8, "gguf": make_gguf, "gguf q8": make_gguf_q8,
+          "calibration": make_calibration}
 
 
 def numbers(network):
-    """Every weight of a model, as a list of tensors in fixed order."""
+    """Every weight of a model, or the tables of a calibration, as a list of tensors in fixed order."""
+    if isinstance(network, Calibration):
+        return [network.table, network.sparsities]
     owners = [(network, ("embedding", "norm")), (network.lm_head, ("w_t", "scale"))]
     for layer in network.layers:
         owners.append((layer, ("attn_norm", "mlp_norm")))
@@ -125,14 +136,19 @@ def numbers(network):
 
 
 class Victim:
-    """A sound checkpoint, its files in memory and a folder where damaged copies of it are opened."""
+    """A sound checkpoint or calibration, its files in memory and a folder where damaged copies of it are opened."""
 
     def __init__(self, make, folder):
         self.path = make(folder)
         self.folder = folder
         self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
         self.headers = {name: header_end(folder / name) for name in self.files if name.endswith((".safetensors", ".gguf"))}
-        self.network, _ = load(self.path)
+        self.network = None if make is make_calibration else load(self.path)[0]
+        self.numbers = self.read()
+
+    def read(self):
+        """The numbers in the folder as it is, every weight or threshold, each once put to use."""
+        return numbers(use_calibration(self.path) if self.network is None else use_checkpoint(self.path))
 
     def damage(self, changes):
         """Write {file name: bytes, or None for no such file}."""
@@ -159,7 +175,7 @@ def header_end(file):
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory):
-    return {name: Victim(make, tmp_path_factory.mktemp("fuzz") / "m") for name, make in CHECKPOINTS.items()}
+    return {name: Victim(make, tmp_path_factory.mktemp("fuzz") / "m") for name, make in MAKERS.items()}
 
 
 # ---------------------------------------------------------------- the damage: (victim, rng) -> {file name: bytes or None}
@@ -185,7 +201,7 @@ def turn_header_bytes(victim, rng):
     name, data, header = weight_file(victim, rng)
     regions = [(0, 24), (0, 600), (header - 1500, header)]
     for _ in range(rng.randrange(1, 4)):
-        at = max(0, rng.randrange(*rng.choice(regions)))
+        at = min(max(0, rng.randrange(*rng.choice(regions))), header - 1)
         data[at] = rng.choice([0, 1, data[at] ^ 1 << rng.randrange(8), 0x7F, 0xFF, rng.randrange(256)])
     return {name: data}
 
@@ -194,6 +210,7 @@ def hostile_header_sizes(victim, rng):
     """Some eight or four bytes of the header become a size nobody has."""
     name, data, header = weight_file(victim, rng)
     at, size = rng.choice([0, 8, 16, rng.randrange(24, 700), max(0, header - rng.randrange(8, 1500))]), rng.choice([4, 8])
+    at = min(at, header - size)
     data[at:at + size] = (rng.choice(NUMBERS) % 256**size).to_bytes(size, "little")
     return {name: data}
 
@@ -348,12 +365,14 @@ def edit_gguf_tensors(victim, rng):
 
 
 FOLDERS, GGUFS = ("folder", "shards", "int8"), ("gguf", "gguf q8")
-DAMAGES = {  # what is damaged how -> (on which checkpoints, its share of all cases)
-    cut: (FOLDERS + GGUFS, 15), lengthen: (FOLDERS + GGUFS, 2), turn_header_bytes: (FOLDERS + GGUFS, 20),
-    hostile_header_sizes: (FOLDERS + GGUFS, 15), turn_weight_bytes: (FOLDERS + GGUFS, 8), edit_safetensors: (FOLDERS, 15),
+CALIBRATIONS = ("calibration",)
+EVERYTHING = FOLDERS + GGUFS + CALIBRATIONS
+DAMAGES = {  # what is damaged how -> (on which files, its share of all cases)
+    cut: (EVERYTHING, 18), lengthen: (EVERYTHING, 2), turn_header_bytes: (EVERYTHING, 24), hostile_header_sizes: (EVERYTHING, 18),
+    turn_weight_bytes: (EVERYTHING, 10), edit_safetensors: (FOLDERS + CALIBRATIONS, 20),
     edit_config: (FOLDERS, 15), edit_tokenizer: (("folder", "shards"), 15), edit_settings: (("folder", "shards"), 5),
     edit_index: (("shards",), 5), edit_gguf_metadata: (GGUFS, 10), edit_gguf_tensors: (GGUFS, 10)}
-SHARES = sum(share for _, share in DAMAGES.values()) + 15 + 1  # calibrations and chat templates
+SHARES = sum(share for _, share in DAMAGES.values())
 
 
 # ---------------------------------------------------------------- how a case must end
@@ -381,8 +400,10 @@ def read_by_other_means(victim):
 
 
 def expected_numbers(victim):
-    """What loading a copy with damaged weights must give: numbers; or None where weights are no numbers any more."""
+    """What reading a copy with damaged weights must give: numbers; or None where weights are no numbers any more."""
     tensors = read_by_other_means(victim)
+    if victim.network is None:
+        return [tensors["thresholds"], tensors["sparsities"]]
     if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
         return None
     network = Model(victim.network.config, quantize=victim.network.quantize)
@@ -405,8 +426,8 @@ def refusal(function, kind):
     return result, message
 
 
-def use(path):
-    """Load a checkpoint and turn text into tokens and back; a tokenizer may refuse only then."""
+def use_checkpoint(path):
+    """Load a checkpoint, turn text into tokens and back (a tokenizer may refuse only then); -> its Model."""
     network, tokenizer = load(path)
 
     def text():
@@ -416,7 +437,13 @@ def use(path):
         assert all(0 <= i < network.config.vocab_size for i in tokenizer.eos_ids)
 
     refusal(text, CheckpointError)
-    return numbers(network)
+    return network
+
+
+def use_calibration(path):
+    calibration = Calibration.load(path, Config.from_hf(CONFIG))
+    assert calibration.thresholds(0.5).isfinite().all() and calibration.expected(0.95).isfinite().all()
+    return calibration
 
 
 @pytest.fixture
@@ -438,11 +465,11 @@ def test_damaged_checkpoints(damage, victims, bounded_memory, request):
         changes = damage(victim, rng)
         victim.damage(changes)
         try:
-            expected = expected_numbers(victim) if damage is turn_weight_bytes else numbers(victim.network)
-            found, message = refusal(lambda: use(victim.path), CheckpointError)
+            expected = expected_numbers(victim) if damage is turn_weight_bytes else victim.numbers
+            found, message = refusal(victim.read, CheckpointError if victim.network else CalibrationError)
             if found is None:
                 assert str(victim.folder) in message, message
-                assert damage is not turn_weight_bytes or expected is None, message
+                assert damage is not turn_weight_bytes or expected is None or not victim.network, message
             else:
                 assert expected is not None, "loaded weights that are infinite or NaN"
                 assert len(found) == len(expected) and all(map(torch.equal, found, expected)), "other numbers than the file's"
