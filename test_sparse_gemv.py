@@ -47,10 +47,13 @@ def test_random_draws():
         x, w_t, options = draw(k, n, dtype)
         t = x.float().abs().quantile(rng.random()).item() if rng.random() < 0.9 else rng.choice([-1.0, 1e9])
         kept = x.float().abs() > t
-        expected = x[kept].double() @ w_t[kept].double() * options.get("scale", torch.ones(n, device=DEVICE)).double()
-        case = (k, n, dtype, t)
-        assert error(sparse_gemv(x, w_t, t, **options), expected) <= TOLERANCE[dtype], case
-        assert error(sparse_gemv_reference(x, w_t, t, **options), expected) <= TOLERANCE[dtype], case
+        scale = options.get("scale", torch.ones(n, device=DEVICE)).double()
+        expected = x[kept].double() @ w_t[kept].double() * scale
+        # The size that sums of random signs have: a single output may by chance be far smaller than its terms.
+        size = ((x[kept].double() ** 2 @ w_t[kept].double() ** 2).sqrt() * scale).norm()
+        for compute in (sparse_gemv, sparse_gemv_reference):
+            off = (compute(x, w_t, t, **options).double() - expected).norm()
+            assert off <= TOLERANCE[dtype] * size, (compute, k, n, dtype, t)
 
 
 @pytest.mark.parametrize("k, n", [(576, 96), (577, 33), (1, 1)] + [(576, 960), (1536, 576), (2048, 8192)] * (not INTERPRETED))
