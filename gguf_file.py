@@ -224,6 +224,8 @@ class GGUFFile:
         types = np.asarray(self.metadata.get("tokenizer.ggml.token_type", ()))
         if not isinstance(tokens, list) or types.shape != (len(tokens),) or types.dtype.kind not in "iu":
             raise ValueError("its tokenizer.ggml.tokens and tokenizer.ggml.token_type are missing or differ in length")
+        if len(tokens) > (rows := self.tensors["token_embd.weight"][0][0]):
+            raise ValueError(f"its vocabulary has {len(tokens)} tokens, but tensor token_embd.weight only {rows} rows")
         vocab = {token: i for i, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             raise ValueError("its vocabulary holds the same token twice")

@@ -30,7 +30,7 @@ import calibrate
 import generate
 import quantize
 from calibrate import Calibration, CalibrationError
-from checkpoint import CheckpointError, TextStream, load, open_checkpoint
+from checkpoint import CheckpointError, TextStream, Tokenizer, load, open_checkpoint
 from gguf_file import hf_name
 from model import SITES, Config, Model
 from test_checkpoint import CONFIG, weights, write_folder, write_gguf
@@ -482,3 +482,54 @@ def test_damaged_checkpoints(damage, victims, bounded_memory, request):
             victim.repair(changes)
         ends["read" if message is None else "refused"] += 1
     print(f"{damage.__name__}: {dict(ends)}")
+
+
+def test_chat_templates(request):
+    """Looping, huge, prying and damaged templates end in text or in one sentence, soon."""
+    rng, ends = random.Random("templates"), collections.Counter()
+    templates = list(HOSTILE_TEMPLATES)
+    for _ in range(request.config.getoption("fuzz") // 100):
+        at = rng.randrange(len(TEMPLATE))
+        templates.append(TEMPLATE[:at] + rng.choice(["", "{", "}}", "{%", "\u0000", "\ud800", "|", "'", ".x", "()"]) + TEMPLATE[at + rng.randrange(3):])
+    for template in templates:
+        tokenizer = Tokenizer(byte_level()[0], 320, {"bos_token": "<s>"}, [], template)
+        _, message = refusal(lambda: tokenizer.chat([{"role": "user", "content": "{{ 7 * 7 }} <s>"}]), CheckpointError)
+        assert message is None or "chat template" in message, message
+        ends["rendered" if message is None else "refused"] += 1
+    print(f"chat templates: {dict(ends)}")
+
+
+def test_large_gguf_header(victims, bounded_memory):
+    """A header as long as any may be, full of empty strings."""
+    file, key = victims["gguf"].path.with_name("large.gguf"), b"tokenizer.ggml.eos_token_id"
+    data = victims["gguf"].files["m.gguf"].replace(
+        key + struct.pack("<II", 4, 2), key + struct.pack("<IIQ", 9, 8, 4_000_000) + bytes(8 * 4_000_000))
+    file.write_bytes(data)
+    assert len(data) > 32_000_000 and refusal(lambda: load(file), CheckpointError)[1]
+    file.unlink()
+
+
+@pytest.mark.parametrize("damage", [edit_config, edit_tokenizer, cut, turn_header_bytes, edit_index, edit_gguf_metadata, "template", "NaN"],
+                         ids=lambda damage: getattr(damage, "__name__", damage))
+def test_command(damage, victims):
+    """From the shell: exit code 2 and one sentence, no traceback."""
+    victim, rng, changes = victims["folder"], random.Random(1), {}
+    if damage == "template":
+        changes["chat_template.jinja"] = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    elif damage == "NaN":
+        victim = victims["gguf"]
+        changes["m.gguf"] = victim.files["m.gguf"][:-4] + struct.pack("<f", float("nan"))
+    else:
+        victim = victims[DAMAGES[damage][0][-1] if damage in (edit_index, edit_gguf_metadata) else "folder"]
+        while not changes:  # one that is refused
+            changes = damage(victim, rng)
+            victim.damage(changes)
+            if refusal(victim.read, CheckpointError)[1] is None:
+                victim.repair(changes)
+                changes = {}
+    victim.damage(changes)
+    command = [sys.executable, generate.__file__, "--model", victim.path, "--prompt", "the and", "--max-new-tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    victim.repair(changes)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert done.stderr.startswith("generate.py: error: ") and done.stderr.count("\n") == 1
