@@ -21,7 +21,8 @@ from sparse_gemv import INTERPRETED, sparse_gemv
 class Decoder:
     """Runs decode steps of a model on its GPU over a KV cache.
 
-    choose:     a function of logits [vocab_size] that returns a token id, int64 [1], by GPU operations alone
+    choose:     a function of logits [vocab_size] that returns a token id, int64 [1], by GPU operations alone; or -1,
+                which `tokens` hands on, while the next step, on its way already, takes token 0 instead
     generators: the torch.Generators that `choose` draws from
     graph:      False launches every kernel from Python, token by token: the same result, slow, for debugging
 
@@ -68,7 +69,7 @@ class Decoder:
         """One token: `self.token` at `self.position` in; the next token and position out, in the same tensors."""
         model, cache, eps = self.model, self.cache, self.model.config.norm_eps
         x = self.x
-        x.copy_(model.embed(self.token)[0])
+        x.copy_(model.embed(self.token.clamp(min=0))[0])
         for i, layer in enumerate(model.layers):
             self.project(x, layer.qkv, self.qkv, norm=(layer.attn_norm, eps))
             decode_attention(self.qkv, cache.k[i], cache.v[i], self.cos, self.sin, self.position, self.workspace,

@@ -12,6 +12,7 @@ Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models"
 """
 
 import argparse
+import math
 import os
 import secrets
 import sys
@@ -90,7 +91,7 @@ class Session:
         if model.device.type == "cuda":
             from decode import Decoder
 
-            self.decoder = Decoder(model, self.cache, lambda logits: sample(logits, *self.sampling), [generator], graph)
+            self.decoder = Decoder(model, self.cache, self.choose, [generator], graph)
             self.kept = self.decoder.kept
         else:
             self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64)  # rows read by all steps
@@ -119,14 +120,43 @@ class Session:
         threshold, kept = self.segments.get(p, (-1.0, None))
         return sparse_gemv(x, p.w_t, threshold, scale=p.scale, bias=p.bias, kept=kept)
 
+    def choose(self, logits):
+        """Logits [V] -> the next token's id, int64 [1], or -1 if they are not finite: the host sees it with the token."""
+        low, high = logits.aminmax()  # NaN if one of them is
+        return sample(logits, *self.sampling).masked_fill(~(high.float() - low.float() < math.inf), -1)
+
+    @torch.inference_mode()
+    def diagnose(self, tokens, start, project):
+        """Raise ValueError naming where `tokens`, after the first `start` in the cache, give infinite or NaN numbers."""
+        model = self.model
+        advice = {torch.float16: "float16 ends at 65504, so try --dtype bfloat16",
+                  torch.bfloat16: "try --dtype float32, or another checkpoint"}.get(model.dtype, "try another checkpoint")
+
+        def watch(x, p):
+            y = project(x, p)
+            place = "the LM head" if p.layer is None else f"{'/'.join(SITES[p.site])} in layer {p.layer}"
+            for what, values in ("input", x), ("output", y):
+                if not values.isfinite().all():
+                    raise ValueError(f"the {what} of {place} is infinite or NaN at token {start + len(tokens)} of the text; {advice}")
+            return y
+
+        self.cache.length = start
+        for chunk in torch.tensor(tokens, device=model.device).split(PREFILL_CHUNK):
+            hidden = model.forward(chunk, self.cache, watch)
+        watch(hidden[-1:], model.lm_head)
+        raise ValueError(f"the logits are infinite or NaN at token {start + len(tokens)} of the text; {advice}")
+
     @torch.inference_mode()
     def next_token(self, tokens, project):
         """Run token ids through the model and choose the id that follows them."""
-        model, device = self.model, self.model.device
+        model, device, start = self.model, self.model.device, self.cache.length
         for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK):
             hidden = model.forward(chunk, self.cache, project)
+        token = self.choose(model.logits(hidden[-1:], self.multiply)[0]).item()
+        if token < 0:
+            self.diagnose(tokens, start, project)
         self.tokens += tokens
-        return sample(model.logits(hidden[-1:], self.multiply)[0], *self.sampling).item()
+        return token
 
     def steps(self, token, n):
         """Yield the n token ids that follow `token`, each from one decode step."""
@@ -139,6 +169,8 @@ class Session:
         else:
             self.decoder.start(token, self.cache.length)
             for following in self.decoder.tokens(n):
+                if following < 0:
+                    self.diagnose([token], self.cache.length, self.multiply)
                 self.tokens.append(token)
                 self.cache.length += 1
                 token = following

@@ -18,7 +18,7 @@ import checkpoint
 import generate as generate_module
 from generate import Session, generate, sample
 from gguf_file import GGUFFile
-from model import SITES, dense
+from model import SITES, Config, Model, dense
 
 PROMPTS = ["Explain in one sentence why the sky is blue.", "Write a haiku about rivers.", "What is 17 plus 25?",
            "def fibonacci(n):", "Übersetze ins Englische: Der Hund schläft. 🐕"]
@@ -308,3 +308,47 @@ def test_interrupt():
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in error.decode() and "MB read per token" in error.decode()
+
+
+# ---- numbers that are none -----------------------------------------------------------------------------------------
+
+def overflowing(dtype, spoil):
+    """A model of random weights, spoilt by a function of it."""
+    config = Config("llama", 64, 32, 48, 3, 4, 2, 8, context=32)
+    model, generator = Model(config, dtype), torch.Generator().manual_seed(0)
+    for name, shape in model.shapes.items():
+        model.put(name, torch.randn(shape, generator=generator) * 0.2)
+    spoil(model)
+    return model
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda model: model.layers[1].down.w_t.mul_(6e5), "the output of down in layer 1"),
+    (lambda model: model.layers[1].attn_norm.fill_(6e4), "the input of q/k/v in layer 1"),
+    (lambda model: model.layers[2].gate_up.w_t.mul_(1e3), "the input of down in layer 2"),
+    (lambda model: model.norm.fill_(6e4), "the input of the LM head"),
+    (lambda model: model.lm_head.w_t.fill_(math.nan), "the output of the LM head")])
+def test_infinite_numbers_are_named(spoil, words):
+    with pytest.raises(ValueError, match=f"{words} is infinite or NaN at token 3 of the text; float16 ends at 65504, so try --dtype bfloat16"):
+        list(generate(overflowing(torch.float16, spoil), [1, 2, 3], 4))
+
+
+def test_infinite_numbers_while_decoding():
+    model = overflowing(torch.float32, lambda model: None)
+    session = Session(model)
+    tokens = session.generate([1, 2, 3], 8)
+    next(tokens)
+    session.cache.k[1, :, 2] = math.nan
+    with pytest.raises(ValueError, match="the input of o in layer 1 is infinite or NaN at token 4 of the text"):
+        next(tokens)
+
+
+def test_weights_beyond_the_type():
+    model = Model(Config("llama", 64, 32, 48, 1, 4, 2, 8), torch.float16)
+    norm = torch.ones(32)
+    norm[3] = 7e4
+    with pytest.raises(ValueError, match="model.norm.weight .* float16 ends at 65504; try --dtype bfloat16"):
+        model.put("model.norm.weight", norm)
+    norm[3] = math.nan
+    with pytest.raises(ValueError, match="model.norm.weight .* get a sound checkpoint"):
+        model.put("model.norm.weight", norm)
