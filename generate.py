@@ -25,8 +25,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 
-from checkpoint import TextStream, load
-from model import PROJECTIONS, SITES, KVCache, dense
+from checkpoint import TextStream, load, one_line
+from model import PROJECTIONS, SITES, KVCache, dense, free_memory
 from sparse_gemv import sparse_gemv
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once, so that memory stays bounded
@@ -260,7 +260,10 @@ def thresholds(model, tokenizer, args, sparsity):
         print(f"no calibration for this model yet; making one, once, into {path}", file=sys.stderr)
         text = calibrate.write_text(model, tokenizer, n_tokens=8192)
         calibration = calibrate.calibrate(model, text, min(1024, model.config.context), source="self-written, seed 0")
-        calibration.save(path)
+        try:
+            calibration.save(path)
+        except calibrate.CalibrationError as error:
+            print(f"{error}; this run goes on, and the next one will calibrate again", file=sys.stderr)
     return calibration.thresholds(sparsity)
 
 
@@ -352,7 +355,7 @@ def parse_args():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--no-graph", action="store_true", help="on a GPU, launch the kernels one by one: the same text, slower")
     add("--context", type=number(int, 1, many), metavar="N",
-        help="longest text, prompt and answers, that memory is set aside for (default: the model's longest)")
+        help="longest text, prompt and answers, that memory is set aside for (default: the model's longest that fits)")
     add = parser.add_argument_group("sparsity").add_argument
     add("--sparsity", type=number(float, 0, 0.95), default=0.0, metavar="S",
         help="share of the blocks' weights that decoding leaves unread, 0 to 0.95 (default: %(default)s)")
@@ -398,6 +401,9 @@ def run(args):
         use_template = tokenizer.has_chat_template and not args.raw
         ids = tokenizer.chat([{"role": "user", "content": prompt}]) if use_template else tokenizer.encode(prompt)
         context = min(context, len(ids) + args.max_new_tokens)
+    elif args.context is None:  # up to half of what is free; too little for even 512 is an error
+        fits = int(min(free_memory(model.device) / 2 / KVCache.token_bytes(model.config, model.dtype), context))
+        context = min(context, max(fits, 512))
     session = Session(model, thresholds(model, tokenizer, args, args.sparsity), context=context, seed=args.seed,
                       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=tokenizer.eos_ids,
                       graph=not args.no_graph)
@@ -425,6 +431,13 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        free = free_memory(torch.device(args.device)) / 1e9
+        print(f"generate.py: error: out of memory, with {free:.1f} GB free now ({one_line(error)}); "
+              "try --dtype bfloat16, --quantize int8 or a shorter --context", file=sys.stderr)
         sys.exit(2)
 
 

@@ -233,16 +233,55 @@ class Layer:
         self.down = projection("down")
 
 
+def weight_bytes(config, dtype, quantize=None):
+    """Bytes of memory that a model's weights take."""
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(config, quantize is not None).items()}
+    if quantize is not None and config.tie_embeddings:
+        sizes["lm_head.weight"] = config.vocab_size * config.hidden_size  # of its own then
+    return sum(n * (1 if quantize is not None and is_quantized(name) else dtype.itemsize) for name, n in sizes.items())
+
+
+def free_memory(device):
+    """Bytes of memory that are free on a torch.device; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def require_memory(n_bytes, device, what, advice):
+    """Raise ValueError, saying what to do, before that many bytes are asked of a device that has fewer.
+
+    An ordinary computer would hand them out, and end the program when it begins to use them.
+    """
+    free = free_memory(torch.device(device))
+    if n_bytes > free:
+        raise ValueError(f"{what} needs {n_bytes / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free on {device}; {advice}")
+
+
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once for `context` tokens."""
+    """Keys and values of the tokens seen so far, allocated once for `context` tokens.
+
+    Raises ValueError if the device has no room for them.
+    """
 
     def __init__(self, config, context, dtype=torch.float32, device="cpu"):
+        require_memory(context * self.token_bytes(config, dtype), device, f"a context of {context} tokens",
+                       "try a shorter one with --context" + ("" if dtype.itemsize == 2 else " or --dtype bfloat16"))
         shape = (config.n_layers, config.n_kv_heads, context, config.head_dim)
         # zeros, not empty: a masked position still enters the softmax's product, and 0 * NaN is NaN
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.context = context
         self.length = 0  # tokens held
+
+    @staticmethod
+    def token_bytes(config, dtype):
+        """Bytes that the key and value of one token take."""
+        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
 
 
 def rope_frequencies(config, device="cpu"):

