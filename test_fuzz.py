@@ -499,6 +499,24 @@ def test_chat_templates(request):
     print(f"chat templates: {dict(ends)}")
 
 
+REPLACES = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 6}
+SPLIT = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("part, steps", [
+    ("normalizer", REPLACES), ("decoder", {"type": "Sequence", "decoders": REPLACES["normalizers"]}),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 60}), ("normalizer", {"type": "Prepend", "prepend": "x" * 10**6}),
+    ("pre_tokenizer", SPLIT)])
+def test_hostile_tokenizers(part, steps, victims, bounded_memory):
+    """Steps that blow a text up or never end."""
+    victim = victims["folder"]
+    changes = {"tokenizer.json": json.dumps(json.loads(victim.files["tokenizer.json"]) | {part: steps}).encode()}
+    victim.damage(changes)
+    _, message = refusal(lambda: load(victim.path)[1].encode("a banana é " + "x" * 40), CheckpointError)
+    victim.repair(changes)
+    assert "tokenizer" in message
+
+
 def test_large_gguf_header(victims, bounded_memory):
     """A header as long as any may be, full of empty strings."""
     file, key = victims["gguf"].path.with_name("large.gguf"), b"tokenizer.ggml.eos_token_id"
