@@ -82,8 +82,9 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
             raise CheckpointError(f"context {context} is outside 1 to {config.context}, the longest this model was made for")
         config = dataclasses.replace(config, context=context)
     quantize = "int8" if checkpoint.quantized else quantize
-    require_memory(weight_bytes(config, dtype, quantize), device, f"the model in {quantize or str(dtype).removeprefix('torch.')}",
-                   "try " + "--dtype bfloat16, " * (dtype.itemsize > 2) + "--quantize int8, " * (quantize is None) + "a smaller model")
+    advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (quantize is None) + ["a smaller model"]
+    require_memory(weight_bytes(config, dtype, quantize), device,
+                   f"the model in {quantize or str(dtype).removeprefix('torch.')}", f"try {' or '.join(advice)}")
     network = Model(config, dtype=dtype, device=device, quantize=quantize)
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor", leave=False, delay=1, disable=None)
     try:
@@ -324,7 +325,8 @@ def growth(steps):
     if not isinstance(steps, dict):
         return 1
     text = {"Replace": steps.get("content"), "Prepend": steps.get("prepend"), "ByteLevel": "xx"}.get(str(steps.get("type")))
-    return (len(text) or 1 if isinstance(text, str) else 1) * growth(list(steps.values()))
+    times = max(1, len(text)) if isinstance(text, str) else 1
+    return times * growth(list(steps.values()))
 
 
 def check_size(file):
@@ -397,7 +399,8 @@ class Tokenizer:
     def encode(self, text, bos=True):
         """str -> list of ids, with `bos_id` first if there is one and `bos` is true. Special tokens are recognised."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
-        ids = guard("the checkpoint's tokenizer cannot encode this text", self.tokenizer.encode, text, add_special_tokens=bos).ids
+        ids = guard("the checkpoint's tokenizer cannot encode this text",
+                    self.tokenizer.encode, text, add_special_tokens=bos).ids
         if ids and max(ids) >= self.vocab_size:
             raise CheckpointError(f"the tokenizer gives token {max(ids)}, but the model's vocabulary is {self.vocab_size}; "
                                   "they do not belong together")
@@ -405,7 +408,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> str, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return guard("the checkpoint's tokenizer cannot decode these tokens", self.tokenizer.decode, list(ids), skip_special_tokens=True)
+        return guard("the checkpoint's tokenizer cannot decode these tokens",
+                     self.tokenizer.decode, list(ids), skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=True):
         """[{"role": "user", "content": str}, ...] -> ids of the conversation in the model's own format.

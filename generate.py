@@ -129,22 +129,23 @@ class Session:
     def diagnose(self, tokens, start, project):
         """Raise ValueError naming where `tokens`, after the first `start` in the cache, give infinite or NaN numbers."""
         model = self.model
-        advice = {torch.float16: "float16 ends at 65504, so try --dtype bfloat16",
-                  torch.bfloat16: "try --dtype float32, or another checkpoint"}.get(model.dtype, "try another checkpoint")
+        end = f"is infinite or NaN at token {start + len(tokens)} of the text; " + {
+            torch.float16: "float16 ends at 65504, so try --dtype bfloat16",
+            torch.bfloat16: "try --dtype float32, or another checkpoint"}.get(model.dtype, "try another checkpoint")
 
         def watch(x, p):
             y = project(x, p)
             place = "the LM head" if p.layer is None else f"{'/'.join(SITES[p.site])} in layer {p.layer}"
             for what, values in ("input", x), ("output", y):
                 if not values.isfinite().all():
-                    raise ValueError(f"the {what} of {place} is infinite or NaN at token {start + len(tokens)} of the text; {advice}")
+                    raise ValueError(f"the {what} of {place} {end}")
             return y
 
         self.cache.length = start
         for chunk in torch.tensor(tokens, device=model.device).split(PREFILL_CHUNK):
             hidden = model.forward(chunk, self.cache, watch)
         watch(hidden[-1:], model.lm_head)
-        raise ValueError(f"the logits are infinite or NaN at token {start + len(tokens)} of the text; {advice}")
+        raise ValueError(f"a logit {end}")
 
     @torch.inference_mode()
     def next_token(self, tokens, project):

@@ -259,7 +259,8 @@ def require_memory(n_bytes, device, what, advice):
     """
     free = free_memory(torch.device(device))
     if n_bytes > free:
-        raise ValueError(f"{what} needs {n_bytes / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free on {device}; {advice}")
+        raise ValueError(f"{what} needs {n_bytes / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free on {device}; "
+                         f"{advice}")
 
 
 class KVCache:
@@ -345,9 +346,9 @@ class Model:
             low, high = (extreme.item() for extreme in tensor.aminmax())  # NaN if any weight is
             largest = torch.finfo(self.dtype).max
             if not -largest <= low <= high <= largest:
-                dtype = str(self.dtype).removeprefix("torch.")
-                raise ValueError(f"tensor {name} holds weights from {low:g} to {high:g}, and {dtype} ends at {largest:g}; " + (
-                    "try --dtype bfloat16" if math.isfinite(low + high) and dtype == "float16" else "get a sound checkpoint"))
+                too_small = math.isfinite(low + high) and self.dtype == torch.float16
+                raise ValueError(f"tensor {name} holds weights from {low:g} to {high:g}, and {self.dtype} ends at {largest:g}; "
+                                 + ("try --dtype bfloat16" if too_small else "get a sound checkpoint"))
         if name == "model.norm.weight":
             self.norm.copy_(tensor)
         elif name == "model.embed_tokens.weight":

@@ -350,7 +350,7 @@ def test_weights_beyond_the_type():
     model = Model(Config("llama", 64, 32, 48, 1, 4, 2, 8), torch.float16)
     norm = torch.ones(32)
     norm[3] = 7e4
-    with pytest.raises(ValueError, match="model.norm.weight .* float16 ends at 65504; try --dtype bfloat16"):
+    with pytest.raises(ValueError, match="model.norm.weight .* torch.float16 ends at 65504; try --dtype bfloat16"):
         model.put("model.norm.weight", norm)
     norm[3] = math.nan
     with pytest.raises(ValueError, match="model.norm.weight .* get a sound checkpoint"):
@@ -371,7 +371,7 @@ def test_prompts_around_the_context():
 def test_too_little_memory(tiny, monkeypatch):
     monkeypatch.setattr(model_module, "free_memory", lambda device: 40_000)
     with pytest.raises(ValueError, match="the model in float32 needs 0.0 GB of memory, but 0.0 GB are free on cpu; "
-                                         "try --dtype bfloat16, --quantize int8, a smaller model"):
+                                         "try --dtype bfloat16 or --quantize int8 or a smaller model"):
         checkpoint.load(tiny)
     assert model_module.weight_bytes(Config("llama", 1, 2, 3, 1, 1, 1, 2), torch.float32) == 4 * (2 * 2 + 2 + 2 * 2 + 4 * 4 + 3 * 6)
     with pytest.raises(ValueError, match="a context of 9999999 tokens needs 1.3 GB .* try a shorter one with --context or --dtype bfloat16"):
