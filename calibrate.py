@@ -11,12 +11,12 @@ block's output least (TEAL: Liu et al. 2024, arXiv:2408.14690, sections 4.1-4.3,
 """
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -104,17 +104,15 @@ class Calibration:
     def save(self, path):
         """Write the file whole or not at all; raises CalibrationError if that is not possible."""
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {"sparsity_grid": GRID, "thresholds": self.table, "sparsities": self.sparsities}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, self.metadata)
-            os.replace(temporary, path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                temporary = Path(folder) / path.name
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, self.metadata)
+                os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot write the calibration {path} ({one_line(error)})") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     @classmethod
     def load(cls, path, config):

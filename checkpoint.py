@@ -394,7 +394,7 @@ class Tokenizer:
         eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
         eos += [added[token] for token in (*END_OF_TURN, self.special.get("eos_token")) if token in added]
         self.eos_ids = frozenset(i for i in eos if 0 <= i < vocab_size)
-        self.bos_id = next(iter(tokenizer.encode("").ids), None)
+        self.bos_id = next((i for i in tokenizer.encode("").ids if i < vocab_size), None)
 
     def encode(self, text, bos=True):
         """str -> list of ids, with `bos_id` first if there is one and `bos` is true. Special tokens are recognised."""

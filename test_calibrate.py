@@ -1,14 +1,16 @@
 """Tests of calibrate.py against brute force, on a tiny random model."""
 
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import calibrate
@@ -250,6 +252,27 @@ def test_a_file_gives_back_what_was_saved(calibration, tmp_path):
     assert torch.equal(loaded.table, calibration.table) and torch.equal(loaded.sparsities, calibration.sparsities)
     assert loaded.metadata == calibration.metadata and loaded.metadata["allocation"] == "fisher"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.safetensors"]
+
+
+def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypatch):
+    """The file is there whole or not at all."""
+    file = tmp_path / "c.safetensors"
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(CalibrationError, match="cannot write .*No space left"):
+        patch.setattr(calibrate, "save_file", full)
+        calibration.save(file)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate.os, "replace", lambda *_: os._exit(9))
+        if (child := os.fork()) == 0:
+            calibration.save(file)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not file.exists()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(calibration.save, [file] * 32))
+    assert torch.equal(Calibration.load(file, CONFIG).table, calibration.table)
+    assert len(list(tmp_path.iterdir())) == 2  # and what the killed process left
 
 
 def test_targets_are_reached_with_all_masks_at_work(model, tokens):
