@@ -264,8 +264,9 @@ def to_float(shape, quant, raw):
     block, block_bytes = GGML_QUANT_SIZES[quant]
     raw = raw.reshape(-1, block_bytes)  # [blocks, bytes a block]
     step = CHUNK // block
-    for i in range(0, len(raw), step):
-        result[i * block:(i + step) * block] = dequantize(raw[i:i + step].reshape(1, -1), quant)[0]
+    with np.errstate(invalid="ignore", over="ignore"):  # whoever uses the weights refuses infinite or NaN ones
+        for i in range(0, len(raw), step):
+            result[i * block:(i + step) * block] = dequantize(raw[i:i + step].reshape(1, -1), quant)[0]
     return torch.from_numpy(result.reshape(shape))
 
 

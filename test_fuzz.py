@@ -384,7 +384,8 @@ def read_by_other_means(victim):
         if name.endswith(".gguf"):
             reader = gguf.GGUFReader(victim.path)
             for tensor in reader.tensors:
-                array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+                with np.errstate(invalid="ignore", over="ignore"):
+                    array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
                 heads = {"attn_q": 4, "attn_k": 2}.get(tensor.name.split(".")[-2])
                 if heads and "llama.block_count" in reader.fields:
                     array = array.reshape(heads, 4, 2, -1).swapaxes(1, 2).reshape(array.shape)
