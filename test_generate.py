@@ -421,7 +421,7 @@ def test_full_disk(tiny):
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
 def test_closed_streams(closed, tiny):
-    line = " ".join(map(shlex.quote, command("--model", tiny, "--prompt", "abc", "--max-new-tokens", 5))) + " " + closed
+    line = " ".join(map(shlex.quote, command("--model", tiny, "--prompt", "abc", "--max-new-tokens", 5, "--seed", 1))) + " " + closed
     done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
     assert done.returncode == 0 and b"new 5 tokens" in done.stderr
 
