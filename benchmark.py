@@ -1,4 +1,4 @@
-"""Measures decoding speed on a GPU against the limit that the bytes set, and the kernels against cuBLAS.
+"""Measures decoding speed: on a GPU against the limit that the bytes set, and everywhere against transformers.
 
 A decode step cannot be faster than the bytes it reads divided by the memory's bandwidth. So the bandwidth is measured
 first, in the same process, and every speed is reported beside its bytes and its share of that limit. Weights are
@@ -7,6 +7,7 @@ so that the sparsity is what the row says: it is counted, row by row, while the 
 
     python benchmark.py --config llama-3-8b --sparsity 0 0.25 0.4 0.5 0.65 --json results/llama-3-8b.json
     python benchmark.py --kernels
+    python benchmark.py --device cpu --sparsity 0 0.4 0.5 --compare transformers
 """
 
 import argparse
@@ -23,7 +24,7 @@ import calibrate
 import sparse_gemv as gemv
 from checkpoint import load
 from decode import Decoder
-from generate import sample
+from generate import Session, sample
 from model import SITES, Config, KVCache, Model
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -164,18 +165,18 @@ def timeline(decoder, n_steps=3):
 
 
 def transformers_speed(model, context, n_tokens=200, runs=3):
-    """Tokens a second of transformers' generate on the same weights: static cache, compiled, greedy."""
+    """Tokens a second of transformers' greedy generate on the same weights; on a GPU with a static cache, compiled."""
     import transformers
 
     c = model.config
     theirs = transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim, rms_norm_eps=c.norm_eps, max_position_embeddings=c.context,
+        head_dim=c.head_dim, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, max_position_embeddings=c.context,
         tie_word_embeddings=c.tie_embeddings)
     with torch.device("meta"):
         llama = transformers.LlamaForCausalLM(theirs).to(model.dtype)
-    llama = llama.to_empty(device="cuda").eval()
+    llama = llama.to_empty(device=model.device).eval()
     for i, (layer, ours) in enumerate(zip(llama.model.layers, model.layers)):
         for site, names in SITES.items():
             p = getattr(ours, site)
@@ -186,22 +187,51 @@ def transformers_speed(model, context, n_tokens=200, runs=3):
         layer.post_attention_layernorm.weight.data.copy_(ours.mlp_norm)
     llama.model.norm.weight.data.copy_(model.norm)
     llama.lm_head.weight.data.copy_(model.lm_head.w_t.T)
-    if model.embedding is not None:
-        llama.model.embed_tokens.weight.data.copy_(model.embedding)
-    llama.model.rotary_emb = type(llama.model.rotary_emb)(theirs, device="cuda")  # to_empty lost its frequencies
-    prompt = torch.ones(1, max(1, context - n_tokens // 2), dtype=torch.int64, device="cuda")
-    options = dict(do_sample=False, cache_implementation="static", eos_token_id=None, pad_token_id=0)
+    llama.model.embed_tokens.weight.data.copy_(model.lm_head.w_t.T if model.embedding is None else model.embedding)
+    llama.tie_weights()
+    llama.model.rotary_emb = type(llama.model.rotary_emb)(theirs).to(model.device)  # to_empty lost its frequencies
+    llama.generation_config.eos_token_id = None
+    prompt = torch.ones(1, max(1, context - n_tokens // 2), dtype=torch.int64, device=model.device)
+    options = {"do_sample": False, "pad_token_id": 0}
+    if model.device.type == "cuda":
+        options["cache_implementation"] = "static"
 
     def run(n):
-        torch.cuda.synchronize()
         start = time.perf_counter()
-        llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, **options)
-        torch.cuda.synchronize()
+        ids = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, **options)
+        ids.cpu()  # waits for the device
         return time.perf_counter() - start
 
     run(n_tokens), run(n_tokens)  # compiles
     whole, prefill = sorted(run(n_tokens) for _ in range(runs))[runs // 2], sorted(run(1) for _ in range(runs))[runs // 2]
     return (n_tokens - 1) / (whole - prefill)
+
+
+def cpu_speed(args):
+    """Print what decoding the default model, or another real one, costs on this machine's CPU."""
+    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), quantize=args.quantize)
+    calibration = calibrate.find(model)
+    if calibration is None:
+        raise ValueError("there is no calibration for this model yet; make one with calibrate.py")
+    prompt, rows = tokenizer.encode("It was a bright cold day in April.") * 12, []
+    print(f"{args.model or 'SmolLM2-135M-Instruct'} {args.dtype} {args.quantize or ''} on a CPU, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}; 128 tokens after {len(prompt)}, median of 3")
+    for sparsity in args.sparsity:
+        sessions = [Session(model, calibration.thresholds(sparsity) if sparsity else None, context=len(prompt) + 128)
+                    for _ in range(4)]
+        for session in sessions:  # the first one warms up
+            list(session.generate(prompt, 128))
+        speed = sorted(session.stats.steps / session.stats.decode_seconds for session in sessions[1:])[1]
+        rows.append({"config": args.model or "SmolLM2-135M-Instruct", "gpu": None, "dtype": args.dtype,
+                     "quantize": args.quantize, "sparsity": sparsity, "realised_sparsity": session.sparsity(),
+                     "context": len(prompt) + 64, "tokens_per_second": speed, "bytes_per_token": session.bytes_per_token()})
+        print(f"sparsity {sparsity:.0%}, realised {session.sparsity():.3f}: {speed:.1f} tok/s, "
+              f"{session.bytes_per_token() / 1e6:.0f} MB a token", flush=True)
+    if args.compare:
+        speed = transformers_speed(model, len(prompt) + 64, 128)
+        rows.append({"engine": "transformers", "dtype": args.dtype, "tokens_per_second": speed})
+        print(f"transformers: {speed:.1f} tok/s")
+    return rows
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -301,12 +331,13 @@ def parse_args():
     add = parser.add_argument_group("how").add_argument
     add("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.65], metavar="S", help="default: %(default)s")
     add("--context", type=int, nargs="+", default=[200], metavar="N", help="tokens in the cache (default: %(default)s)")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s; cpu needs a real model")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
     add("--quantize", choices=["int8"], help="int8 weights")
     add("--json", metavar="FILE", help="write the results there as well")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(2, "benchmark.py: error: no GPU here; this benchmark measures CUDA GPUs\n")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "benchmark.py: error: no GPU here; try --device cpu\n")
     return args
 
 
@@ -368,14 +399,18 @@ def run(args):
 def main():
     args = parse_args()
     try:
-        rows = kernels(CONFIGS, args.sparsity) if args.kernels else run(args)
+        if args.device == "cpu":
+            rows = cpu_speed(args)
+        else:
+            rows = kernels(CONFIGS, args.sparsity) if args.kernels else run(args)
         if args.json:
             os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)
             with open(args.json + ".tmp", "w") as f:
                 json.dump(rows, f, indent=1)
             os.replace(args.json + ".tmp", args.json)
     except ValueError as error:
-        sys.exit(f"benchmark.py: error: {error}")
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

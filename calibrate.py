@@ -442,17 +442,22 @@ def from_teal(path, allocation):
 
 @torch.no_grad()
 def realised(model, windows, thresholds):
-    """The share of each projection's inputs that thresholds [n_layers, 7] drop when all are at work, float64 [n_layers, 7]."""
+    """The share of each projection's inputs that thresholds [n_layers, 7] drop, float64 [n_layers, 7].
+
+    As in use, the first half of each window is a dense prefill, and in the second half all thresholds are at work.
+    """
     dropped = torch.zeros(thresholds.shape, dtype=torch.float64, device=model.device)
     thresholds = thresholds.to(model.device)
 
     def project(x, p):
-        sparse, magnitude = thresholds[p.layer, parts(p)], x[SINKS:].float().abs()
+        sparse, magnitude = thresholds[p.layer, parts(p)], x.float().abs()
         dropped[p.layer, parts(p)] += torch.stack([(magnitude <= t).double().mean() for t in sparse])
-        return torch.cat((dense(x[:SINKS], p), masked(x[SINKS:], p, sparse)))
+        return masked(x, p, sparse)
 
-    for tokens in windows:
-        model.forward(tokens.to(model.device), project=project)
+    for tokens in windows.to(model.device):
+        cache, half = KVCache(model.config, len(tokens), model.dtype, model.device), len(tokens) // 2
+        model.forward(tokens[:half], cache)
+        model.forward(tokens[half:], cache, project)
     return dropped.cpu() / len(windows)
 
 
@@ -498,7 +503,7 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
     calibration = Calibration(quantile(counts[:, SITE_OF], sparsities), sparsities, {
         "format": FORMAT, "fingerprint": fingerprint(model.config), "weights": weights_digest(model),
         "allocation": allocation, "tokens": str(windows.numel()), "window": str(window), "source": source})
-    return correct(model, windows[:2], calibration)
+    return correct(model, windows[:4], calibration)
 
 
 def main():
