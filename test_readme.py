@@ -1,0 +1,80 @@
+"""Every command and example that README.md shows still works, on the default model and shortened where it takes long."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+# Lines of code are indented by four; a line that does not start a command or an example is left out.
+CODE = [line[4:] for line in (HERE / "README.md").read_text().splitlines() if line.startswith("    ") or not line]
+COMMANDS = sorted({line.partition("   #")[0].partition("&& ")[2] or line.partition("   #")[0] for line in CODE
+                   if line.startswith(("python ", "pip install -r requirements.txt &&"))})
+EXAMPLES = [block for block in re.split(r"\n{3,}", "\n".join(line for line in CODE if not line.startswith(("python ", "pip "))))
+            if "import" in block]
+
+
+def shortened(command, folder):
+    """The command's arguments, its files in `folder`, with less to do."""
+    words = [word.replace("/tmp/", f"{folder}/") for word in shlex.split(command)]
+    if words[1] == "generate.py" and "--help" not in words:
+        words += ["--max-new-tokens", "4"]
+    if words[1] == "benchmark.py" and "cpu" in words:
+        words[words.index("--sparsity"):] = ["--sparsity", "0.5"]
+    if words[1] == "calibrate.py":
+        words += ["--tokens", "64", "--window", "32"]
+    if words[1] == "evaluate.py":
+        for option, value in (("--text", "README.md"), ("--window", "64"), ("--windows", "1"), ("--offset", "0"),
+                              ("--sparsity", "0.5"), ("--json", f"{folder}/e.json"), ("--plot", f"{folder}/e.png")):
+            if option in words:
+                at = words.index(option) + 1
+                end = next((i for i in range(at, len(words)) if words[i].startswith("--")), len(words))
+                words[at:end] = [value]
+    return [sys.executable] + [f"{folder}/idea.png" if word == "figures/idea.png" else word for word in words[1:]]
+
+
+def test_the_readme_shows_something():
+    assert len(COMMANDS) >= 8 and len(EXAMPLES) == 2, (COMMANDS, EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not re.search(r"/tmp/.*\.(safetensors)|smollm2-int8|benchmark.py --(config|kernels)", c)])
+def test_command(command, folder):
+    run(command, folder)
+
+
+@pytest.mark.parametrize("pattern", [r"/tmp/.*\.safetensors", "smollm2-int8"])
+def test_commands_that_follow_each_other(pattern, folder):
+    """The first writes what the second reads: calibrate or quantize, then generate."""
+    commands = sorted((c for c in COMMANDS if re.search(pattern, c)), key=lambda c: "generate.py" in c)
+    assert len(commands) == 2
+    for command in commands:
+        run(command, folder)
+
+
+def run(command, folder):
+    done = subprocess.run(shortened(command, folder), cwd=HERE, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search("benchmark.py --(config|kernels)", c)])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes where there is a GPU")
+def test_benchmark_says_that_it_needs_a_gpu(command, folder):
+    done = subprocess.run(shortened(command, folder), cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "no GPU" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example(example, monkeypatch):
+    monkeypatch.chdir(HERE)
+    exec(compile(example, "README.md", "exec"), {})
