@@ -506,6 +506,14 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
     return correct(model, windows[:4], calibration)
 
 
+def check_device(parser, device):
+    """End the program with one sentence if a command line names a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+        parser.error(f"device {device!r} is not available; try --device cpu")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Choose the thresholds of activation sparsity for a model.")
     parser.add_argument("--model", help="folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
@@ -520,10 +528,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the self-written text")
     args = parser.parse_args()
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
-        parser.error(f"device {args.device!r} is not available; try --device cpu")
+    check_device(parser, args.device)
 
     from checkpoint import load
 

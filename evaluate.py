@@ -167,6 +167,8 @@ def plot(path, rows):
     for row in start:
         axes.axhline(row["perplexity"], color="grey", linewidth=0.8, linestyle=":", label="dense")
     axes.set(xlabel="sparsity reached", ylabel="perplexity", yscale="log")
+    axes.yaxis.set_minor_formatter("{x:g}")  # 30, not 3 x 10^1
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -189,10 +191,7 @@ def main():
     parser.add_argument("--quantize", choices=("int8",), help="evaluate the model with int8 weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
-        parser.error(f"device {args.device!r} is not available; try --device cpu")
+    calibrate.check_device(parser, args.device)
     try:
         run(args)
     except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
