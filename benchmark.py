@@ -214,15 +214,16 @@ def cpu_speed(args):
     if calibration is None:
         raise ValueError("there is no calibration for this model yet; make one with calibrate.py")
     prompt, rows = tokenizer.encode("It was a bright cold day in April.") * 12, []
-    print(f"{args.model or 'SmolLM2-135M-Instruct'} {args.dtype} {args.quantize or ''} on a CPU, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}; 128 tokens after {len(prompt)}, median of 3")
+    name = args.model or "SmolLM2-135M-Instruct"
+    print(f"{name} {args.dtype} {args.quantize or ''} on a CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+          f"128 tokens after {len(prompt)}, median of 3")
     for sparsity in args.sparsity:
         sessions = [Session(model, calibration.thresholds(sparsity) if sparsity else None, context=len(prompt) + 128)
                     for _ in range(4)]
         for session in sessions:  # the first one warms up
             list(session.generate(prompt, 128))
         speed = sorted(session.stats.steps / session.stats.decode_seconds for session in sessions[1:])[1]
-        rows.append({"config": args.model or "SmolLM2-135M-Instruct", "gpu": None, "dtype": args.dtype,
+        rows.append({"config": name, "gpu": None, "dtype": args.dtype,
                      "quantize": args.quantize, "sparsity": sparsity, "realised_sparsity": session.sparsity(),
                      "context": len(prompt) + 64, "tokens_per_second": speed, "bytes_per_token": session.bytes_per_token()})
         print(f"sparsity {sparsity:.0%}, realised {session.sparsity():.3f}: {speed:.1f} tok/s, "

@@ -174,5 +174,6 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, 
         N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0, SPLITS=workspace.splits,
         GROUP_PADDED=max(16, triton.next_power_of_2(group)), MEMBERS=triton.next_power_of_2(group),
         HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),
-        BLOCK_S=128 if head_dim * qkv.element_size() <= 256 else 64, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}))
+        BLOCK_S=128 if head_dim * qkv.element_size() <= 256 else 64, PDL=pdl, num_warps=4,
+        **({"launch_pdl": True} if pdl else {}))
     return out

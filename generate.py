@@ -363,7 +363,8 @@ def parse_args():
     add("--calibration", metavar="FILE", help="thresholds from calibrate.py (default: those of this model, made if need be)")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", metavar="TEXT", help="what to answer; - reads it from standard input")
-    add("--chat", action="store_true", help="hold a conversation: answer every line of standard input; the line /sparsity S changes the sparsity")
+    add("--chat", action="store_true",
+        help="hold a conversation: answer every line of standard input; the line /sparsity S changes the sparsity")
     add("--raw", action="store_true", help="continue the prompt as it is, without the model's chat template")
     add("--max-new-tokens", type=number(int, 1, many), default=256, metavar="N", help="for each answer (default: %(default)s)")
     add = parser.add_argument_group("sampling").add_argument
@@ -373,7 +374,8 @@ def parse_args():
         help="choose among the K likeliest tokens, 0 for all (default: %(default)s)")
     add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P",
         help="choose among the likeliest tokens that together have probability P (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="same seed, same text (default: a new one, which the summary names)")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
+        help="same seed, same text (default: a new one, which the summary names)")
     args = parser.parse_args()
     if args.chat and args.raw:
         parser.error("--chat needs the chat template that --raw switches off; give one of them")

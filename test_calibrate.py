@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 import calibrate
 import checkpoint
-from calibrate import (BINS, GRID, MOST, SINKS, SITE_OF, STEP, Calibration, CalibrationError, allocate, byte_shares,
-                       count, find, fingerprint, masked, parts, quantile)
-from model import PROJECTIONS, SITES, Config, Model
+from calibrate import (BINS, GRID, MOST, SINKS, SITE_OF, Calibration, CalibrationError, allocate, byte_shares,
+                       count, find, masked, parts, quantile)
+from model import SITES, Config, Model
 
 CONFIG = Config("llama", vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8)
 

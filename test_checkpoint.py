@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import decoders, models, normalizers, processors
 
 import chat_template

@@ -12,7 +12,7 @@ import calibrate
 import checkpoint
 import evaluate
 from evaluate import cut, score
-from model import PROJECTIONS, Config, KVCache, Model
+from model import PROJECTIONS, KVCache
 from test_calibrate import CONFIG, tiny
 
 DENSE = torch.full((CONFIG.n_layers, len(PROJECTIONS)), -1.0)

@@ -82,9 +82,12 @@ def test_sparse_steps_are_masked_products(smollm):
 
 def test_realised_sparsity(smollm):
     model, tokenizer = smollm
-    session = Session(model, calibrate.find(model).thresholds(0.4))
-    assert len(list(session.generate(ask(tokenizer, PROMPTS[0]), 128))) == 128
-    assert 0.38 <= session.sparsity() <= 0.42
+    reached = []
+    for prompt in (PROMPTS[0], PROMPTS[1], "Explain how rain forms, step by step."):
+        session = Session(model, calibrate.find(model).thresholds(0.4))
+        assert len(list(session.generate(ask(tokenizer, prompt), 128))) == 128
+        reached.append(session.sparsity())
+    assert 0.38 <= sum(reached) / len(reached) <= 0.42, reached
 
 
 def test_dense_reads_everything(smollm):
