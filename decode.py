@@ -15,7 +15,7 @@ import torch
 
 from decode_attention import Workspace, decode_attention
 from model import PROJECTIONS, SITES
-from sparse_gemv import INTERPRETED, sparse_gemv
+from sparse_gemv import sparse_gemv, supports_pdl
 
 
 class Decoder:
@@ -51,7 +51,6 @@ class Decoder:
         self.hidden = buffer(config.intermediate_size)
         self.logits = buffer(config.vocab_size)
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
-        self.pdl = not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
         self.graph = self.capture(generators) if graph else None
         self.n_steps = 0
 
@@ -73,7 +72,7 @@ class Decoder:
         for i, layer in enumerate(model.layers):
             self.project(x, layer.qkv, self.qkv, norm=(layer.attn_norm, eps))
             decode_attention(self.qkv, cache.k[i], cache.v[i], self.cos, self.sin, self.position, self.workspace,
-                             self.attention, model.config.sliding_window, self.pdl)
+                             self.attention, model.config.sliding_window, supports_pdl(model.device))
             self.project(self.attention, layer.o, x, residual=x)
             self.project(x, layer.gate_up, self.hidden, norm=(layer.mlp_norm, eps), swiglu=True)
             self.project(self.hidden, layer.down, x, residual=x)

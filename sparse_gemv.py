@@ -235,7 +235,8 @@ def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, re
         inverse_rms = tl.rsqrt(tl.sum(hidden * hidden) / K + eps)
 
     if COUNT:
-        if program == tl.num_programs(0) - 1:  # one program more than there are tiles counts the kept rows, while the others work
+        # One program more than there are tiles counts the kept rows, while the others work.
+        if program == tl.num_programs(0) - 1:
             count0 = tl.zeros([1024], tl.int32)
             count1 = tl.zeros([1024], tl.int32)
             count2 = tl.zeros([1024], tl.int32)
@@ -290,7 +291,7 @@ def _launch_shape(n, itemsize, swiglu):
 
 
 @functools.lru_cache
-def _supports_pdl(device):
+def supports_pdl(device):
     """Programmatic dependent launch, an early start of the next kernel, came with Hopper."""
     return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -303,7 +304,7 @@ def _gemv_gpu(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
     widths = (ends[0],) if swiglu else (ends[0], ends[1] - ends[0], n - ends[1])
     grid = (sum(triton.cdiv(width, block_n) for width in widths) + (kept is not None),)
     norm_weight, eps = norm if norm is not None else (None, 0.0)
-    pdl = _supports_pdl(x.device)
+    pdl = supports_pdl(x.device)
     _sparse_gemv_kernel[grid](
         x, w_t, out, scale, bias, norm_weight, residual, kept, *thresholds, eps,
         K=k, N=n, END0=ends[0], END1=ends[1], THRESHOLD_IN_MEMORY=isinstance(thresholds[0], torch.Tensor),
