@@ -17,7 +17,8 @@ A smaller scale would clip the largest weights and round the others more finely.
 plain or weighted by the inputs' mean squares, it moved the predictions no less: KL divergence from the unquantized
 SmolLM2-135M 0.0039 and 0.0040 against 0.0037 as above (WikiText-2). So the largest weight sets the scale.
 
-    python quantize.py --model M --out DIR        then: python generate.py --model DIR
+    python quantize.py --out /tmp/smollm2-int8
+    python quantize.py --model meta-llama/Llama-3.2-1B-Instruct --out llama-3.2-1b-int8
 """
 
 import argparse
@@ -148,12 +149,19 @@ def write_folder(checkpoint, out):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Write a model with int8 weights into a new folder.")
-    parser.add_argument("--model", help="folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--out", required=True, help="the new folder, to be given to generate.py --model")
-    args = parser.parse_args()
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Write a model with int8 weights into a new folder, for generate.py --model.",
+        epilog="examples:\n" + __doc__.rpartition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="M", help="Hugging Face folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="DIR", required=True, help="the folder to write, which must be new or empty")
+    return parser.parse_args()
 
+
+def main():
+    args = parse_args()
     from checkpoint import open_checkpoint
 
     try:
@@ -165,7 +173,7 @@ def main():
             raise ValueError(f"{args.model} is quantized already; quantize the model it was made from")
         write_folder(checkpoint, out)
     except (OSError, ValueError) as error:
-        print(f"quantize.py: {error}", file=sys.stderr)
+        print(f"quantize.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
