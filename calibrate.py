@@ -7,32 +7,28 @@ every block, gives t(s) for all s. What is left to choose is how the sparsity as
 block's output least (TEAL: Liu et al. 2024, arXiv:2408.14690, sections 4.1-4.3, whose rule and baselines these are);
 `fisher` estimates from gradients what dropping costs the loss and spends one model-wide budget where it is cheapest.
 
-    python calibrate.py --model M --text FILE --tokens 8192 --window 1024 --allocation fisher --out FILE
+    python calibrate.py --out calibration.safetensors
+    python calibrate.py --model meta-llama/Llama-3.2-1B --text wiki.train.raw --tokens 16384 --allocation greedy
 """
 
 import argparse
-import hashlib
+import functools
 import itertools
-import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as recompute
 from tqdm import tqdm
 
-from checkpoint import one_line
-from model import PROJECTIONS, SITES, Config, KVCache, dense
+import checkpoint
+from calibration import (ALLOCATIONS, FORMAT, GRID, Calibration, CalibrationError, cache_path, fingerprint,
+                         weights_digest)
+from calibration import find  # noqa: F401 (other scripts take it from here)
+from generate import Parser, Session
+from model import PROJECTIONS, SITES, KVCache, dense
 
-FORMAT = "1"
-ALLOCATIONS = ("fisher", "greedy", "uniform")  # best first
-GRID = torch.arange(96) / 100  # the sparsities a calibration tabulates: 0, 0.01, ... 0.95
 SINKS = 8  # first tokens of a window: attention sinks, whose huge activations would distort every statistic
 BINS = 0x7F80  # a float32 magnitude cut to its upper 16 bits: one bin for each finite bfloat16 value
 EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << 16).view(torch.float32)  # bin i holds [EDGES[i], EDGES[i + 1])
@@ -45,132 +41,6 @@ PROMPTS = ("Tell me about the history of a city.", "Explain how an engine works.
 FIRST = {site: PROJECTIONS.index(names[0]) for site, names in SITES.items()}  # a site's first index in PROJECTIONS
 SITE_INDEX = {site: i for i, site in enumerate(SITES)}
 SITE_OF = torch.tensor([i for i, names in enumerate(SITES.values()) for _ in names])  # of each projection [7]
-
-
-class CalibrationError(ValueError):
-    """A calibration cannot be made or used; the message is one sentence for the user."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The file: one small safetensors per model
-
-def fingerprint(config):
-    """What a calibration must share with a model: the numbers that fix its weights' shapes, as a JSON string.
-
-    Not the context or the rotary settings (a longer-context release may use its parent's calibration), nor the
-    architecture's name (GGUF files call a Mistral a Llama).
-    """
-    names = ("vocab_size", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "qkv_bias")
-    return json.dumps({name: getattr(config, name) for name in names})
-
-
-def weights_digest(model):
-    """16 hex digits that tell fine-tunes of one architecture apart: of the final norm's weights, rounded to bfloat16."""
-    norm = model.norm.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy()
-    return hashlib.sha256(fingerprint(model.config).encode() + norm.tobytes()).hexdigest()[:16]
-
-
-def cache_path(model):
-    """Where this model's own calibration is kept on this machine."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "nanoteal" / f"calibration-{weights_digest(model)}.safetensors"
-
-
-class Calibration:
-    """Thresholds and expected sparsities, float32 [n_layers, 7, 96]: layer, projection (order PROJECTIONS), GRID."""
-
-    def __init__(self, thresholds, sparsities, metadata):
-        self.table, self.sparsities, self.metadata = thresholds, sparsities, metadata
-
-    def thresholds(self, sparsity):
-        """Thresholds float32 [n_layers, 7] for a model-wide sparsity; -1 everywhere, exactly dense, for 0.
-
-        Raises ValueError outside [0, 0.95].
-        """
-        return self.at(self.table, sparsity) if sparsity else torch.full(self.table.shape[:2], -1.0)
-
-    def expected(self, sparsity):
-        """About the share of each projection's inputs that `thresholds(sparsity)` drops, float32 [n_layers, 7]."""
-        return self.at(self.sparsities, sparsity)
-
-    def at(self, table, sparsity):
-        """A table [n_layers, 7, 96] at one sparsity, linearly interpolated -> [n_layers, 7]."""
-        if not 0 <= sparsity <= 0.95:
-            raise CalibrationError(f"sparsity {sparsity} is out of range; choose a value from 0 to 0.95")
-        position = sparsity * 100
-        i = min(int(position), len(GRID) - 2)
-        return torch.lerp(table[..., i], table[..., i + 1], position - i)
-
-    def save(self, path):
-        """Write the file whole or not at all; raises CalibrationError if that is not possible."""
-        path = Path(path)
-        tensors = {"sparsity_grid": GRID, "thresholds": self.table, "sparsities": self.sparsities}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                temporary = Path(folder) / path.name
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, self.metadata)
-                os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot write the calibration {path} ({one_line(error)})") from None
-
-    @classmethod
-    def load(cls, path, config):
-        """Read a calibration of the model with this config; raises CalibrationError for anything else."""
-        shapes = {name: (config.n_layers, len(PROJECTIONS), len(GRID)) for name in ("thresholds", "sparsities")}
-        shapes["sparsity_grid"] = (len(GRID),)
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CalibrationError(f"{path} is no calibration of format {FORMAT}; make one with calibrate.py")
-                if metadata.get("fingerprint") != fingerprint(config):
-                    raise CalibrationError(f"{path} belongs to another model ({str(metadata.get('fingerprint'))[:300]!r}); "
-                                           "make one for this model with calibrate.py")
-                for name, shape in shapes.items():
-                    header = file.get_slice(name)
-                    if header.get_dtype() != "F32" or tuple(header.get_shape()) != shape:
-                        raise CalibrationError(f"{path}: tensor {name} is {header.get_dtype()} {header.get_shape()}, "
-                                               f"expected F32 {list(shape)}; make the file anew with calibrate.py")
-                tensors = {name: file.get_tensor(name).clone() for name in shapes}  # as read, they still are the file
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot read calibration {path}: {one_line(error)}") from None
-        table, sparsities = tensors["thresholds"], tensors["sparsities"]
-        if not (table.isfinite().all() and (table >= 0).all() and (table.diff(dim=-1) >= 0).all()):
-            raise CalibrationError(f"{path}: thresholds must be finite, not negative and not fall as sparsity grows; "
-                                   "make the file anew with calibrate.py")
-        if not (torch.equal(tensors["sparsity_grid"], GRID) and ((sparsities >= 0) & (sparsities <= 1)).all()):
-            raise CalibrationError(f"{path}: sparsities must lie in [0, 1], on a grid of 0, 0.01 ... 0.95; "
-                                   "make the file anew with calibrate.py")
-        return cls(table, sparsities, metadata)
-
-
-def candidates(model, folder=None):
-    """Yield the calibrations at hand for this model, best first, each loaded when asked for.
-
-    Its own come first, from `folder`/calibration.safetensors and from the user's cache; then those under calibrations/
-    made for the same architecture numbers. Raises CalibrationError when one of them is not fit for use.
-    """
-    beside = [Path(folder) / "calibration.safetensors"] if folder else []
-    for path in (*beside, cache_path(model)):
-        if path.is_file():
-            yield Calibration.load(path, model.config)
-    shipped = []
-    for path in sorted((Path(__file__).parent / "calibrations").glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        if metadata["fingerprint"] == fingerprint(model.config):
-            shipped.append((ALLOCATIONS.index(metadata["allocation"]), path))
-    for _, path in sorted(shipped):
-        yield Calibration.load(path, model.config)
-
-
-def find(model, path=None, folder=None):
-    """The Calibration at `path`, else the best at hand (see `candidates`), else None.
-
-    Raises CalibrationError if that file is not fit for use with this model.
-    """
-    return next(candidates(model, folder), None) if path is None else Calibration.load(path, model.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,8 +82,9 @@ def count(model, windows):
     crowd = (counts[..., 1:].amax(-1) / counts.sum(-1)).flatten()  # the fullest bin of each histogram
     layer, site = divmod(crowd.argmax().item(), len(SITES))  # zeros are no obstacle: they may always be dropped
     if crowd.max() > 0.05:
-        raise CalibrationError(f"layer {layer}: {crowd.max():.0%} of the inputs of {'/'.join(list(SITES.values())[site])} have "
-                               "the same magnitude, so that no threshold reaches most sparsities; check the weights")
+        names = "/".join(list(SITES.values())[site])
+        raise CalibrationError(f"layer {layer}: {crowd.max():.0%} of the inputs of {names} have the same magnitude, so "
+                               "that no threshold reaches most sparsities; check the weights")
     return counts
 
 
@@ -227,32 +98,24 @@ def quantile(counts, p):
     return torch.lerp(EDGES[i], EDGES[i + 1], share.float())
 
 
-@torch.no_grad()
 def write_text(model, tokenizer, n_tokens, seed=0):
-    """Token ids int64 [n_tokens] of text the model writes itself: dense sampling at temperature 1, without top-k or top-p.
+    """Token ids int64 [n_tokens] of text the model writes itself, dense, at temperature 1 without top-k or top-p.
 
     A chat model answers PROMPTS in turn, any other model continues its first token. A document ends where the model
     ends it, or after 512 tokens.
     """
-    generator = torch.Generator().manual_seed(seed)
-    cache = KVCache(model.config, min(512, model.config.context), model.dtype, model.device)
     starts = [[tokenizer.bos_id or min(tokenizer.eos_ids, default=0)]]
     if tokenizer.has_chat_template:
         starts = [tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
-    text = []
+    context, text = min(512, model.config.context), []
+    session = Session(model, temperature=1.0, seed=seed, stop=tokenizer.eos_ids, context=context)
     with tqdm(total=n_tokens, desc="writing text", unit="token", disable=None) as bar:
         for start in itertools.cycle(starts):
-            cache.length, new = 0, start[:cache.context]
-            while True:
-                text += new
-                bar.update(len(new))
-                if len(text) >= n_tokens:
-                    return torch.tensor(text[:n_tokens])
-                if cache.length + len(new) == cache.context or (cache.length and new[0] in tokenizer.eos_ids):
-                    break
-                hidden = model.forward(torch.tensor(new, device=model.device), cache)
-                probabilities = model.logits(hidden[-1:])[0].float().softmax(-1).cpu()
-                new = torch.multinomial(probabilities, 1, generator=generator).tolist()
+            for token in itertools.chain(start, session.generate(start[:context], context)):
+                text.append(token)
+                bar.update()
+                if len(text) == n_tokens:
+                    return torch.tensor(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,23 +134,26 @@ def greedy(model, tokens, counts):
     Starting at 0, the projection whose raise by STEP of the block's bytes adds least to the squared error of the
     block's output is raised, until the block is wholly sparse. Every block reaches every target.
     """
-    shares = byte_shares(model.config)
+    shares, n_layers = byte_shares(model.config), model.config.n_layers
+    raises = torch.arange(int(MOST / STEP) + 2)  # how often a projection was raised -> its sparsity [7, 100]
+    levels = (raises * STEP / shares[:, None]).clamp(max=MOST)
     rope, x = model.rope(0, len(tokens)), model.embed(tokens)
-    sparsities = torch.zeros(model.config.n_layers, len(PROJECTIONS), len(GRID), dtype=torch.float64)
+    sparsities = torch.zeros(n_layers, len(PROJECTIONS), len(GRID), dtype=torch.float64)
 
     for i, layer in enumerate(tqdm(model.layers, "greedy", unit="layer", disable=None)):
-        y = model.block(layer, x, rope)
+        y, thresholds = model.block(layer, x, rope), quantile(counts[i, SITE_OF], levels)  # [7, 100]
 
-        def error(levels):
-            thresholds = quantile(counts[i, SITE_OF], levels[:, None])[:, 0]
-            sparse = model.block(layer, x, rope, project=lambda x, p: masked(x, p, thresholds[parts(p)]))
-            return (sparse - y)[SINKS:].float().square().sum().item()
+        def error(raised):
+            t = thresholds.gather(1, raised[:, None])[:, 0]
+            sparse = model.block(layer, x, rope, project=lambda x, p: masked(x, p, t[parts(p)]))
+            return (sparse - y)[SINKS:].float().square().sum()
 
-        path = [torch.zeros(len(PROJECTIONS), dtype=torch.float64)]
+        raised = torch.zeros(len(PROJECTIONS), dtype=torch.int64)
+        path = [levels[:, 0]]
         while path[-1] @ shares < GRID[-1]:
-            raised = (path[-1] + torch.diag(STEP / shares)).clamp(max=MOST)  # [7, 7]: row p raises projection p
-            raised = raised[path[-1] < MOST]
-            path.append(min(raised, key=error))
+            choices = raised + torch.eye(len(PROJECTIONS), dtype=torch.int64)[path[-1] < MOST]
+            raised = choices[torch.stack([error(choice) for choice in choices]).argmin().item()]
+            path.append(levels.gather(1, raised[:, None])[:, 0])
         sparsities[i] = interpolate(torch.stack(path), shares)
         x = y
     return sparsities.float()
@@ -302,7 +168,7 @@ def interpolate(path, shares):
 
 
 class Probe(torch.autograd.Function):
-    """`dense` whose backward pass shows `record` x [T, K] and the gradients [T, K] of the loss at each part's own input."""
+    """`dense` whose backward pass shows `record` x [T, K] and, of each part, the loss's gradient at x, [T, K]."""
 
     @staticmethod
     def forward(ctx, x, p, record):
@@ -323,7 +189,7 @@ def hidden_states(model, tokens, project):
     rope = model.rope(0, len(tokens))
     x = model.embed(tokens).requires_grad_()
     for layer in model.layers:
-        x = checkpoint(model.block, layer, x, rope, None, project, use_reentrant=False)
+        x = recompute.checkpoint(model.block, layer, x, rope, None, project, use_reentrant=False)
     return F.rms_norm(x, (model.config.hidden_size,), model.norm, model.config.norm_eps)
 
 
@@ -351,8 +217,8 @@ def fisher(model, windows, counts):
         F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum").backward()
     layer, projection = divmod(costs.sum(-1).flatten().argmax().item(), len(PROJECTIONS))  # NaN counts as the largest
     if not costs[layer, projection].isfinite().all():
-        raise CalibrationError(f"layer {layer}: the gradient at the input of {PROJECTIONS[projection]} is not finite; try "
-                               "--dtype float32")
+        raise CalibrationError(f"layer {layer}: the gradient at the input of {PROJECTIONS[projection]} is not finite; "
+                               "try --dtype float32")
     return allocate(costs.cpu(), levels, byte_shares(model.config))
 
 
@@ -388,53 +254,6 @@ def allocate(losses, levels, shares):
 
 def slope(a, b):
     return (b[1] - a[1]) / (b[0] - a[0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables published with TEAL
-
-# vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads of the models they are for
-TEAL_MODELS = {
-    "Llama-2-7B": (32000, 4096, 11008, 32, 32, 32),
-    "Llama-2-13B": (32000, 5120, 13824, 40, 40, 40),
-    "Llama-2-70B": (32000, 8192, 28672, 80, 64, 8),
-    "Llama-3-8B": (128256, 4096, 14336, 32, 32, 8),
-    "Llama-3-70B": (128256, 8192, 28672, 80, 64, 8),
-    "Mistral-7B": (32000, 4096, 14336, 32, 32, 8),
-}
-TEAL_NOTES = (
-    "Tables made with Llama-3 serve Llama-3.1 too, whose weights have the same shapes. The release's "
-    "default-path histograms of Llama-3-8B are copies of Llama-2-7B's; these thresholds come from the folder beside "
-    "them, whose counts fit Llama-3-8B. The release's greedy search weighed k and v at 1/8 of q for every model, and "
-    "could raise them beyond 1; its sparsities are cut at 0.95 and taken at the block sparsity they truly reach.")
-
-
-def from_teal(path, allocation):
-    """Convert tables published with TEAL, an .npz named after its model (magnitude_quantiles [n_layers, 4, 96] on
-    sparsity_grid; greedy_sparsity [n_layers, 18, 7] on target_grid) -> Calibration, "uniform" or "greedy".
-    """
-    name = Path(path).stem
-    if allocation == "fisher":
-        raise CalibrationError("TEAL published tables for the allocations uniform and greedy, not fisher")
-    if name not in TEAL_MODELS:
-        raise CalibrationError(f"{path} is named after no model TEAL published; expected one of {', '.join(TEAL_MODELS)}")
-    vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads = TEAL_MODELS[name]
-    config = Config("llama", vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, hidden_size // n_heads)
-    with np.load(path, allow_pickle=False) as file:
-        quantiles = torch.from_numpy(file["magnitude_quantiles"])[:, SITE_OF]  # [n_layers, 7, 96]
-        published = torch.from_numpy(file["greedy_sparsity"]).double().clamp(0, 0.95)  # [n_layers, 18, 7]
-    if allocation == "uniform":
-        sparsities = GRID.expand(n_layers, len(PROJECTIONS), -1)
-    else:
-        ends = torch.zeros_like(published[:, :1]), torch.full_like(published[:, :1], 0.95)
-        sparsities = torch.stack([interpolate(path, byte_shares(config)) for path in torch.cat((ends[0], published, ends[1]), 1)])
-    position = sparsities.double() * 100
-    i = position.long().clamp(max=len(GRID) - 2)
-    thresholds = torch.lerp(quantiles.gather(-1, i), quantiles.gather(-1, i + 1), (position - i).float())
-    return Calibration(thresholds, sparsities.float(), {
-        "format": FORMAT, "fingerprint": fingerprint(config), "allocation": allocation, "tokens": "unknown",
-        "source": f"{name}: the tables released with TEAL's code, github.com/FasterDecoding/TEAL",
-        "licence": "MIT License, Copyright (c) 2024 FasterDecoding", "notes": TEAL_NOTES})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,8 +309,8 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
     """
     n = len(tokens) // window
     if n == 0:
-        raise CalibrationError(f"{len(tokens)} tokens do not fill one window of {window}; give more text, more --tokens or a "
-                               "smaller --window")
+        raise CalibrationError(f"{len(tokens)} tokens do not fill one window of {window}; give more text, more "
+                               "--tokens or a smaller --window")
     windows = tokens[:n * window].view(n, window)
     counts = count(model, windows)
     if allocation == "uniform":
@@ -506,56 +325,73 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
     return correct(model, windows[:4], calibration)
 
 
-def check_device(parser, device):
-    """End the program with one sentence if a command line names a device that is not there."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def make_parser(doc):
+    """A parser for a script with this docstring: its first sentence, flags in groups, and the examples at its end."""
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
+    return Parser(description=doc.split("\n\n")[0], epilog="examples:\n" + doc.rpartition("\n\n")[2],
+                  formatter_class=layout)
+
+
+def add_model_flags(parser):
+    """Add the flags that choose and load a model."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="M", help="Hugging Face folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of weights and arithmetic (default: %(default)s)")
+    add("--quantize", choices=("int8",), help="hold the weights as int8")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+
+
+def load_model(args):
+    """What add_model_flags' flags name -> (Model, Tokenizer)."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
-        parser.error(f"device {device!r} is not available; try --device cpu")
+        raise ValueError(f"device {args.device!r} is not available; try --device cpu") from None
+    return checkpoint.load(args.model, dtype=getattr(torch, args.dtype), device=args.device, quantize=args.quantize)
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    add_model_flags(parser)
+    add = parser.add_argument_group("text").add_argument
+    add("--text", metavar="FILE", help="UTF-8 file to calibrate on (default: text the model writes itself)")
+    add("--tokens", type=int, default=8192, metavar="N", help="how many, from the start (default: %(default)s)")
+    add("--window", type=int, default=1024, metavar="N", help="tokens that see each other (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the self-written text (default: %(default)s)")
+    add = parser.add_argument_group("thresholds").add_argument
+    add("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0],
+        help="how the sparsity is shared out among layers and projections (default: %(default)s)")
+    add("--out", metavar="FILE", help="file to write (default: this model's place in the user's cache)")
+    return parser.parse_args()
+
+
+def run(args):
+    model, tokenizer = load_model(args)
+    if not SINKS < args.window <= model.config.context:
+        raise CalibrationError(f"--window {args.window} is outside {SINKS + 1} to {model.config.context}: the first "
+                               f"{SINKS} tokens do not count, and this model reads no more")
+    if args.text is None:
+        tokens, source = write_text(model, tokenizer, args.tokens, args.seed), f"self-written, seed {args.seed}"
+    else:
+        text = Path(args.text).read_text(encoding="utf-8")
+        tokens, source = torch.tensor(tokenizer.encode(text)[:args.tokens]), Path(args.text).name
+    out = args.out or cache_path(model)
+    calibrate(model, tokens, args.window, args.allocation, source).save(out)
+    print(out)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Choose the thresholds of activation sparsity for a model.")
-    parser.add_argument("--model", help="folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--text", help="UTF-8 file to calibrate on (default: text the model writes itself)")
-    parser.add_argument("--tokens", type=int, default=8192, help="how many tokens of the text, from its start")
-    parser.add_argument("--window", type=int, default=1024, help="tokens that see each other")
-    parser.add_argument("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0])
-    parser.add_argument("--teal", metavar="FILE.npz", help="convert a table published with TEAL instead, for --out")
-    parser.add_argument("--out", help="file to write (default: this model's place in the user's cache)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--quantize", choices=("int8",), help="calibrate the model with int8 weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the self-written text")
-    args = parser.parse_args()
-    check_device(parser, args.device)
-
-    from checkpoint import load
-
     try:
-        if args.teal is not None:
-            if args.out is None:
-                raise CalibrationError("--teal needs --out, the file to write")
-            calibration, out = from_teal(args.teal, args.allocation), args.out
-        else:
-            model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, quantize=args.quantize)
-            if not SINKS < args.window <= model.config.context:
-                raise CalibrationError(f"--window {args.window} is outside {SINKS + 1} to {model.config.context}: the first "
-                                       f"{SINKS} tokens do not count, and this model reads no more")
-            if args.text is None:
-                tokens, source = write_text(model, tokenizer, args.tokens, args.seed), f"self-written, seed {args.seed}"
-            else:
-                text = Path(args.text).read_text(encoding="utf-8")
-                tokens, source = torch.tensor(tokenizer.encode(text)[:args.tokens]), Path(args.text).name
-            calibration = calibrate(model, tokens, args.window, args.allocation, source)
-            out = args.out or cache_path(model)
-        calibration.save(out)
+        run(parse_args())
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"calibrate.py: {error}", file=sys.stderr)
+        print(f"calibrate.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    print(out)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ is the same arithmetic: a token's mask depends on that token alone. Beside perpl
 masks really reached, the mean KL divergence of the sparse predictions from the dense ones, and how often both name
 the same next token.
 
-    python evaluate.py --text FILE --window 1024 --offset 40 --windows 8 --sparsity 0 0.25 0.4 0.5 0.6 --plot FILE.png
+    python evaluate.py --text wiki.test.raw --window 1024 --offset 40 --windows 8 --plot quality.png
+    python evaluate.py --text wiki.test.raw --sparsity 0 0.5 --calibration mine.safetensors --json results.json
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import calibrate
-from calibrate import Calibration, byte_shares, masked, parts
+from calibrate import byte_shares, masked, parts
+from calibration import ALLOCATIONS, Calibration, candidates, weights_digest
 from model import PROJECTIONS, KVCache
 
 
@@ -43,7 +44,8 @@ def score(model, tokens, tables, all_sparse=False):
 
     results = []
     for table in tables:
-        hidden, dropped = dense, torch.zeros(model.config.n_layers, len(PROJECTIONS), dtype=torch.float64, device=model.device)
+        hidden = dense
+        dropped = torch.zeros(model.config.n_layers, len(PROJECTIONS), dtype=torch.float64, device=model.device)
         if table is not None:
             table = table.to(model.device)
 
@@ -65,7 +67,7 @@ def score(model, tokens, tables, all_sparse=False):
 
 
 def evaluate(model, windows, thresholds, all_sparse=False):
-    """Means over windows of token ids [n, T] for one table of thresholds, or None: `score`'s results and `perplexity`."""
+    """`score`'s results for one table of thresholds, or None, as means over windows [n, T], and `perplexity`."""
     results = [score(model, tokens.to(model.device), [thresholds], all_sparse)[0] for tokens in windows]
     means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
     return {"perplexity": math.exp(means["nll"]), **means}
@@ -79,8 +81,8 @@ def cut(tokens, window, offset=0, n=None):
     held = len(tokens) // window
     n = max(1, held - offset) if n is None else n
     if offset < 0 or n < 1 or offset + n > held:
-        raise ValueError(f"the text holds {held} windows of {window} tokens; windows {offset} to {offset + n - 1} asked "
-                         "for; give a longer text or other --window, --offset, --windows")
+        raise ValueError(f"the text holds {held} windows of {window} tokens; windows {offset} to {offset + n - 1} "
+                         "asked for; give a longer text or other --window, --offset, --windows")
     return tokens[offset * window:(offset + n) * window].view(n, window)
 
 
@@ -93,7 +95,7 @@ def find_calibrations(model, files, allocations):
         if allocation in found:
             raise ValueError(f"{path} is a second {allocation} calibration; give one file for each allocation")
         found[allocation] = calibration
-    for calibration in () if files else calibrate.candidates(model):
+    for calibration in () if files else candidates(model):
         found.setdefault(calibration.metadata["allocation"], calibration)
     for allocation in allocations or ():
         if allocation not in found:
@@ -146,8 +148,8 @@ def print_table(rows):
     print(f"{'allocation':<11}{'sparsity':>9}{'realised':>9}{'perplexity':>11}{'KL':>8}{'top-1':>7}   realised "
           + " ".join(f"{name:>5}" for name in PROJECTIONS))
     for row in rows:
-        print(f"{row['allocation']:<11}{row['sparsity']:>9.2f}{row['realised_sparsity']:>9.3f}{row['perplexity']:>11.2f}"
-              f"{row['kl']:>8.4f}{row['top1']:>7.3f}            "
+        print(f"{row['allocation']:<11}{row['sparsity']:>9.2f}{row['realised_sparsity']:>9.3f}"
+              f"{row['perplexity']:>11.2f}{row['kl']:>8.4f}{row['top1']:>7.3f}            "
               + " ".join(f"{row['projections'][name]:>5.3f}" for name in PROJECTIONS))
 
 
@@ -163,7 +165,8 @@ def plot(path, rows):
     for allocation in dict.fromkeys(row["allocation"] for row in rows if row["sparsity"] > 0):
         line = start + [row for row in rows if row["allocation"] == allocation]
         line.sort(key=lambda row: row["realised_sparsity"])
-        axes.plot([row["realised_sparsity"] for row in line], [row["perplexity"] for row in line], marker="o", label=allocation)
+        x, y = zip(*[(row["realised_sparsity"], row["perplexity"]) for row in line])
+        axes.plot(x, y, marker="o", label=allocation)
     for row in start:
         axes.axhline(row["perplexity"], color="grey", linewidth=0.8, linestyle=":", label="dense")
     axes.set(xlabel="sparsity reached", ylabel="perplexity", yscale="log")
@@ -173,39 +176,30 @@ def plot(path, rows):
     figure.savefig(path, dpi=150)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Perplexity of a text at a list of sparsities.")
-    parser.add_argument("--model", help="folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--calibration", nargs="+", default=[], help="files of calibrate.py, one an allocation (default: "
-                        "those at hand for this model)")
-    parser.add_argument("--text", required=True, help="UTF-8 file to score")
-    parser.add_argument("--window", type=int, default=2048, help="tokens that see each other; the second half is scored")
-    parser.add_argument("--windows", type=int, help="how many (default: all of the text)")
-    parser.add_argument("--offset", type=int, default=0, help="windows to skip at the text's start")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.6])
-    parser.add_argument("--allocation", nargs="+", choices=calibrate.ALLOCATIONS, help="(default: all that are at hand)")
-    parser.add_argument("--all-sparse", action="store_true", help="make the first half of each window sparse too")
-    parser.add_argument("--json", help="file for the results; an interrupted run continues from it")
-    parser.add_argument("--plot", help="file for a plot of perplexity against sparsity")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--quantize", choices=("int8",), help="evaluate the model with int8 weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    calibrate.check_device(parser, args.device)
-    try:
-        run(args)
-    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted" + ("; the same command continues" if args.json else ""), file=sys.stderr)
-        sys.exit(130)
+def parse_args():
+    parser = calibrate.make_parser(__doc__)
+    calibrate.add_model_flags(parser)
+    add = parser.add_argument_group("text").add_argument
+    add("--text", metavar="FILE", required=True, help="UTF-8 file to score")
+    add("--window", type=int, default=2048, metavar="N",
+        help="tokens that see each other; the second half is scored (default: %(default)s)")
+    add("--windows", type=int, metavar="N", help="how many windows (default: all of the text)")
+    add("--offset", type=int, default=0, metavar="N", help="windows to skip at the text's start (default: %(default)s)")
+    add = parser.add_argument_group("sparsity").add_argument
+    add("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.6], metavar="S",
+        help="0 to 0.95; 0 is dense (default: %(default)s)")
+    add("--calibration", metavar="FILE", nargs="+", default=[],
+        help="files of calibrate.py, one an allocation (default: those at hand for this model)")
+    add("--allocation", nargs="+", choices=ALLOCATIONS, help="which of them to score (default: all that are at hand)")
+    add("--all-sparse", action="store_true", help="make the first half of each window sparse too")
+    add = parser.add_argument_group("results").add_argument
+    add("--json", metavar="FILE", help="write them there as well; an interrupted run continues from it")
+    add("--plot", metavar="FILE", help="draw perplexity against sparsity")
+    return parser.parse_args()
 
 
 def run(args):
-    from checkpoint import load
-
-    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, quantize=args.quantize)
+    model, tokenizer = calibrate.load_model(args)
     if not 4 <= args.window <= model.config.context:
         raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this model's context")
     tokens = torch.tensor(tokenizer.encode(Path(args.text).read_text(encoding="utf-8")))
@@ -214,7 +208,7 @@ def run(args):
     tasks = [("dense", 0.0, None)] if 0 in args.sparsity else []
     for name, calibration in find_calibrations(model, args.calibration, args.allocation).items():
         tasks += [(name, s, calibration.thresholds(s)) for s in sorted(set(args.sparsity)) if s != 0]
-    settings = (calibrate.weights_digest(model), args.dtype, model.quantize, args.window, args.all_sparse)
+    settings = (weights_digest(model), args.dtype, model.quantize, args.window, args.all_sparse)
     rows = []
     for name, sparsity, table in tasks:
         measured = hashlib.sha256(repr((settings, name, sparsity)).encode() + windows.numpy().tobytes())
@@ -235,6 +229,18 @@ def run(args):
     print_table(rows)
     if args.plot:
         plot(args.plot, rows)
+
+
+def main():
+    args = parse_args()
+    try:
+        run(args)
+    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted" + ("; the same command continues" if args.json else ""), file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import calibrate
+import calibration as calibration_file
 import checkpoint
-from calibrate import (BINS, GRID, MOST, SINKS, SITE_OF, Calibration, CalibrationError, allocate, byte_shares,
-                       count, find, masked, parts, quantile)
+import teal
+from calibrate import BINS, MOST, SINKS, SITE_OF, allocate, byte_shares, count, masked, parts, quantile
+from calibration import ALLOCATIONS, GRID, Calibration, CalibrationError, cache_path, find
 from model import SITES, Config, Model
 
-CONFIG = Config("llama", vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8)
+CONFIG = Config("llama", vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4, n_kv_heads=2,
+                head_dim=8)
 
 
 def tiny(config=CONFIG, seed=0, dtype=torch.float32):
@@ -165,8 +169,8 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
             if levels[i] < MOST:
                 trial = list(levels)
                 trial[i] = min(MOST, trial[i] + 0.05 / shares[i].item())
-                thresholds = torch.stack([quantile(counts[1, SITE_OF[j]], torch.tensor([trial[j]], dtype=torch.float64))[0]
-                                          for j in range(7)])
+                at = torch.tensor(trial, dtype=torch.float64)
+                thresholds = torch.cat([quantile(counts[1, SITE_OF[j]], at[j:j + 1]) for j in range(7)])
                 got = model.block(model.layers[1], x, rope, project=lambda x, p: masked(x, p, thresholds[parts(p)]))
                 error = (got - y)[SINKS:].square().sum().item()
                 if best is None or error < best[0]:
@@ -240,7 +244,8 @@ def test_thresholds_of_a_calibration(calibration):
     torch.testing.assert_close(calibration.thresholds(0.955 - 0.01), (calibration.table[..., 94:].sum(-1) / 2))
     torch.testing.assert_close(calibration.thresholds(0.95), calibration.table[..., 95])
     shares = byte_shares(CONFIG).float()
-    assert [(calibration.expected(s).mean(0) @ shares).item() for s in (0.1, 0.345, 0.95)] == pytest.approx([0.1, 0.345, 0.95], abs=1e-4)
+    for sparsity in (0.1, 0.345, 0.95):
+        assert (calibration.expected(sparsity).mean(0) @ shares).item() == pytest.approx(sparsity, abs=1e-4)
     for sparsity in (-0.01, 0.951, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="from 0 to 0.95"):
             calibration.thresholds(sparsity)
@@ -261,11 +266,11 @@ def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypa
     def full(*_):
         raise SafetensorError("No space left on device")
     with monkeypatch.context() as patch, pytest.raises(CalibrationError, match="cannot write .*No space left"):
-        patch.setattr(calibrate, "save_file", full)
+        patch.setattr(calibration_file, "save_file", full)
         calibration.save(file)
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate.os, "replace", lambda *_: os._exit(9))
+        patch.setattr(calibration_file.os, "replace", lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             calibration.save(file)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not file.exists()
@@ -282,7 +287,8 @@ def test_targets_are_reached_with_all_masks_at_work(model, tokens):
         for sparsity in (0.2, 0.5, 0.6, 0.9):
             reached = calibrate.realised(model, windows, calibration.thresholds(sparsity)).mean(0)
             assert (reached @ shares).item() == pytest.approx(sparsity, abs=0.01)
-            assert (calibration.expected(sparsity).mean(0).double() @ shares).item() == pytest.approx(sparsity, abs=1e-3)
+            expected = calibration.expected(sparsity).mean(0).double() @ shares
+            assert expected.item() == pytest.approx(sparsity, abs=1e-3)
 
 
 def damaged(calibration, **changes):
@@ -302,7 +308,8 @@ def test_hostile_files_are_refused(calibration, tmp_path):
     for changes, sentence in (
             ({"thresholds": nan}, "must be finite"), ({"thresholds": falling}, "must be finite"),
             ({"thresholds": -calibration.table - 1}, "must be finite"), ({"thresholds": None}, "thresholds"),
-            ({"thresholds": calibration.table[:1]}, "expected F32"), ({"thresholds": calibration.table.double()}, "expected F32"),
+            ({"thresholds": calibration.table[:1]}, "expected F32"),
+            ({"thresholds": calibration.table.double()}, "expected F32"),
             ({"sparsities": calibration.sparsities * 2}, "must lie in"), ({"sparsity_grid": GRID / 2}, "must lie in"),
             ({"format": "2"}, "format"), ({"format": None}, "format"), ({"fingerprint": "{}"}, "another model")):
         save_file(*[damaged(calibration, **changes)[0], file, damaged(calibration, **changes)[1]])
@@ -323,7 +330,7 @@ def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert find(model) is None
     calibration.metadata["source"] = "cache"
-    calibration.save(calibrate.cache_path(model))
+    calibration.save(cache_path(model))
     assert find(model).metadata["source"] == "cache" and find(model, folder=tmp_path).metadata["source"] == "cache"
     assert find(tiny(seed=1)) is None  # a fine-tune of the same shape
     calibration.metadata["source"] = "beside"
@@ -342,7 +349,7 @@ def test_every_calibration_of_the_repository_loads():
         numbers = json.loads(metadata["fingerprint"])
         config = Config("llama", **numbers)
         calibration = Calibration.load(file, config)
-        assert metadata["allocation"] in calibrate.ALLOCATIONS and metadata["source"]
+        assert metadata["allocation"] in ALLOCATIONS and metadata["source"]
         for sparsity in (0.2, 0.5, 0.9):
             reached = calibration.expected(sparsity).mean(0).double() @ byte_shares(config)
             assert reached.item() == pytest.approx(sparsity, abs=0.001)
@@ -363,13 +370,20 @@ def test_teal_tables(tmp_path):
              greedy_sparsity=greedy.astype(np.float32))
     counts = torch.stack([torch.bincount(row.view(torch.int32) >> 16, minlength=BINS) for row in samples])
     for allocation in ("uniform", "greedy"):
-        calibration = calibrate.from_teal(file, allocation)
+        calibration = teal.convert(file, allocation)
         ours = quantile(counts[SITE_OF], calibration.sparsities[5])
-        reached = (samples[SITE_OF][:, None] <= torch.stack([ours, calibration.table[5]])[:, :, ::19, None].transpose(0, 1).reshape(7, -1, 1)).float().mean(-1)
-        assert (reached[:, :6] - reached[:, 6:]).abs().max() < 1e-3
+        reached = [(samples[SITE_OF][:, None] <= thresholds[:, ::19, None]).float().mean(-1)  # [7, 6]
+                   for thresholds in (ours, calibration.table[5])]
+        assert (reached[0] - reached[1]).abs().max() < 1e-3
     assert calibration.sparsities.max() <= 0.95 and "FasterDecoding" in calibration.metadata["licence"]
     with pytest.raises(CalibrationError, match="Llama-2-13B"):
-        calibrate.from_teal(tmp_path / "GPT-2.npz", "uniform")
+        teal.convert(tmp_path / "GPT-2.npz", "uniform")
+
+    script = [sys.executable, teal.__file__, "--allocation", "greedy", "--out", tmp_path / "c"]
+    assert subprocess.run([*script, file]).returncode == 0
+    assert torch.equal(Calibration.load(tmp_path / "c", teal.config_of("Llama-2-7B")).table, calibration.table)
+    done = subprocess.run([*script, "GPT-2.npz"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no model TEAL published" in done.stderr
 
 
 # ---------------------------------------------------------------- the command line
@@ -402,12 +416,13 @@ def run(model, tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("allocation", calibrate.ALLOCATIONS)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_calibrating_on_a_text(run, tmp_path, allocation, monkeypatch):
     monkeypatch.setattr(calibrate, "STEP", 0.1)
-    code, out, err = run("--text", tmp_path / "text", "--tokens", 200, "--allocation", allocation, "--out", tmp_path / "c")
-    assert code == 0 and out.strip() == str(tmp_path / "c"), err
-    metadata = Calibration.load(tmp_path / "c", CONFIG).metadata
+    file = tmp_path / "c"
+    code, out, err = run("--text", tmp_path / "text", "--tokens", 200, "--allocation", allocation, "--out", file)
+    assert code == 0 and out.strip() == str(file), err
+    metadata = Calibration.load(file, CONFIG).metadata
     assert (metadata["allocation"], metadata["tokens"], metadata["window"]) == (allocation, "192", "64")
 
 
@@ -423,9 +438,7 @@ def test_calibrating_on_what_the_model_writes(run, model):
     (["--text", __file__, "--window", 1 << 20], "is outside 9 to 2048"),
     (["--text", __file__, "--window", 8], "is outside 9 to 2048"),
     (["--text", __file__, "--tokens", 63], "63 tokens do not fill one window of 64"),
-    (["--teal", "Llama-2-7B.npz", "--allocation", "uniform"], "needs --out"),
-    (["--teal", "Llama-2-7B.npz", "--out", "c"], "not fisher"),
-    (["--teal", "GPT-2.npz", "--out", "c", "--allocation", "uniform"], "no model TEAL published"),
+    (["--device", "cuda:77"], "device 'cuda:77' is not available"),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, sentence):
     code, out, err = run(*arguments)
