@@ -30,7 +30,7 @@ def render(template, **variables):
         raise ValueError(f"the chat template needed more than {MEMORY >> 20} MiB of memory or crashed")
     answer = json.loads(child.stdout)
     if "error" in answer:
-        raise ValueError(f"the chat template failed: {answer['error']}")
+        raise ValueError(f"the chat template failed: {answer['error']!r}")
     return answer["text"]
 
 

