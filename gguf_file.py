@@ -25,7 +25,7 @@ HEADER_LIMIT = 32 << 20  # bytes; the headers of models with 260,000 tokens take
 COUNT_LIMIT = 1 << 16  # of metadata entries, and of tensors
 CHUNK = 1 << 17  # weights dequantized at a time: their temporaries stay in the cache, twice as fast as a whole tensor
 
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
 
@@ -125,7 +125,7 @@ class GGUFFile:
                 block, block_bytes = GGML_QUANT_SIZES[quant]
                 dequantize(np.zeros((1, block_bytes), np.uint8), quant)
             except (ValueError, NotImplementedError):
-                raise ValueError(f"tensor {name} has type {kind}, which cannot be read; quantize it differently") from None
+                raise ValueError(f"tensor {name} has type {kind}, which is not supported; use another one") from None
             n_bytes = math.prod(shape) // block * block_bytes
             if shape[-1] % block or start + offset + n_bytes > size:
                 raise ValueError(f"tensor {name}, {quant.name} {list(shape)} at byte {start + offset}, does not fit "
@@ -154,6 +154,7 @@ class GGUFFile:
         head_dim = get("attention.key_length", rope_dim)
         if rope_dim not in (head_dim, None):
             raise ValueError(f"it rotates {rope_dim} of {head_dim} dimensions of a head; only all is supported")
+        ends = [self.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
         return {
             "model_type": self.arch,
             "architectures": [ARCHITECTURES[self.arch]],
@@ -171,8 +172,7 @@ class GGUFFile:
             "attention_bias": self.arch == "llama" and "blk.0.attn_q.bias" in self.tensors,
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": [self.metadata[key] for key in (f"tokenizer.ggml.{x}_token_id" for x in ("eos", "eot", "eom"))
-                             if key in self.metadata],
+            "eos_token_id": [i for i in ends if i is not None],
         }
 
     def rope_scaling(self, get):
@@ -195,7 +195,7 @@ class GGUFFile:
                 return None if factor == 1 else {
                     "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                     "original_max_position_embeddings": 8192}
-        raise ValueError("its rope_freqs.weight does not follow Llama-3's formula; no other rotary scaling is supported")
+        raise ValueError("its rope_freqs.weight does not follow Llama-3's formula, the only one supported")
 
     def shapes(self):
         """{Hugging Face name: shape [out, in]} of every weight in the file."""
@@ -212,7 +212,8 @@ class GGUFFile:
             # llama.cpp rotates neighbouring pairs (2i, 2i+1) where Hugging Face rotates (i, i + head_dim/2), and
             # reorders the rows of q and k (a bias: its elements) to fit. Put them back, while they are still small.
             n_heads = self.metadata.get(f"llama.{heads}", self.metadata["llama.attention.head_count"])
-            raw = raw.reshape(n_heads, -1, 2, len(raw) // shape[0]).swapaxes(1, 2)  # [heads, 2, head_dim/2, bytes a row]
+            row = len(raw) // shape[0]  # bytes
+            raw = raw.reshape(n_heads, -1, 2, row).swapaxes(1, 2)  # [heads, 2, head_dim/2, row]
         return to_float(shape, quant, raw)
 
     def tokenizer(self):
@@ -231,14 +232,14 @@ class GGUFFile:
             raise ValueError("its vocabulary holds the same token twice")
         build = byte_level_bpe if kind == "gpt2" else sentencepiece_bpe
         tokenizer = build(self.metadata, tokens, types.tolist(), vocab)
-        for i in np.flatnonzero((types == CONTROL) | (types == UNKNOWN)):
-            tokenizer.add_special_tokens([AddedToken(tokens[i], normalized=False)])
-        tokenizer.add_tokens([AddedToken(tokens[i], normalized=False) for i in np.flatnonzero(types == USER_DEFINED)])
+        special, added = (types == CONTROL) | (types == UNKNOWN), types == USER_DEFINED
+        tokenizer.add_special_tokens([AddedToken(tokens[i], normalized=False) for i in np.flatnonzero(special)])
+        tokenizer.add_tokens([AddedToken(tokens[i], normalized=False) for i in np.flatnonzero(added)])
         add_bos = kind == "llama" or self.metadata.get("tokenizer.ggml.pre") in LLAMA3  # where the file does not say
         if self.metadata.get("tokenizer.ggml.add_bos_token", add_bos):
             bos = self.special_token("bos")
             if bos is None:
-                raise ValueError("its vocabulary has no token tokenizer.ggml.bos_token_id, with which a text should begin")
+                raise ValueError("its vocabulary has no token tokenizer.ggml.bos_token_id, which should begin a text")
             tokenizer.post_processor = processors.TemplateProcessing(  # by the name of "bos": its own could mean a text
                 single=["bos", "$A"], special_tokens=[{"id": "bos", "ids": [vocab[bos]], "tokens": [bos]}])
         return tokenizer

@@ -406,6 +406,17 @@ def test_sentencepiece_vocabulary(tmp_path):
         ours.chat([])
 
 
+def test_many_special_tokens(tmp_path):
+    """Their number costs no more than it must: 20,000 took a minute, one by one."""
+    n = 20_000
+    file = write_gguf(tmp_path / "m.gguf", weights(CONFIG | {"vocab_size": n}), **{
+        "tokenizer.ggml.tokens": [f"<{i}>" for i in range(n)], "tokenizer.ggml.token_type": [3] * n,
+        "tokenizer.ggml.scores": [0.0] * n})
+    start = time.monotonic()
+    assert open_checkpoint(file).tokenizer.encode("<7><19999>") == [1, 7, 19999]
+    assert time.monotonic() - start < 5
+
+
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
 def test_byte_level_pre_tokenizers(tmp_path, pre):
     """Numbers and words are cut as each family's own tokenizer.json does; text survives."""

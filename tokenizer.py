@@ -29,7 +29,7 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """Text to token ids and back. All of it raises TokenizerError.
+    """Text to token ids and back. Every method raises TokenizerError if the checkpoint does not allow it.
 
     `eos_ids`: frozenset of the ids that end a turn; `bos_id`: the id that `encode` puts first, or None;
     `has_chat_template`: whether `chat` works.
@@ -58,8 +58,8 @@ class Tokenizer:
         ids = guard("the checkpoint's tokenizer cannot encode this text",
                     self.tokenizer.encode, text, add_special_tokens=bos).ids
         if ids and max(ids) >= self.vocab_size:
-            raise TokenizerError(f"the tokenizer gives token {max(ids)}, but the model's vocabulary is {self.vocab_size}; "
-                                 "they do not belong together")
+            raise TokenizerError(f"the tokenizer gives token {max(ids)}, but the model's vocabulary is "
+                                 f"{self.vocab_size}; they do not belong together")
         return ids
 
     def decode(self, ids):
@@ -70,7 +70,7 @@ class Tokenizer:
     def chat(self, messages, add_generation_prompt=True):
         """[{"role": "user", "content": str}, ...] -> ids of the conversation in the model's own format.
 
-        There may be no chat template, and one that there is may fail or run away.
+        The checkpoint may have no chat template, or one that fails or runs away.
         """
         if not self.has_chat_template:
             raise TokenizerError("this checkpoint has no chat template; give it plain text to continue instead")
@@ -138,7 +138,8 @@ def growth(steps):
         return math.prod(map(growth, steps))
     if not isinstance(steps, dict):
         return 1
-    text = {"Replace": steps.get("content"), "Prepend": steps.get("prepend"), "ByteLevel": "xx"}.get(str(steps.get("type")))
+    added = {"Replace": steps.get("content"), "Prepend": steps.get("prepend"), "ByteLevel": "xx"}
+    text = added.get(str(steps.get("type")))
     times = max(1, len(text)) if isinstance(text, str) else 1
     return times * growth(list(steps.values()))
 
@@ -160,7 +161,7 @@ def without_panic_lines():
     Rust writes to file descriptor 2, so that leads into memory meanwhile. Anything else that arrives there, from
     other threads perhaps, is printed in the end.
     """
-    if sys.stderr is None or not hasattr(os, "memfd_create"):  # descriptor 2 is closed, or anything; or this is no Linux
+    if sys.stderr is None or not hasattr(os, "memfd_create"):  # the descriptor was closed, and may be any file now
         yield
         return
     with ONE_AT_A_TIME, open(os.memfd_create("stderr"), "r+b", buffering=0) as memory:
