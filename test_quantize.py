@@ -190,7 +190,8 @@ def test_a_folder_is_the_same_model_as_quantizing_while_loading(source, tmp_path
     for ours, other in zip((model, *model.layers), (wanted, *wanted.layers)):
         for name, value in vars(ours).items():
             if isinstance(value, Projection):
-                assert torch.equal(value.w_t, vars(other)[name].w_t) and torch.equal(value.scale, vars(other)[name].scale)
+                same = vars(other)[name]
+                assert torch.equal(value.w_t, same.w_t) and torch.equal(value.scale, same.scale)
             elif isinstance(value, torch.Tensor):
                 assert torch.equal(value, vars(other)[name])
     assert list(generate(model, [1, 50, 60], 32)) == list(generate(wanted, [1, 50, 60], 32))
@@ -205,8 +206,10 @@ def test_a_gguf_file_becomes_a_folder(run, tmp_path):
     assert code == 0 and error == ""
     model, tokenizer = checkpoint.load(tmp_path / "new" / "out")
     wanted, theirs = checkpoint.load(tmp_path / "m.gguf", quantize="int8")
-    assert torch.equal(model.lm_head.w_t, wanted.lm_head.w_t) and torch.equal(model.layers[1].qkv.w_t, wanted.layers[1].qkv.w_t)
-    assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50)) and tokenizer.eos_ids == theirs.eos_ids
+    assert torch.equal(model.lm_head.w_t, wanted.lm_head.w_t)
+    assert torch.equal(model.layers[1].qkv.w_t, wanted.layers[1].qkv.w_t)
+    assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50))
+    assert tokenizer.eos_ids == theirs.eos_ids
 
 
 def test_files_hold_int8_and_nothing_twice(source, tmp_path):
@@ -217,7 +220,8 @@ def test_files_hold_int8_and_nothing_twice(source, tmp_path):
     for name, tensor in before.items():
         assert after[name].dtype == (torch.int8 if is_quantized(name) else tensor.dtype)
     assert sum(is_quantized(name) for name in before) == 2 * len(PROJECTIONS) + (not config.tie_embeddings)
-    assert (tmp_path / "out" / "model-00001.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
+    out = tmp_path / "out"
+    assert (out / "model-00001.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path):
@@ -251,6 +255,7 @@ def test_damaged_folders_are_refused(tmp_path):
     shutil.copy(source / "model.safetensors", tmp_path / "int8" / "model.safetensors")  # floats under the int8 config
     with pytest.raises(checkpoint.CheckpointError, match="weight_scale is missing"):
         checkpoint.open_checkpoint(tmp_path / "int8")
-    shutil.copy(tmp_path / "int8" / "model-00001.safetensors", source / "model.safetensors")  # int8 under a plain config
+    # int8 under a plain config
+    shutil.copy(tmp_path / "int8" / "model-00001.safetensors", source / "model.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match="unexpected tensor"):
         checkpoint.open_checkpoint(source)
