@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-import calibrate
+import calibration
 from checkpoint import load
 from model import PROJECTIONS, dense
 
@@ -86,9 +86,10 @@ def draw_speed(rows, path):
 
 
 def main(path, *results):
+    """Draw the idea, or from results the speed, into the file `path`."""
     if not results:
         model, tokenizer = load()
-        threshold = calibrate.find(model).thresholds(SPARSITY)[LAYER, PROJECTIONS.index("down")].item()
+        threshold = calibration.find(model).thresholds(SPARSITY)[LAYER, PROJECTIONS.index("down")].item()
         draw_idea(hidden_state(model, tokenizer)[:CHANNELS], threshold, path)
         return
     rows = []
@@ -98,7 +99,7 @@ def main(path, *results):
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{file} is not a file that benchmark.py --json wrote ({error})") from None
     if not rows:
-        raise ValueError(f"there are no speeds at context {CONTEXT} in {', '.join(results)}")
+        raise ValueError(f"there are no speeds at context {CONTEXT} in {', '.join(map(str, results))}")
     draw_speed(rows, path)
 
 

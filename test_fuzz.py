@@ -26,10 +26,9 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-import calibrate
 import generate
 import quantize
-from calibrate import Calibration, CalibrationError
+from calibration import FORMAT, GRID, Calibration, CalibrationError, fingerprint
 from checkpoint import CheckpointError, load, open_checkpoint
 from gguf_file import hf_name
 from model import SITES, Config, Model
@@ -122,10 +121,9 @@ def make_gguf_q8(path):
 
 def make_calibration(path):
     path.mkdir()
-    table = torch.rand(CONFIG["num_hidden_layers"], 7, len(calibrate.GRID),
-                       generator=torch.Generator().manual_seed(0)).cumsum(-1)
-    metadata = {"format": calibrate.FORMAT, "fingerprint": calibrate.fingerprint(Config.from_hf(CONFIG)),
-                "allocation": "fisher"}
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(CONFIG["num_hidden_layers"], 7, len(GRID), generator=generator).cumsum(-1)
+    metadata = {"format": FORMAT, "fingerprint": fingerprint(Config.from_hf(CONFIG)), "allocation": "fisher"}
     Calibration(table, table / 100, metadata).save(path / "calibration.safetensors")
     return path / "calibration.safetensors"
 
