@@ -238,46 +238,56 @@ def cpu_speed(args):
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 def shapes(config):
-    """(name, K, ends, swiglu) of the products of a decode step."""
+    """(name, K, ends) of the products of a decode step."""
     products = []
     for site in SITES:
         k, widths = config.shapes(site)
-        ends = [sum(widths[:i + 1]) for i in range(len(widths))]
-        products.append((site, k, ends, site == "gate_up"))
-    return products + [("lm_head", config.hidden_size, [config.vocab_size], False)]
+        products.append((site, k, [sum(widths[:i + 1]) for i in range(len(widths))]))
+    return products + [("lm_head", config.hidden_size, [config.vocab_size])]
 
 
 class Product:
-    """One product of a decode step with copies of its weights that together overflow the L2 cache several times."""
+    """One product of a decode step, fused as it is there, with copies of its weights that together overflow the L2
+    cache several times."""
 
-    def __init__(self, site, k, ends, swiglu, dtype):
+    def __init__(self, site, k, ends, dtype):
         n, int8 = ends[-1], dtype == torch.int8
         copies = max(2, int(4e8 / (k * n * dtype.itemsize)))
-        self.site, self.k, self.ends, self.swiglu, self.bytes = site, k, ends, swiglu, k * n * dtype.itemsize
+        self.k, self.ends, self.bytes = k, ends, k * n * dtype.itemsize
         self.weights = [torch.randint(-127, 128, (k, n), dtype=torch.int8, device="cuda") if int8 else
-                        torch.randn(k, n, device="cuda", dtype=dtype) for _ in range(copies)]
-        self.x = torch.randn(k, device="cuda", dtype=torch.bfloat16)
-        n_out = n // 2 if swiglu else n
-        self.options = {"out": torch.empty(n_out, device="cuda", dtype=torch.bfloat16), "swiglu": swiglu}
+                        torch.randn(k, n, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        self.x = torch.randn(k, device="cuda", dtype=torch.bfloat16)  # as the product takes it, after the fused steps
+        self.options = {"out": torch.empty(n, device="cuda", dtype=torch.bfloat16)}
         if int8:
             self.options["scale"] = torch.rand(n, device="cuda")
         if site in ("qkv", "gate_up", "lm_head"):
-            self.options["norm"] = torch.ones(k, device="cuda", dtype=torch.bfloat16), 1e-5
+            self.options["norm"] = torch.ones(k, device="cuda", dtype=torch.bfloat16), 0.0
+            self.x /= self.x.float().square().mean().sqrt()
         else:
-            self.options["residual"] = torch.randn(n_out, device="cuda", dtype=torch.bfloat16)
+            self.options["residual"] = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+        self.input = self.x
+        if site == "down":
+            gate = torch.full_like(self.x, 40)  # silu(40) = 40
+            self.input, self.options["swiglu"] = torch.cat((gate, self.x)), True
+            self.x = gate * self.x
+        self.kept = torch.zeros(len(ends), dtype=torch.int64, device="cuda")
         self.threshold = torch.empty(1, device="cuda")
 
     def run(self):
         segments = [(end, self.threshold) for end in self.ends]
         for w_t in self.weights:
-            gemv.sparse_gemv(self.x, w_t, segments, **self.options)
+            gemv.sparse_gemv(self.input, w_t, segments, kept=self.kept, **self.options)
 
     def seconds(self, sparsity):
-        """(seconds of one product in a CUDA graph, bytes of the rows it keeps)"""
+        """(seconds of one product in a CUDA graph, bytes of the rows that it read)"""
         magnitude = self.x.float().abs().sort().values
         dropped = round(sparsity * self.k)
         self.threshold.fill_(magnitude[dropped - 1] if dropped else -1.0)
-        return seconds(graph_of(self.run)) / len(self.weights), self.bytes * (1 - dropped / self.k)
+        replay = graph_of(self.run)
+        self.kept.zero_()
+        replay()
+        share = self.kept.sum().item() / (self.k * len(self.ends) * len(self.weights))
+        return seconds(replay) / len(self.weights), self.bytes * share
 
     def cublas_seconds(self):
         """The same dense product by PyTorch: bfloat16 weights, the faster of both layouts."""
@@ -296,13 +306,13 @@ def kernels(names, sparsities):
     print(f"{'product':>32} {'dtype':>5} {'sparsity':>8} {'us':>8} {'TB/s':>6} {'of limit':>8} {'x cuBLAS':>8}")
     seen, rows = set(), []
     for name in names:
-        for site, k, ends, swiglu in shapes(CONFIGS[name]):
+        for site, k, ends in shapes(CONFIGS[name]):
             if (k, *ends) in seen:
                 continue
             seen.add((k, *ends))
             cublas = None
             for dtype in (torch.bfloat16, torch.int8):
-                product = Product(site, k, ends, swiglu, dtype)
+                product = Product(site, k, ends, dtype)
                 cublas = cublas or product.cublas_seconds()
                 for sparsity in sparsities if site != "lm_head" else [0]:
                     time_, bytes_ = product.seconds(sparsity)

@@ -1,9 +1,9 @@
-"""The decode step on the GPU: five kernels a layer, captured once as a CUDA graph and replayed for every token.
+"""The decode step on the GPU: nine kernels a layer, captured once as a CUDA graph, replayed for every token.
 
 Decoding one token at a time, a large model spends a few milliseconds a token reading weights, and as much again in
 the gaps between hundreds of small kernels if Python launches them one by one. So the step is fused into RMSNorm +
-q|k|v, attention (rotary embedding and cache write inside), o + residual, RMSNorm + gate|up + SwiGLU, down + residual,
-then final norm + LM head and the choice of the token. Whatever changes from token to token (the token, its position,
+q|k|v, attention (rotary embedding and cache write inside), o + residual, RMSNorm + gate|up, SwiGLU + down + residual,
+then final norm + LM head and the choice of the token; each product is two kernels, see sparse_gemv.py. Whatever changes from token to token (the token, its position,
 the thresholds, the random state) lives in GPU memory, so the whole step is one graph that never has to be captured
 again, and the host does nothing but ask for the next replay and fetch the token that came out.
 
@@ -48,7 +48,7 @@ class Decoder:
         self.x = buffer(config.hidden_size)
         self.qkv = buffer(layer.qkv.ends[-1])
         self.attention = buffer(config.n_heads * config.head_dim)
-        self.hidden = buffer(config.intermediate_size)
+        self.gate_up = buffer(layer.gate_up.ends[-1])
         self.logits = buffer(config.vocab_size)
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
         self.graph = self.capture(generators) if graph else None
@@ -74,8 +74,8 @@ class Decoder:
             decode_attention(self.qkv, cache.k[i], cache.v[i], self.cos, self.sin, self.position, self.workspace,
                              self.attention, model.config.sliding_window, supports_pdl(model.device))
             self.project(self.attention, layer.o, x, residual=x)
-            self.project(x, layer.gate_up, self.hidden, norm=(layer.mlp_norm, eps), swiglu=True)
-            self.project(self.hidden, layer.down, x, residual=x)
+            self.project(x, layer.gate_up, self.gate_up, norm=(layer.mlp_norm, eps))
+            self.project(self.gate_up, layer.down, x, swiglu=True, residual=x)
         self.project(x, model.lm_head, self.logits, norm=(model.norm, eps))
         self.token.copy_(self.choose(self.logits))
         self.position += 1

@@ -1,4 +1,4 @@
-"""y = W x for one token, reading only the rows of W that matter: a Triton kernel, a CPU route and the plain definition.
+"""y = W x for one token, reading only the rows of W that matter: two Triton kernels, a CPU route, the plain definition.
 
 When a language model decodes one token at a time, every weight is read once for a single multiply-add, so the time of
 y = W x is the time it takes to read W. If x[k] is nearly zero, column k of W hardly changes y: leave it out, and it
@@ -9,22 +9,22 @@ need not be read. The rule, the same everywhere in this project, compares in flo
 **Layout.** W is stored transposed, `w_t [K, N]`: input channel k owns row k, N contiguous numbers. Memory is read in
 sectors of 32 bytes, so only a dropped *row* saves traffic; the columns dropped from a row-major W would save none.
 
-**What a program does.** A Triton kernel is a function run by many *programs* at once; each works on small tiles whose
-size is a power of two known at compile time, spread over the threads of its warps. Here a program owns BLOCK_N columns
-of the output. It walks down K in steps of BLOCK_K: loads that piece of x, decides which entries to keep, and loads the
-[BLOCK_K, BLOCK_N] tile of w_t under that mask. A masked-out load issues no memory transaction: *this is where the bytes
-are saved*. While one tile is multiplied, the loads of the next STAGES - 1 are under way. The products are added up in a
-float32 tile of the same shape, which stays in registers and is summed over its rows only once, at the end.
+**Two kernels.** A Triton kernel is a function run by many *programs* at once; each works on small tiles whose size is
+a power of two known at compile time, spread over the threads of its warps.
+1. *Select* looks at x, a few kilobytes, and writes the list of kept k and x[k], without gaps: a running sum over the
+   mask tells each kept entry its place.
+2. *Sum rows* walks down that list. A program owns BLOCK_N columns of the output; in each step it takes the next
+   BLOCK_K entries, loads a [BLOCK_K, BLOCK_N] tile made of just those rows of w_t, multiplies and adds up in float32.
+   No other row is touched, nor any instruction spent on it: *this is where the bytes are saved*.
+Deciding inside the second kernel, with a mask over all rows, saves the same bytes and one launch, but every program
+then walks past the dropped rows too; measured in a whole decode step, the list wins, the more the sparser x is.
 
-**Split-K.** One thread a column would walk down K alone, with far too few loads under way to keep the memory busy, so K
-is split as well. Here it is split over the warps of a program: a tile is narrow (BLOCK_N 16-64) and tall (BLOCK_K up to
-512), each warp holds other rows of it, and the final sum adds the warps' shares through shared memory, always in the
-same order. Splitting K over programs too would need either float atomics, whose order and so whose last bits change
-from run to run, or a second pass over partial sums; measured, neither was faster than narrow tiles.
+**Split-K.** There are often too few columns to keep 130 multiprocessors busy, so K is cut into SPLITS pieces, each with
+a list of its own. A program leaves its float32 sums in memory, and whichever program is the last of its columns adds
+the pieces up, always in the same order: the result has the same bits every time, as it would not with atomic adds.
 
-**Fusions.** One kernel also normalises x first (`norm`), applies silu(gate) * up to the result (`swiglu`) or adds the
-residual stream (`residual`): the hidden state is a few kilobytes, so every program can prepare the whole of it, and a
-launch saved is worth several microseconds, as much as reading 10-20 MB.
+**Fusions.** Select also prepares x: RMSNorm (`norm`) or silu(gate) * up (`swiglu`); sum rows applies scale and bias and
+adds the residual stream (`residual`). Each would otherwise be a launch of its own, worth as much as reading 10-20 MB.
 
 Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL, arXiv:2408.14690), section 4.
 The file needs torch and triton only: copy it wherever you like.
@@ -39,7 +39,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 runs the kernel on the CPU, for tests
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 runs the kernels on the CPU, for tests
+MACHINE_CODE = tl.constexpr(not INTERPRETED)  # there, PTX instructions can't be
+WARPS = 2  # of a program that sums rows
 
 
 def sparse_gemv_reference(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=False, residual=None, out=None,
@@ -47,11 +49,14 @@ def sparse_gemv_reference(x, w_t, threshold, *, scale=None, bias=None, norm=None
     """The definition of `sparse_gemv`, same arguments, in plain PyTorch operations and float64 sums. Slow."""
     y_dtype = x.dtype
     x = x.reshape(-1)
+    if swiglu:
+        gate, up = x.double().chunk(2)
+        x = (F.silu(gate) * up).to(y_dtype)
     if norm is not None:
         weight, eps = norm
         x = F.rms_norm(x.double(), x.shape, weight.double(), eps).to(y_dtype)
     parts, start = [], 0
-    for i, (end, t) in enumerate(_segments(threshold, w_t.shape[1], swiglu)):
+    for i, (end, t) in enumerate(_segments(threshold, w_t.shape[1])):
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).reshape(())
         keep = ~(x.float().abs() <= t)
         if kept is not None:
@@ -63,20 +68,15 @@ def sparse_gemv_reference(x, w_t, threshold, *, scale=None, bias=None, norm=None
         y = y * scale.double()
     if bias is not None:
         y = y + bias.double()
-    if swiglu:
-        gate, up = y.chunk(2)
-        y = F.silu(gate) * up
     if residual is not None:
         y = y + residual.reshape(-1).double()
     y = y.to(y_dtype)
     return y if out is None else out.copy_(y.view(out.shape))
 
 
-def _segments(threshold, n, swiglu):
-    """A threshold argument as a list of (end column, threshold); a SwiGLU has two segments, gate and up."""
-    if isinstance(threshold, (list, tuple)):
-        return list(threshold)
-    return [(n // 2, threshold), (n, threshold)] if swiglu else [(n, threshold)]
+def _segments(threshold, n):
+    """A threshold argument as a list of (end column, threshold)."""
+    return list(threshold) if isinstance(threshold, (list, tuple)) else [(n, threshold)]
 
 
 def _size(w_t):
@@ -150,67 +150,83 @@ def _bags(k, n, segments, n_threads, packed_width):
 # ---- GPU -----------------------------------------------------------------------------------------------------------
 
 @triton.jit
+def _select_kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, kept_ptr, threshold0, threshold1, threshold2, eps,
+                   K: tl.constexpr, CHUNK: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr, SWIGLU: tl.constexpr,
+                   CHUNK_PADDED: tl.constexpr, K_PADDED: tl.constexpr, PDL: tl.constexpr):
+    """One program: the list of kept entries of one chunk of x under the threshold of one segment of columns."""
+    segment, part = tl.program_id(0), tl.program_id(1)
+    if PDL:  # start while the kernel before this one still runs, but wait here for what it writes
+        gdc_wait()
+        gdc_launch_dependents()
+    if THRESHOLD_IN_MEMORY:
+        threshold0 = tl.load(threshold0)
+        threshold1 = tl.load(threshold1)
+        threshold2 = tl.load(threshold2)
+    threshold = tl.where(segment == 0, threshold0, tl.where(segment == 1, threshold1, threshold2))
+
+    i = tl.arange(0, CHUNK_PADDED)
+    k = part * CHUNK + i
+    inside = (i < CHUNK) & (k < K)
+    x = tl.load(x_ptr + k, mask=inside, other=0.0)
+    if SWIGLU:
+        gate, up = x.to(tl.float32), tl.load(x_ptr + K + k, mask=inside, other=0.0).to(tl.float32)
+        x = (gate / (1 + tl.exp(-gate)) * up).to(x.dtype)
+    if norm_ptr is not None:
+        every_k = tl.arange(0, K_PADDED)
+        hidden = tl.load(x_ptr + every_k, mask=every_k < K, other=0.0).to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(hidden * hidden) / K + eps)
+        weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * inverse_rms * weight).to(x.dtype)  # rounded, as a separate RMSNorm would leave it
+
+    keep = inside & ~(tl.abs(x.to(tl.float32)) <= threshold)
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    item = segment * tl.num_programs(1) + part
+    tl.store(rows_ptr + item * CHUNK + place, k, mask=keep)
+    tl.store(values_ptr + item * CHUNK + place, x, mask=keep)
+    count = tl.sum(keep.to(tl.int32))
+    tl.store(counts_ptr + item, count)
+    if kept_ptr is not None:
+        tl.atomic_add(kept_ptr + segment, count.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
 def _to_float32(w):
-    """Weights as float32. For int8 by two simple operations, since GPUs convert integers at a fraction of their speed:
-    with byte b = w + 128 as its low bits, the float32 of bits 0x4B0000bb is exactly 2**23 + b."""
-    if w.dtype == tl.int8:
-        bits = w.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x4B000080  # the sign bit flipped: w + 128
-        return bits.to(tl.float32, bitcast=True) - 8388736.0
+    """Weights as float32 in the fewest instructions, which matter here as much as the bytes.
+
+    A bfloat16 is the upper half of a float32, so two in a register are a shift and a mask. GPUs convert integers at a
+    fraction of their speed; but with byte b = w + 128 as its low bits, the float32 of bits 0x4B0000bb is 2**23 + b.
+    """
+    if MACHINE_CODE and w.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [w],
+                                         dtype=tl.int32, is_pure=True, pack=2).to(tl.float32, bitcast=True)
+    elif MACHINE_CODE and w.dtype == tl.int8:
+        return tl.inline_asm_elementwise("""{
+            .reg .b32 bytes;
+            xor.b32 bytes, $4, 0x80808080;
+            prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+            prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+            prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+            prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+            }""", "=r,=r,=r,=r,r", [w], dtype=tl.int32, is_pure=True, pack=4).to(tl.float32, bitcast=True) - 8388736.0
     else:
         return w.to(tl.float32)
 
 
 @triton.jit
-def _load_x(x_ptr, norm_ptr, k, inverse_rms, K: tl.constexpr, NORM: tl.constexpr):
-    """x[k], normalised and rounded to x's dtype as a separate RMSNorm would leave it, as float32; 0 from K on."""
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
-    if NORM:
-        weight = tl.load(norm_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last")
-        x = (x.to(tl.float32) * inverse_rms * weight.to(tl.float32)).to(x.dtype)
-    return x.to(tl.float32)
+def _entries(rows_ptr, values_ptr, i, count):
+    """Row numbers and values of the list's entries i; past its end the last row again, with a value of 0."""
+    place = tl.maximum(tl.minimum(i, count - 1), 0)
+    return tl.load(rows_ptr + place), tl.where(i < count, tl.load(values_ptr + place).to(tl.float32), 0.0)
 
 
 @triton.jit
-def _add_rows(total, x, k, threshold, w_ptr, n, end, K: tl.constexpr, N: tl.constexpr, ALL_COLUMNS: tl.constexpr,
-              BLOCK_K: tl.constexpr):
-    """total [BLOCK_K, BLOCK_N] += x[k] * w_t[k, n] for the kept k; w_ptr is the first of these rows.
-
-    Columns at `end` and beyond count as 0.
-    """
-    keep = ~(tl.abs(x) <= threshold)
-    if K % BLOCK_K:
-        keep &= k < K  # the last tile reaches past the end
-    mask = keep[:, None]
-    if not ALL_COLUMNS:
-        mask &= (n < end)[None, :]
-    offsets = tl.arange(0, BLOCK_K)[:, None] * N + n[None, :]  # 32 bits do within a tile, if not within the matrix
-    w = tl.load(w_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    x = tl.where(keep, x, 0.0)  # a dropped infinity must not meet the zeros that stand in for its row
-    return total + _to_float32(w) * x[:, None]
-
-
-@triton.jit
-def _finish(total, n, end, scale_ptr, bias_ptr, SCALE: tl.constexpr, BIAS: tl.constexpr):
-    """Sum the float32 tile over its rows, in a fixed order, and apply scale and bias -> [BLOCK_N]."""
-    y = tl.sum(total, axis=0)
-    if SCALE:
-        y *= tl.load(scale_ptr + n, mask=n < end, other=0.0).to(tl.float32)
-    if BIAS:
-        y += tl.load(bias_ptr + n, mask=n < end, other=0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
-def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, residual_ptr, kept_ptr,
-                        threshold0, threshold1, threshold2, eps,
-                        K: tl.constexpr, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
-                        THRESHOLD_IN_MEMORY: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-                        NORM: tl.constexpr, K_PADDED: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
-                        COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-                        PDL: tl.constexpr):
-    """One program: BLOCK_N columns of the output. Columns [0, END0), [END0, END1), [END1, N) have own thresholds."""
+def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr,
+                     finished_ptr, K: tl.constexpr, N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
+                     CHUNK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                     ROWS_AT_ONCE: tl.constexpr, PDL: tl.constexpr):
+    """One program: BLOCK_N columns, summed over one list. Columns [0, END0), [END0, END1), [END1, N) have own lists."""
     # Tiles never straddle two segments: find this program's segment, and its tile within it.
-    program = tl.program_id(0)
+    program, part = tl.program_id(0), tl.program_id(1)
     tiles0: tl.constexpr = (END0 + BLOCK_N - 1) // BLOCK_N
     tiles1: tl.constexpr = tiles0 + (END1 - END0 + BLOCK_N - 1) // BLOCK_N
     segment = (program >= tiles0).to(tl.int32) + (program >= tiles1).to(tl.int32)
@@ -219,75 +235,60 @@ def _sparse_gemv_kernel(x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, re
     end = tl.where(segment == 0, END0, tl.where(segment == 1, END1, N))
     n = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ALL_COLUMNS: tl.constexpr = END0 % BLOCK_N == 0 and END1 % BLOCK_N == 0 and N % BLOCK_N == 0
+    item = segment * SPLITS + part
+    rows_ptr += item * CHUNK
+    values_ptr += item * CHUNK
 
-    if PDL:  # what stands above may overlap the kernel before this one; what that kernel wrote is visible from here
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if THRESHOLD_IN_MEMORY:
-        threshold0 = tl.load(threshold0)
-        threshold1 = tl.load(threshold1)
-        threshold2 = tl.load(threshold2)
-    threshold = tl.where(segment == 0, threshold0, tl.where(segment == 1, threshold1, threshold2))
-    inverse_rms = 1.0
-    if NORM:
-        every_k = tl.arange(0, K_PADDED)
-        hidden = tl.load(x_ptr + every_k, mask=every_k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        inverse_rms = tl.rsqrt(tl.sum(hidden * hidden) / K + eps)
+    count = tl.load(counts_ptr + item)
+    i = tl.arange(0, BLOCK_K)
+    total = tl.zeros([ROWS_AT_ONCE, BLOCK_N], tl.float32)
+    k, x = _entries(rows_ptr, values_ptr, i, count)
+    for first in tl.range(0, count, BLOCK_K, num_stages=1):
+        # the next entries are on their way while these rows are loaded
+        next_k, next_x = _entries(rows_ptr, values_ptr, first + BLOCK_K + i, count)
+        offsets = (k.to(tl.int64) if K * N >= 2 ** 31 else k)[:, None] * N + n[None, :]
+        if ALL_COLUMNS:
+            w = tl.load(w_ptr + offsets, eviction_policy="evict_first")
+        else:
+            w = tl.load(w_ptr + offsets, mask=(n < end)[None, :], other=0.0, eviction_policy="evict_first")
+        products = _to_float32(w) * x[:, None]
+        # Of the tile, ROWS_AT_ONCE rows lie side by side over the threads; each thread adds up the rows it holds.
+        total += tl.sum(tl.reshape(products, [BLOCK_K // ROWS_AT_ONCE, ROWS_AT_ONCE, BLOCK_N]), axis=0)
+        k, x = next_k, next_x
 
-    if COUNT:
-        # One program more than there are tiles counts the kept rows, while the others work.
-        if program == tl.num_programs(0) - 1:
-            count0 = tl.zeros([1024], tl.int32)
-            count1 = tl.zeros([1024], tl.int32)
-            count2 = tl.zeros([1024], tl.int32)
-            for first in tl.range(0, K, 1024):
-                k = first + tl.arange(0, 1024)
-                magnitude = tl.abs(_load_x(x_ptr, norm_ptr, k, inverse_rms, K, NORM))
-                count0 += ((k < K) & ~(magnitude <= threshold0)).to(tl.int32)
-                count1 += ((k < K) & ~(magnitude <= threshold1)).to(tl.int32)
-                count2 += ((k < K) & ~(magnitude <= threshold2)).to(tl.int32)
-            tl.store(kept_ptr, tl.load(kept_ptr) + tl.sum(count0))
-            if END0 < N:
-                tl.store(kept_ptr + 1, tl.load(kept_ptr + 1) + tl.sum(count1))
-            if END1 < N:
-                tl.store(kept_ptr + 2, tl.load(kept_ptr + 2) + tl.sum(count2))
+    y = tl.sum(total, axis=0)
+    if SPLITS > 1:
+        tl.store(sums_ptr + part * N + n, y, mask=n < end)
+        tl.debug_barrier()  # all threads have stored
+        if tl.atomic_add(finished_ptr + program, 1, sem="acq_rel") < SPLITS - 1:
             return
-
-    total = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    if SWIGLU:  # the two segments are gate and up, equally wide; this program makes the same columns of both
-        total_up = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        k = first + tl.arange(0, BLOCK_K)
-        x = _load_x(x_ptr, norm_ptr, k, inverse_rms, K, NORM)
-        total = _add_rows(total, x, k, threshold, w_ptr, n, end, K, N, ALL_COLUMNS, BLOCK_K)
-        if SWIGLU:
-            total_up = _add_rows(total_up, x, k, threshold1, w_ptr, END0 + n, END0 + end, K, N, ALL_COLUMNS, BLOCK_K)
-        w_ptr += BLOCK_K * N
-
-    y = _finish(total, n, end, scale_ptr, bias_ptr, SCALE, BIAS)
-    if SWIGLU:
-        y_up = _finish(total_up, END0 + n, END0 + end, scale_ptr, bias_ptr, SCALE, BIAS)
-        y = y / (1 + tl.exp(-y)) * y_up
-    if RESIDUAL:
+        y = tl.zeros([BLOCK_N], tl.float32)
+        for other in tl.static_range(SPLITS):
+            y += tl.load(sums_ptr + other * N + n, mask=n < end, other=0.0, cache_modifier=".cg")
+        tl.store(finished_ptr + program, 0)  # as the next launch expects it
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
         y += tl.load(residual_ptr + n, mask=n < end, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < end)
 
 
-def _launch_shape(n, itemsize, swiglu):
-    """(BLOCK_N, BLOCK_K, warps, stages) for w_t of n columns.
+def _launch_shape(k, n):
+    """(BLOCK_N, BLOCK_K, SPLITS) for w_t [k, n].
 
-    Wide tiles read longer runs of a row and repeat less work, but each of the GPU's SMs, about 130, needs a program.
-    The fewer programs share an SM, the more bytes each has to keep in flight: its stages but one, in shared memory.
-    The rule was drawn from timing about 60 shapes for each product of a Llama-2-7B and a Llama-3-8B on an H200.
+    A tile of 64 columns reads whole sectors of a row even in int8; with 128 rows it gives each of 64 threads 128
+    weights to load at once, enough to do without prefetching through shared memory. K is split until there are some
+    six programs for each of the GPU's SMs, about 130. Chosen by timing whole layers of a Llama-2-7B and a Llama-3-8B,
+    bfloat16 and int8, on an H200, changing one product at a time: about a dozen shapes for each.
     """
-    n_out = n // 2 if swiglu else n
-    block_n = max(16, min(64 if n_out > 16384 else 32, triton.next_power_of_2(n_out // 192)))
-    programs, tiles, stages = n_out // block_n, 2 if swiglu else 1, 3
-    block_k, warps = 512, 8 if programs <= 132 else 4
-    # At most 64 sums a thread, in registers, and 100 KB of the 227 KB of shared memory an SM has.
-    while tiles * block_k * block_n > 64 * 32 * warps or tiles * block_k * block_n * itemsize * (stages - 1) > 100_000:
-        block_k //= 2
-    return block_n, block_k, warps, stages
+    block_n = min(64, max(16, triton.next_power_of_2(n)))
+    splits = max(1, min(8, round(768 / triton.cdiv(n, block_n)), k // 256))
+    return block_n, min(128, max(32, triton.next_power_of_2(triton.cdiv(k, splits)))), splits
 
 
 @functools.lru_cache
@@ -296,21 +297,42 @@ def supports_pdl(device):
     return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@functools.lru_cache(maxsize=None)
+def _workspace(device, dtype, n_lists, chunk, n, splits, n_programs):
+    """What the two kernels hand over, one set for every shape: row numbers, values and counts of the lists; the sums
+    of each split and how many of them are finished."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("sparse_gemv: call it once with these shapes before capturing a CUDA graph")
+    return (torch.empty(n_lists * chunk, dtype=torch.int32, device=device),
+            torch.empty(n_lists * chunk, dtype=dtype, device=device),
+            torch.empty(n_lists, dtype=torch.int32, device=device),
+            torch.empty(splits * n, dtype=torch.float32, device=device),
+            torch.zeros(n_programs, dtype=torch.int32, device=device))
+
+
 def _gemv_gpu(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
     k, n = w_t.shape
     ends = [end for end, _ in segments] + [n] * (3 - len(segments))
     thresholds = [t for _, t in segments] + [segments[-1][1]] * (3 - len(segments))
-    block_n, block_k, warps, stages = _launch_shape(n, w_t.element_size(), swiglu)
-    widths = (ends[0],) if swiglu else (ends[0], ends[1] - ends[0], n - ends[1])
-    grid = (sum(triton.cdiv(width, block_n) for width in widths) + (kept is not None),)
+    block_n, block_k, splits = _launch_shape(k, n)
+    chunk = triton.cdiv(k, splits)
+    tiles = sum(triton.cdiv(width, block_n) for width in (ends[0], ends[1] - ends[0], n - ends[1]))
+    rows, values, counts, sums, finished = _workspace(
+        x.device, x.dtype, len(segments) * splits, chunk, n, splits, tiles)
     norm_weight, eps = norm if norm is not None else (None, 0.0)
     pdl = supports_pdl(x.device)
-    _sparse_gemv_kernel[grid](
-        x, w_t, out, scale, bias, norm_weight, residual, kept, *thresholds, eps,
-        K=k, N=n, END0=ends[0], END1=ends[1], THRESHOLD_IN_MEMORY=isinstance(thresholds[0], torch.Tensor),
-        SCALE=scale is not None, BIAS=bias is not None, NORM=norm is not None, K_PADDED=triton.next_power_of_2(k),
-        SWIGLU=swiglu, RESIDUAL=residual is not None, COUNT=kept is not None, BLOCK_N=block_n, BLOCK_K=block_k,
-        STAGES=stages, PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}))
+    launch = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+    chunk_padded, k_padded = triton.next_power_of_2(chunk), triton.next_power_of_2(k)
+    entries = max(chunk_padded, k_padded if norm is not None else 0)
+    _select_kernel[(len(segments), splits)](
+        x, norm_weight, rows, values, counts, kept, *thresholds, eps, K=k, CHUNK=chunk,
+        THRESHOLD_IN_MEMORY=isinstance(thresholds[0], torch.Tensor), SWIGLU=swiglu, CHUNK_PADDED=chunk_padded,
+        K_PADDED=k_padded, num_warps=min(16, max(1, entries // 512)), **launch)
+    rows_at_once = min(block_k, WARPS * 32 * 16 // w_t.element_size() // block_n)  # 16 bytes a thread
+    _sum_rows_kernel[(tiles, splits)](
+        rows, values, counts, w_t, out, scale, bias, residual, sums, finished, K=k, N=n, END0=ends[0], END1=ends[1],
+        CHUNK=chunk, SPLITS=splits, BLOCK_N=block_n, BLOCK_K=block_k, ROWS_AT_ONCE=rows_at_once,
+        num_warps=WARPS, **launch)
     return out
 
 
@@ -320,7 +342,7 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=F
                 kept=None):
     """Sparse matrix-vector product: y[n] = sum of x[k] * w_t[k, n] over the k with not (|x[k]| <= threshold).
 
-    x:         [K], [1, K] or [1, 1, K]; float32, float16 or bfloat16
+    x:         [K], [1, K] or [1, 1, K] (2 K wide with swiglu); float32, float16 or bfloat16
     w_t:       [K, N], contiguous; x's dtype, or int8 with a `scale`. Rows of dropped k are never read.
                On the CPU int8 is fast only packed: uint8 [blocks, K, width + 8], block b holding columns b * width,
                b * width + 1, ... as w + 128, and the bytes of the two float32 numbers 1 and -128 after every row.
@@ -330,24 +352,26 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=F
     scale:     [N] float32, multiplies the sums (int8 weights: one scale per output channel)
     bias:      [N], added next
     norm:      (weight [K], eps): x is first RMS-normalised (float32 inside, rounded to x's dtype)
-    swiglu:    the result is silu(left half) * right half, N / 2 wide
-    residual:  [N] (or [N / 2]), x's dtype, added last
+    swiglu:    x holds gate and up side by side: silu(gate) * up takes its place first
+    residual:  [N], x's dtype, added last
     out:       where to put the result; may be `residual` itself
-    kept:      int64 [number of segments] (two with swiglu): the number of kept rows is added to it
+    kept:      int64 [number of segments]: the number of kept rows is added to it
 
-    Returns y in x's dtype, shaped like x with N (or N / 2) in place of K. Sums are float32 and reproducible: the
-    same inputs give the same bits. With `out` given, a GPU call neither allocates nor synchronises. Raises ValueError
-    naming the argument for shapes, dtypes, strides or devices that do not fit.
+    Returns y in x's dtype, shaped like x with N in place of K. Sums are float32 and reproducible: the same inputs give
+    the same bits. With `out` given, a GPU call never synchronises, and allocates its workspace only the first time it
+    meets a shape: so call once before capturing a CUDA graph, and do not let calls on different streams overlap.
+    Raises ValueError naming the argument for shapes, dtypes, strides or devices that do not fit.
     """
-    _, n = _size(w_t)
-    segments = _segments(threshold, n, swiglu)
+    k, n = _size(w_t)
+    segments = _segments(threshold, n)
     _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept)
-    n_out = n // 2 if swiglu else n
     flat = x.reshape(-1)
     if (x.is_cuda or INTERPRETED) and w_t.dtype != torch.uint8:
         if out is None:
-            out = torch.empty(*x.shape[:-1], n_out, dtype=x.dtype, device=x.device)
+            out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
         return _gemv_gpu(flat, w_t, segments, scale, bias, norm, swiglu, residual, out, kept)
+    if swiglu:
+        flat = F.silu(flat[:k]) * flat[k:]
     if norm is not None:
         flat = F.rms_norm(flat, flat.shape, *norm)
     y = (_gemv_cpu_int8 if w_t.dtype == torch.int8 else _gemv_cpu)(flat, w_t, segments, kept)
@@ -355,11 +379,9 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=F
         y = y * scale
     if bias is not None:
         y = y + bias
-    if swiglu:
-        y = F.silu(y[:n_out]) * y[n_out:]
     if residual is not None:
         y = y + residual.view(-1)
-    y = y.to(x.dtype).view(*x.shape[:-1], n_out)
+    y = y.to(x.dtype).view(*x.shape[:-1], n)
     return y if out is None else out.copy_(y)
 
 
@@ -372,8 +394,9 @@ def _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
     if w_t.dim() != (3 if packed else 2) or not w_t.is_contiguous():
         refuse("w_t", f"{tuple(w_t.shape)} with strides {w_t.stride()}", "a contiguous matrix [K, N]")
     k, n = _size(w_t)
-    if x.shape[-1:] != (k,) or x.numel() != k:
-        refuse("x's shape", tuple(x.shape), f"[{k}] or [1, {k}], for w_t has {k} rows")
+    width = 2 * k if swiglu else k
+    if x.shape[-1:] != (width,) or x.numel() != width:
+        refuse("x's shape", tuple(x.shape), f"[{width}] or [1, {width}], for w_t has {k} rows")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         refuse("x's dtype", x.dtype, "torch.float32, torch.float16 or torch.bfloat16")
     if w_t.dtype not in (x.dtype, torch.int8) and not (packed and x.device.type == "cpu"):
@@ -387,14 +410,13 @@ def _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
         refuse("threshold's list of ends", ends, f"up to three ascending ends, the last at w_t's {n} columns")
     if packed and any(end % (n // w_t.shape[0]) for end in ends):
         refuse("threshold's list of ends", ends, f"multiples of {n // w_t.shape[0]}, the width of w_t's blocks")
-    if swiglu and ends != [n // 2, 2 * (n // 2)]:
-        refuse("threshold's list of ends", ends, f"[{n // 2}, {2 * (n // 2)}], gate and up, with swiglu")
+    if len({isinstance(t, torch.Tensor) for _, t in segments}) > 1:
+        refuse("threshold's list", [t for _, t in segments], "all floats or all tensors")
     for _, t in segments:
         if isinstance(t, torch.Tensor) and (t.numel() != 1 or t.dtype != torch.float32 or t.device != x.device):
             refuse("a threshold", f"{t.dtype} {tuple(t.shape)} on {t.device}", f"one float32 number on {x.device}")
-    n_out = n // 2 if swiglu else n
     for name, tensor, size in (("scale", scale, n), ("bias", bias, n), ("norm's weight", norm and norm[0], k),
-                               ("residual", residual, n_out), ("out", out, n_out), ("kept", kept, len(ends))):
+                               ("residual", residual, n), ("out", out, n), ("kept", kept, len(ends))):
         if tensor is not None and (tensor.numel() != size or not tensor.is_contiguous() or tensor.device != x.device):
             refuse(name, f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}",
                    f"{size} contiguous elements on {x.device}")

@@ -58,7 +58,7 @@ def test_random_draws():
 
 @pytest.mark.parametrize("k, n", [(576, 96), (577, 33), (1, 1)] + [(576, 960), (1536, 576), (2048, 8192)] * (not INTERPRETED))
 def test_fused_forms(k, n):
-    """RMSNorm in front, scale, bias, SwiGLU and residual behind, and segments with thresholds in memory."""
+    """RMSNorm or SwiGLU in front, scale, bias and residual behind, and segments with thresholds in memory."""
     for dtype in (torch.float32, torch.bfloat16):
         x, w_t, _ = draw(k, n, dtype)
         norm = torch.rand(k, device=DEVICE).to(dtype), 1e-5
@@ -74,13 +74,16 @@ def test_fused_forms(k, n):
         # on the CPU each step of a fused form rounds, in the kernel only the result
         assert error(y, sparse_gemv_reference(x, w_t, segments, kept=expected_kept, **options)) <= 3 * TOLERANCE[dtype]
         assert torch.equal(kept, expected_kept)
-        if n % 2 == 0:
-            residual = torch.randn(n // 2, device=DEVICE).to(dtype)
-            options |= {"swiglu": True, "residual": residual, "scale": torch.rand(n, device=DEVICE)}
-            expected = sparse_gemv_reference(x, w_t, float(middle), **options)
-            y = sparse_gemv(x, w_t, float(middle), out=residual, **options)  # in place, as the residual stream is
-            assert y is residual
-            assert error(y, expected) <= 5 * TOLERANCE[dtype]
+        gate_up, residual = torch.randn(2 * k, device=DEVICE).to(dtype), torch.randn(n, device=DEVICE).to(dtype)
+        gate, up = gate_up.float().chunk(2)
+        magnitude = (F.silu(gate) * up).abs().sort().values
+        gap = k // 4 + magnitude[k // 4:k - k // 4].diff().argmax().item() if k > 1 else 0
+        middle = magnitude[gap:gap + 2].mean().item() if k > 1 else magnitude.item() / 2
+        options = {"swiglu": True, "residual": residual, "scale": torch.rand(n, device=DEVICE)}
+        expected = sparse_gemv_reference(gate_up, w_t, middle, **options)
+        y = sparse_gemv(gate_up, w_t, middle, out=residual, **options)  # in place, as the residual stream is
+        assert y is residual
+        assert error(y, expected) <= 5 * TOLERANCE[dtype]
 
 
 def test_ties_are_dropped_and_nothing_else():
@@ -118,7 +121,7 @@ def test_nan_and_infinity():
 
 def test_same_bits_every_time():
     for dtype in (torch.float32, torch.bfloat16):
-        x, w_t, _ = draw(1000, 96, dtype)
+        x, w_t, _ = draw(1000, 96, dtype)  # K is split here
         first = sparse_gemv(x, w_t, 0.5)
         assert all(torch.equal(sparse_gemv(x, w_t, 0.5), first) for _ in range(5))
 
@@ -140,14 +143,16 @@ def test_shapes_and_out():
     ("w_t's dtype", {"w_t": torch.zeros(64, 48, dtype=torch.float16)}),
     ("scale", {"w_t": torch.zeros(64, 48, dtype=torch.int8)}),
     ("scale", {"scale": torch.zeros(47)}),
-    ("bias", {"bias": torch.zeros(96)[::2]}),
+    ("bias", {"bias": torch.zeros(24, 2).T}),
     ("norm's weight", {"norm": (torch.zeros(48), 1e-5)}),
-    ("residual", {"residual": torch.zeros(48), "swiglu": True}),
+    ("x's shape", {"swiglu": True}),
+    ("residual", {"residual": torch.zeros(24)}),
     ("out", {"out": torch.zeros(64)}),
     ("kept", {"kept": torch.zeros(2, dtype=torch.int64)}),
     ("threshold", {"threshold": [(24, 0.5), (47, 0.5)]}),
     ("threshold", {"threshold": [(24, 0.5), (24, 0.5), (48, 0.1)]}),
     ("threshold", {"threshold": [(12, 0.5), (24, 0.5), (36, 0.1), (48, 0.1)]}),
+    ("threshold", {"threshold": [(24, 0.5), (48, torch.zeros(1))]}),
     ("threshold", {"threshold": torch.zeros(2)}),
     ("threshold", {"threshold": torch.zeros(1, dtype=torch.float64)}),
 ])
