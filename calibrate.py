@@ -5,7 +5,7 @@ drops a share s is the s-quantile of |x|, so one pass over some text, counting |
 every block, gives t(s) for all s. What is left to choose is how the sparsity asked for is shared out. Three answers:
 `uniform` gives every projection the same share; `greedy` raises, block by block, the projection that hurts the
 block's output least (TEAL: Liu et al. 2024, arXiv:2408.14690, sections 4.1-4.3, whose rule and baselines these are);
-`fisher` estimates from gradients what dropping costs the loss and spends one model-wide budget where it is cheapest.
+`fisher` spends one model-wide budget where, by gradients, dropping moves the predictions least.
 
     python calibrate.py --out calibration.safetensors
     python calibrate.py --model meta-llama/Llama-3.2-1B --text wiki.train.raw --tokens 16384 --allocation greedy
@@ -23,9 +23,8 @@ from torch.utils import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
-from calibration import (ALLOCATIONS, FORMAT, GRID, Calibration, CalibrationError, cache_path, fingerprint,
-                         weights_digest)
-from calibration import find  # noqa: F401 (other scripts take it from here)
+from calibration import (ALLOCATIONS, FORMAT, GRID, Calibration, CalibrationError, cache_path,
+                         find, fingerprint, weights_digest)  # noqa: F401 (other scripts take `find` from here)
 from generate import Parser, Session
 from model import PROJECTIONS, SITES, KVCache, dense
 
@@ -33,11 +32,12 @@ SINKS = 8  # first tokens of a window: attention sinks, whose huge activations w
 BINS = 0x7F80  # a float32 magnitude cut to its upper 16 bits: one bin for each finite bfloat16 value
 EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << 16).view(torch.float32)  # bin i holds [EDGES[i], EDGES[i + 1])
 STEP = 0.01  # of greedy, in shares of a block's bytes
+DRAWS = 2  # of fisher, labels for each position
 MOST = 0.99  # the highest sparsity of one projection
 PROMPTS = ("Tell me about the history of a city.", "Explain how an engine works.", "Write a short story.",
-           "What have scientists found out about the sea?", "Describe the life of a famous musician.",
-           "How do I cook a good soup?", "Write a function that sorts a list, and explain it.",
-           "What should I know about money?")  # to which a chat model writes its own calibration text
+           "Write a Python function that sorts a list.", "What have scientists found out about the sea?",
+           "Write a C program that computes a mean.", "Describe the life of a famous musician.",
+           "Write a Java class for a bank account.", "How do I cook a good soup?", "What should I know about money?")
 FIRST = {site: PROJECTIONS.index(names[0]) for site, names in SITES.items()}  # a site's first index in PROJECTIONS
 SITE_INDEX = {site: i for i, site in enumerate(SITES)}
 SITE_OF = torch.tensor([i for i, names in enumerate(SITES.values()) for _ in names])  # of each projection [7]
@@ -46,11 +46,16 @@ SITE_OF = torch.tensor([i for i, names in enumerate(SITES.values()) for _ in nam
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics of the activations
 
-def masked(x, p, thresholds):
-    """x [T, K] times projection p -> [T, N], each part i dropping the x with |x| <= thresholds[i]."""
-    magnitude = x.float().abs()
-    y = torch.cat([x.masked_fill(magnitude <= t, 0) @ p.weight(a, b, x.dtype)  # a NaN is kept, so it stays visible
-                   for t, a, b in zip(thresholds, (0, *p.ends), p.ends)], -1)
+def masked(x, p, thresholds, dropped=None):
+    """x [T, K] times projection p -> [T, N], each part i dropping the x with |x| <= thresholds[i].
+
+    If `dropped` [parts] is given, the shares that this drops are added to it.
+    """
+    thresholds = torch.as_tensor(thresholds, device=x.device)[:, None, None]
+    drop = x.float().abs() <= thresholds  # [parts, T, K]; a NaN is kept, so it stays visible
+    if dropped is not None:
+        dropped += drop.double().mean((1, 2))
+    y = torch.cat([x @ p.weight(a, b, x.dtype) for x, a, b in zip(x.masked_fill(drop, 0), (0, *p.ends), p.ends)], -1)
     return y if p.bias is None else y + p.bias
 
 
@@ -101,8 +106,7 @@ def quantile(counts, p):
 def write_text(model, tokenizer, n_tokens, seed=0):
     """Token ids int64 [n_tokens] of text the model writes itself, dense, at temperature 1 without top-k or top-p.
 
-    A chat model answers PROMPTS in turn, any other model continues its first token. A document ends where the model
-    ends it, or after 512 tokens.
+    A chat model answers PROMPTS in turn, any other continues its first token; each time to its end or 512 tokens.
     """
     starts = [[tokenizer.bos_id or min(tokenizer.eos_ids, default=0)]]
     if tokenizer.has_chat_template:
@@ -139,7 +143,6 @@ def greedy(model, tokens, counts):
     levels = (raises * STEP / shares[:, None]).clamp(max=MOST)
     rope, x = model.rope(0, len(tokens)), model.embed(tokens)
     sparsities = torch.zeros(n_layers, len(PROJECTIONS), len(GRID), dtype=torch.float64)
-
     for i, layer in enumerate(tqdm(model.layers, "greedy", unit="layer", disable=None)):
         y, thresholds = model.block(layer, x, rope), quantile(counts[i, SITE_OF], levels)  # [7, 100]
 
@@ -193,12 +196,20 @@ def hidden_states(model, tokens, project):
     return F.rms_norm(x, (model.config.hidden_size,), model.norm, model.config.norm_eps)
 
 
-def fisher(model, windows, counts):
-    """Sparsities by what dropping inputs costs the loss, estimated from one backward pass over the windows.
+def draw(logits, generator):
+    """A token id for each row of logits [T, V], by its probabilities, int64 [T]; the generator is a CPU's."""
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    rank = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, rank)[:, 0].clamp(max=logits.shape[1] - 1)  # beyond the last one for a NaN
 
-    With g the gradient at a projection's input x, dropping the smallest share s of x changes the loss by the sum of
-    -g[k] x[k] over the dropped k. The mean square of that over tokens, D(s), estimates (twice) the KL divergence from
-    the dense model, to second order. `allocate` spends the budget by these curves.
+
+def fisher(model, windows, counts):
+    """Sparsities by how far dropping inputs moves the predictions, estimated from backward passes over the windows.
+
+    The loss is the cross-entropy of labels drawn from the predictions. With g its gradient at a projection's input x,
+    dropping the smallest share s of x changes it by the sum of -g[k] x[k] over the dropped k. The mean square of that
+    over tokens, D(s), a quadratic form of the Fisher information, is (twice) the KL divergence from the dense model to
+    second order, were each token dropped alone. `allocate` spends the budget by these curves.
     """
     levels = torch.arange(20) / 20  # steps of 0.01 gave noisier hulls, and a worse perplexity
     edges = quantile(counts, levels.expand(*counts.shape[:2], -1)).to(model.device)  # [n_layers, 4, 20]
@@ -211,10 +222,10 @@ def fisher(model, windows, counts):
             effect.scatter_add_(1, level, g[SINKS:].float() * x[SINKS:].float())
             cost += effect.cumsum(1)[:, :-1].square().sum(0)
 
-    for tokens in tqdm(windows, "gradients", unit="window", disable=None):
-        tokens = tokens.to(model.device)
-        logits = model.logits(hidden_states(model, tokens, lambda x, p: Probe.apply(x, p, record)))
-        F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum").backward()
+    generator = torch.Generator().manual_seed(0)
+    for tokens in tqdm(windows.repeat_interleave(DRAWS, 0), "gradients", unit="pass", disable=None):
+        logits = model.logits(hidden_states(model, tokens.to(model.device), lambda x, p: Probe.apply(x, p, record)))
+        F.cross_entropy(logits.float(), draw(logits.detach(), generator), reduction="sum").backward()
     layer, projection = divmod(costs.sum(-1).flatten().argmax().item(), len(PROJECTIONS))  # NaN counts as the largest
     if not costs[layer, projection].isfinite().all():
         raise CalibrationError(f"layer {layer}: the gradient at the input of {PROJECTIONS[projection]} is not finite; "
@@ -223,12 +234,10 @@ def fisher(model, windows, counts):
 
 
 def allocate(losses, levels, shares):
-    """Spend the budget where it is cheapest: losses [n_layers, 7, S] at sparsities `levels` [S], increasing from 0,
-    -> sparsities [n_layers, 7, 96].
+    """Losses [n_layers, 7, S] at sparsities `levels` [S], increasing from 0 -> sparsities [n_layers, 7, 96].
 
     Minimises the sum of losses under shares . sparsities = target (averaged over layers), for every target of GRID.
-    Each projection's losses are replaced by their lower convex hull, whose segments are then taken in the order of
-    loss per byte; the last one is taken in part.
+    Each projection's losses become their lower convex hull, whose segments are taken in the order of loss per byte.
     """
     n_layers, levels = len(losses), levels.tolist()
     segments = []  # (loss per byte, layer, projection, length, bytes)
@@ -265,18 +274,13 @@ def realised(model, windows, thresholds):
 
     As in use, the first half of each window is a dense prefill, and in the second half all thresholds are at work.
     """
-    dropped = torch.zeros(thresholds.shape, dtype=torch.float64, device=model.device)
     thresholds = thresholds.to(model.device)
-
-    def project(x, p):
-        sparse, magnitude = thresholds[p.layer, parts(p)], x.float().abs()
-        dropped[p.layer, parts(p)] += torch.stack([(magnitude <= t).double().mean() for t in sparse])
-        return masked(x, p, sparse)
-
+    dropped = torch.zeros_like(thresholds, dtype=torch.float64)
     for tokens in windows.to(model.device):
         cache, half = KVCache(model.config, len(tokens), model.dtype, model.device), len(tokens) // 2
         model.forward(tokens[:half], cache)
-        model.forward(tokens[half:], cache, project)
+        model.forward(tokens[half:], cache, lambda x, p: masked(
+            x, p, thresholds[p.layer, parts(p)], dropped[p.layer, parts(p)]))
     return dropped.cpu() / len(windows)
 
 
@@ -284,8 +288,7 @@ def correct(model, windows, calibration):
     """The calibration with its targets shifted to what they reach.
 
     Dropping inputs shrinks the activations behind them, so at high sparsity thresholds found on the dense model drop
-    more than asked for. Here the share dropped is measured at a few targets and the table is read at the target that
-    reaches the one asked for.
+    more than asked for. So the share dropped is measured at a few targets, and the table read where it reaches each.
     """
     shares, anchors = byte_shares(model.config), (0.2, 0.4, 0.6, 0.8, 0.95)
     measured = [torch.zeros(calibration.table.shape[:2], dtype=torch.float64)]
@@ -313,11 +316,10 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
                                "--tokens or a smaller --window")
     windows = tokens[:n * window].view(n, window)
     counts = count(model, windows)
-    if allocation == "uniform":
-        sparsities = GRID.expand(model.config.n_layers, len(PROJECTIONS), -1).clone()
-    elif allocation == "greedy":
+    sparsities = GRID.expand(model.config.n_layers, len(PROJECTIONS), -1).clone()  # uniform
+    if allocation == "greedy":
         sparsities = greedy(model, windows[0].to(model.device), counts)
-    else:
+    elif allocation == "fisher":
         sparsities = fisher(model, windows, counts)
     calibration = Calibration(quantile(counts[:, SITE_OF], sparsities), sparsities, {
         "format": FORMAT, "fingerprint": fingerprint(model.config), "weights": weights_digest(model),

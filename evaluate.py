@@ -50,13 +50,12 @@ def score(model, tokens, tables, all_sparse=False):
             table = table.to(model.device)
 
             def project(x, p):
-                magnitude, thresholds = x.float().abs(), table[p.layer, parts(p)]
-                dropped[p.layer, parts(p)] = torch.stack([(magnitude <= t).double().mean() for t in thresholds])
-                return masked(x, p, thresholds)
+                return masked(x, p, table[p.layer, parts(p)], dropped[p.layer, parts(p)])
 
             cache.length = 0 if all_sparse else half
             if all_sparse:
                 model.forward(first, cache, project)
+                dropped.zero_()
             hidden = model.forward(second, cache, project)  # overwrites the dense keys and values of this half
         predicted = model.logits(hidden).float().log_softmax(-1)
         results.append({"nll": F.nll_loss(predicted, targets).item(),

@@ -185,7 +185,7 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
         torch.testing.assert_close(sparsities[1, :, round(target * 100)], wanted.float(), atol=1e-5, rtol=0)
 
 
-def leaf_gradients(model, tokens):
+def leaf_gradients(model, tokens, labels):
     """{(layer, projection index): (x, dL/dx)} by autograd, every projection given an input of its own."""
     leaves = {}
 
@@ -199,7 +199,7 @@ def leaf_gradients(model, tokens):
         return torch.cat(y, -1)
 
     logits = model.logits(model.forward(tokens, project=project))
-    F.cross_entropy(logits[:-1], tokens[1:], reduction="sum").backward()
+    F.cross_entropy(logits, labels, reduction="sum").backward()
     return {key: (x, noise.grad) for key, (x, noise) in leaves.items()}
 
 
@@ -211,24 +211,62 @@ def test_gradients_of_each_projection(model, tokens):
             seen[p.layer, i] = x, g
 
     logits = model.logits(calibrate.hidden_states(model, tokens[:64], lambda x, p: calibrate.Probe.apply(x, p, record)))
-    F.cross_entropy(logits[:-1], tokens[1:64], reduction="sum").backward()
-    wanted = leaf_gradients(model, tokens[:64])
+    F.cross_entropy(logits, tokens[1:65], reduction="sum").backward()
+    wanted = leaf_gradients(model, tokens[:64], tokens[1:65])
     assert seen.keys() == wanted.keys() and len(wanted) == 14
     for key in wanted:
         torch.testing.assert_close(seen[key][0], wanted[key][0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(seen[key][1], wanted[key][1], atol=1e-5, rtol=1e-4)
 
 
-def test_fisher_costs(model, tokens, counts, monkeypatch):
+def fisher_costs(model, tokens, counts, monkeypatch):
+    """What `fisher` hands to `allocate`, and the labels it drew."""
+    labels = []
+
+    def draw(*arguments, real=calibrate.draw):
+        labels.append(real(*arguments))
+        return labels[-1]
+
+    monkeypatch.setattr(calibrate, "draw", draw)
     monkeypatch.setattr(calibrate, "allocate", lambda costs, levels, shares: costs)
-    costs = calibrate.fisher(model, tokens.view(4, 64), counts)
+    return calibrate.fisher(model, tokens.view(4, 64), counts), labels
+
+
+def test_fisher_costs(model, tokens, counts, monkeypatch):
+    costs, labels = fisher_costs(model, tokens, counts, monkeypatch)
     wanted = torch.zeros(CONFIG.n_layers, 7, 20)
-    for window in tokens.view(4, 64):
-        for (layer, i), (x, g) in leaf_gradients(model, window).items():
+    assert len(labels) == 4 * calibrate.DRAWS
+    for i, drawn in enumerate(labels):
+        window = tokens.view(4, 64)[i // calibrate.DRAWS]
+        for (layer, i), (x, g) in leaf_gradients(model, window, drawn).items():
             for level in range(20):
                 threshold = quantile(counts[layer, SITE_OF[i]], torch.tensor([level / 20]))
                 wanted[layer, i, level] += (g * x * (x.abs() <= threshold))[SINKS:].sum(1).square().sum()
     torch.testing.assert_close(costs, wanted, atol=1e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("projection", [0, 3, 4, 5, 6])  # behind k and v other tokens' predictions move too
+def test_fisher_costs_are_twice_the_divergence(model, tokens, counts, monkeypatch, projection):
+    monkeypatch.setattr(calibrate, "DRAWS", 60)
+    costs, labels = fisher_costs(model, tokens, counts, monkeypatch)
+    layer, level = CONFIG.n_layers - 1, 4  # a sparsity of 0.2
+    thresholds = torch.full((CONFIG.n_layers, 7), -1.0)
+    thresholds[layer, projection] = quantile(counts[layer, SITE_OF[projection]], torch.tensor([level / 20]))
+
+    divergence = 0
+    for window in tokens.view(4, 64):
+        p, q = (model.logits(model.forward(window, project=project))[SINKS:].log_softmax(-1) for project in (
+            calibrate.dense, lambda x, p: masked(x, p, thresholds[p.layer, parts(p)])))
+        divergence += (p.exp() * (p - q)).sum().item()
+    assert costs[layer, projection, level].item() / 60 == pytest.approx(2 * divergence, rel=0.1)
+
+
+def test_labels_follow_the_predictions():
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0], [3.0, 0.0, 0.0, -torch.inf]])
+    drawn = calibrate.draw(logits.repeat(20_000, 1), torch.Generator().manual_seed(0)).view(-1, 2)
+    for row, ids in zip(logits, drawn.T):
+        shares = torch.bincount(ids, minlength=4) / len(ids)
+        torch.testing.assert_close(shares, row.softmax(-1), atol=0.01, rtol=0)
 
 
 # ---------------------------------------------------------------- the file
