@@ -198,12 +198,13 @@ def transformers_speed(model, context, n_tokens=200, runs=3):
 
     def run(n):
         start = time.perf_counter()
-        ids = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, **options)
+        ids = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n,
+                             **options)
         ids.cpu()  # waits for the device
         return time.perf_counter() - start
 
     run(n_tokens), run(n_tokens)  # compiles
-    whole, prefill = sorted(run(n_tokens) for _ in range(runs))[runs // 2], sorted(run(1) for _ in range(runs))[runs // 2]
+    whole, prefill = (sorted(run(n) for _ in range(runs))[runs // 2] for n in (n_tokens, 1))
     return (n_tokens - 1) / (whole - prefill)
 
 
@@ -215,8 +216,8 @@ def cpu_speed(args):
         raise ValueError("there is no calibration for this model yet; make one with calibrate.py")
     prompt, rows = tokenizer.encode("It was a bright cold day in April.") * 12, []
     name = args.model or "SmolLM2-135M-Instruct"
-    print(f"{name} {args.dtype} {args.quantize or ''} on a CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-          f"128 tokens after {len(prompt)}, median of 3")
+    print(f"{name} {args.dtype} {args.quantize or ''} on a CPU, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}; 128 tokens after {len(prompt)}, median of 3")
     for sparsity in args.sparsity:
         sessions = [Session(model, calibration.thresholds(sparsity) if sparsity else None, context=len(prompt) + 128)
                     for _ in range(4)]
@@ -225,12 +226,14 @@ def cpu_speed(args):
         speed = sorted(session.stats.steps / session.stats.decode_seconds for session in sessions[1:])[1]
         rows.append({"config": name, "gpu": None, "dtype": args.dtype,
                      "quantize": args.quantize, "sparsity": sparsity, "realised_sparsity": session.sparsity(),
-                     "context": len(prompt) + 64, "tokens_per_second": speed, "bytes_per_token": session.bytes_per_token()})
+                     "context": len(prompt) + 64, "tokens_per_second": speed,
+                     "bytes_per_token": session.bytes_per_token()})
         print(f"sparsity {sparsity:.0%}, realised {session.sparsity():.3f}: {speed:.1f} tok/s, "
               f"{session.bytes_per_token() / 1e6:.0f} MB a token", flush=True)
     if args.compare:
         speed = transformers_speed(model, len(prompt) + 64, 128)
-        rows.append({"engine": "transformers", "dtype": args.dtype, "tokens_per_second": speed})
+        rows.append({"config": name, "engine": "transformers", "gpu": None, "dtype": args.dtype,
+                     "context": len(prompt) + 64, "tokens_per_second": speed})
         print(f"transformers: {speed:.1f} tok/s")
     return rows
 
@@ -340,7 +343,8 @@ def parse_args():
     add("--compare", choices=["transformers"], help="also time this engine on the same weights, dense")
     add("--timeline", action="store_true", help="also print the kernels of one layer with their times and gaps")
     add = parser.add_argument_group("how").add_argument
-    add("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.65], metavar="S", help="default: %(default)s")
+    add("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.65], metavar="S",
+        help="default: %(default)s")
     add("--context", type=int, nargs="+", default=[200], metavar="N", help="tokens in the cache (default: %(default)s)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s; cpu needs a real model")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
@@ -380,8 +384,8 @@ def run(args):
         prefill = seconds(lambda: model.logits(model.forward(tokens)[-1:]))
     flops = 2 * 2048 * sum(getattr(layer, site).w_t.numel() for layer in model.layers for site in SITES)
     rate = matmul_rate(dtype)
-    print(f"prefill of 2048 tokens: {2048 / prefill:.0f} tok/s, {flops / prefill / 1e12:.0f} TFLOP/s in the projections, "
-          f"{flops / prefill / rate:.0%} of the {rate / 1e12:.0f} that one large product reaches", flush=True)
+    print(f"prefill of 2048 tokens: {2048 / prefill:.0f} tok/s, {flops / prefill / 1e12:.0f} TFLOP/s in the "
+          f"projections, {flops / prefill / rate:.0%} of the {rate / 1e12:.0f} that one large product reaches", flush=True)
 
     calibration = calibrate.calibrate(model, tokens[:1024].cpu(), 512, "uniform", source="random tokens")
     rows = []

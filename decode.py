@@ -3,9 +3,10 @@
 Decoding one token at a time, a large model spends a few milliseconds a token reading weights, and as much again in
 the gaps between hundreds of small kernels if Python launches them one by one. So the step is fused into RMSNorm +
 q|k|v, attention (rotary embedding and cache write inside), o + residual, RMSNorm + gate|up, SwiGLU + down + residual,
-then final norm + LM head and the choice of the token; each product is two kernels, see sparse_gemv.py. Whatever changes from token to token (the token, its position,
-the thresholds, the random state) lives in GPU memory, so the whole step is one graph that never has to be captured
-again, and the host does nothing but ask for the next replay and fetch the token that came out.
+then final norm + LM head and the choice of the token; each product is two kernels, see sparse_gemv.py. Whatever
+changes from token to token (the token, its position, the thresholds, the random state) lives in GPU memory, so the
+whole step is one graph that never has to be captured again, and the host does nothing but ask for the next replay and
+fetch the token that came out.
 
 The graph idea is gpt-fast's (PyTorch blog, "Accelerating Generative AI with PyTorch II", 2023); the sparsity is TEAL's
 (arXiv:2408.14690).

@@ -49,8 +49,9 @@ def _rotate(ptr, mask, half: tl.constexpr, cos, sin):
 def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr, sums_ptr, stats_ptr,
                              counter_ptr, context, scale,
                              N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                             WINDOW: tl.constexpr, SPLITS: tl.constexpr, GROUP_PADDED: tl.constexpr, MEMBERS: tl.constexpr,
-                             HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
+                             WINDOW: tl.constexpr, SPLITS: tl.constexpr, GROUP_PADDED: tl.constexpr,
+                             MEMBERS: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr,
+                             PDL: tl.constexpr):
     """One program: one chunk of the context for one key head and the GROUP query heads that share it."""
     head, split = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -132,7 +133,8 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
             maxima = tl.load(stats_ptr + slots * 2, mask=chunk_mask, other=float("-inf"), cache_modifier=".cg")
             totals = tl.load(stats_ptr + slots * 2 + 1, mask=chunk_mask, other=0.0, cache_modifier=".cg")
             sums = tl.load(sums_ptr + slots[:, :, None] * HEAD_DIM + dim[None, None, :],
-                           mask=chunk_mask[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg")
+                           mask=chunk_mask[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0,
+                           cache_modifier=".cg")
             new_highest = tl.maximum(tl.maximum(highest, tl.max(maxima, axis=0)), -1e30)  # finite, also if unused
             decay, share = tl.exp(highest - new_highest), tl.exp(maxima - new_highest[None, :])
             weight_sum = weight_sum * decay + tl.sum(totals * share, axis=0)

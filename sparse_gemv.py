@@ -86,37 +86,58 @@ def _size(w_t):
 
 # ---- CPU -----------------------------------------------------------------------------------------------------------
 
-def _gemv_cpu(x, w_t, segments, kept):
-    """x [K] times w_t [K, N] -> [N] with `embedding_bag`, which adds up chosen rows of a table, each times a weight.
+class CpuGemv:
+    """x [K] or [1, K] -> x @ w_t on the CPU, for one matrix and its thresholds: what does not depend on x is made once.
 
-    Cut every row of w_t into `n_blocks` equal blocks and the same memory is a table [K * n_blocks, N / n_blocks]. One
-    bag sums one block of columns, so each segment can have its own kept rows, and the bags run on several threads.
-    Packed int8 has been cut already, into [n_blocks, K, width + 8] bytes: see `sparse_gemv`.
+    `embedding_bag` adds up chosen rows of a table, each times a weight. Cut every row of w_t [K, N] into `n_blocks`
+    equal blocks and the same memory is a table [K * n_blocks, N / n_blocks]. One bag sums one block of columns, so each
+    segment can have its own kept rows, and the bags run on several threads. Packed int8 has been cut already, into
+    [n_blocks, K, width + 8] bytes: see `sparse_gemv`.
+
+    `threshold` and `kept` are those of `sparse_gemv`; scale, bias and the result's rounding to x's dtype are left out.
     """
-    k, n = _size(w_t)
-    packed = w_t.dtype == torch.uint8
-    segments = tuple((end, float(t)) for end, t in segments)
-    n_blocks, rows, starts, thresholds, first_blocks = _bags(
-        k, n, segments, torch.get_num_threads(), n // w_t.shape[0] if packed else None)
-    weights = (x.float() if packed else x).expand(n_blocks, k).reshape(-1)  # [n_blocks * K], as rows
-    if thresholds is not None:
-        entries = (x.float().abs() <= thresholds).logical_not_().view(-1).nonzero().view(-1)
-        rows = entries if packed else rows.index_select(0, entries)
-        weights = weights.index_select(0, entries)
-        starts = torch.searchsorted(entries, starts)
-    if kept is not None:
-        ends, counts = [*starts.tolist(), len(rows)], kept.numpy()  # the same memory, with far cheaper scalars
-        for i, block in enumerate(first_blocks):
-            counts[i] += ends[block + 1] - ends[block]
-    table = w_t.view(k * n_blocks, -1)
-    if packed:
-        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            table, rows, starts, per_sample_weights=weights).view(n)
-    return torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0].view(n)
+
+    def __init__(self, w_t, threshold, kept=None):
+        k, self.n = _size(w_t)
+        ends, thresholds = zip(*((end, float(t)) for end, t in _segments(threshold, self.n)))
+        self.packed = w_t.dtype == torch.uint8
+        width = self.n // w_t.shape[0] if self.packed else _width(self.n, ends, thresholds)
+        self.n_blocks = self.n // width
+        self.table = w_t.view(k * self.n_blocks, -1)
+        self.rows, self.starts = _bags(k, self.n_blocks, self.packed)
+        starts = [0, *ends[:-1]]
+        self.first_blocks = [start // width for start in starts]
+        self.thresholds = None  # keep everything
+        if max(thresholds) >= 0:
+            n_blocks = torch.tensor([(end - start) // width for start, end in zip(starts, ends)])
+            self.thresholds = torch.tensor(thresholds).repeat_interleave(n_blocks)[:, None]  # [n_blocks, 1]
+        self.kept = None if kept is None else kept.numpy()  # the same memory, with far cheaper scalars
+
+    def __call__(self, x):
+        rows, starts = self.rows, self.starts
+        weights = (x.float() if self.packed else x).expand(self.n_blocks, -1)
+        if self.thresholds is None:
+            weights = weights.reshape(-1)
+        else:
+            keep = (x.float().abs() <= self.thresholds).logical_not_().view(-1)  # [n_blocks * K]
+            entries = keep.numpy().nonzero()[0]  # several times as fast as PyTorch's, which has a branch for each entry
+            starts = torch.from_numpy(entries.searchsorted(starts.numpy()))
+            entries = torch.from_numpy(entries)
+            rows = entries if self.packed else rows.index_select(0, entries)
+            weights = weights.take(entries)
+        if self.kept is not None:
+            ends = [*starts.tolist(), len(rows)]
+            for i, block in enumerate(self.first_blocks):
+                self.kept[i] += ends[block + 1] - ends[block]
+        if self.packed:
+            y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(self.table, rows, starts, per_sample_weights=weights)
+        else:
+            y = torch.embedding_bag(self.table, rows, starts, False, 0, False, weights)[0]
+        return y.view(*x.shape[:-1], self.n)
 
 
 def _gemv_cpu_int8(x, w_t, segments, kept):
-    """`_gemv_cpu` for int8 that is not packed: simple, and slow, because it copies the kept rows as float32 first."""
+    """The same for int8 that is not packed: simple, and slow, because it copies the kept rows as float32 first."""
     y, start = [], 0
     for i, (end, t) in enumerate(segments):
         rows = (x.float().abs() <= t).logical_not_().nonzero().view(-1)
@@ -127,24 +148,21 @@ def _gemv_cpu_int8(x, w_t, segments, kept):
     return torch.cat(y)
 
 
+def _width(n, ends, thresholds):
+    """The width of a block: none crosses the end of a segment, unless all have one threshold; there is one for every
+    thread, or a multiple of that; and they are narrow enough for a thread's sums to stay in its L1 cache."""
+    whole = n if len(set(thresholds)) == 1 else math.gcd(*ends)
+    pieces = math.ceil(torch.get_num_threads() * whole / n)
+    return whole // math.gcd(whole, pieces * math.ceil(whole / pieces / 8192))
+
+
 @functools.lru_cache(maxsize=None)
-def _bags(k, n, segments, n_threads, packed_width):
-    """What does not depend on x: the number of blocks, each bag's table rows and where it starts, the threshold of
-    every block [n_blocks, 1] (None to keep everything), and the first block of every segment."""
-    if packed_width is not None:
-        width = packed_width
-    elif len({t for _, t in segments}) == 1:  # a mask for all: as many blocks as threads
-        width = n // math.gcd(n, n_threads)
-    else:
-        width = functools.reduce(math.gcd, [end for end, _ in segments])
-    n_blocks = n // width
-    rows = torch.arange(n_blocks * k)  # bag after bag, as packed weights lie; others interleave the blocks
-    if packed_width is None:
-        rows = (torch.arange(k) * n_blocks + torch.arange(n_blocks)[:, None]).view(-1)
-    starts = torch.arange(0, n_blocks * k, k)
-    thresholds = torch.tensor([[next(t for end, t in segments if block * width < end)] for block in range(n_blocks)])
-    first_blocks = [start // width for start in (0, *(end for end, _ in segments[:-1]))]
-    return n_blocks, rows, starts, None if thresholds.amax() < 0 else thresholds, first_blocks
+def _bags(k, n_blocks, packed):
+    """Of every entry of x [n_blocks, K], its row in the table, bag after bag; and where each bag starts."""
+    rows = torch.arange(n_blocks * k)  # as packed weights lie; others interleave the blocks
+    if not packed:
+        rows = rows.view(k, n_blocks).T.reshape(-1)
+    return rows, torch.arange(0, n_blocks * k, k)
 
 
 # ---- GPU -----------------------------------------------------------------------------------------------------------
@@ -327,7 +345,7 @@ def _gemv_gpu(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
     _select_kernel[(len(segments), splits)](
         x, norm_weight, rows, values, counts, kept, *thresholds, eps, K=k, CHUNK=chunk,
         THRESHOLD_IN_MEMORY=isinstance(thresholds[0], torch.Tensor), SWIGLU=swiglu, CHUNK_PADDED=chunk_padded,
-        K_PADDED=k_padded, num_warps=min(16, max(1, entries // 512)), **launch)
+        K_PADDED=k_padded, num_warps=min(16, max(1, entries // 256)), **launch)
     rows_at_once = min(block_k, WARPS * 32 * 16 // w_t.element_size() // block_n)  # 16 bytes a thread
     _sum_rows_kernel[(tiles, splits)](
         rows, values, counts, w_t, out, scale, bias, residual, sums, finished, K=k, N=n, END0=ends[0], END1=ends[1],
@@ -374,7 +392,7 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, norm=None, swiglu=F
         flat = F.silu(flat[:k]) * flat[k:]
     if norm is not None:
         flat = F.rms_norm(flat, flat.shape, *norm)
-    y = (_gemv_cpu_int8 if w_t.dtype == torch.int8 else _gemv_cpu)(flat, w_t, segments, kept)
+    y = _gemv_cpu_int8(flat, w_t, segments, kept) if w_t.dtype == torch.int8 else CpuGemv(w_t, segments, kept)(flat)
     if scale is not None:
         y = y * scale
     if bias is not None:
