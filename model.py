@@ -14,6 +14,7 @@ Ainslie et al., "GQA" (arXiv:2305.13245); Shazeer, "GLU Variants" (arXiv:2002.05
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -245,11 +246,30 @@ def free_memory(device):
     """Bytes of memory that are free on a torch.device; infinity where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = math.inf
     try:
         with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable:"))
+            free = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable:"))
+        return min(free, free_in_container())
     except (OSError, StopIteration):
-        return math.inf
+        return free
+
+
+def free_in_container():
+    """Bytes that Linux's control groups, the walls of a container, leave this process; infinity without a limit."""
+    free = math.inf
+    for line in Path("/proc/self/cgroup").read_text().splitlines():  # 0::/a/b in version 2, 4:memory:/a/b in version 1
+        _, kind, path = line.split(":", 2)
+        names = ("limit_in_bytes", "usage_in_bytes", "stat") if kind else ("max", "current", "stat")
+        for group in (Path(path), *Path(path).parents):  # all their limits hold; a container may see its own as /
+            try:
+                folder = f"/sys/fs/cgroup/{kind}{group}"
+                limit, used, stat = (Path(f"{folder}/memory.{name}").read_text().split() for name in names)
+                cached = stat[stat.index("total_inactive_file" if kind else "inactive_file") + 1]  # given back on demand
+                free = min(free, max(0, int(limit[0]) - int(used[0]) + int(cached)))
+            except (OSError, ValueError):  # this container does not see the group, or its limit is "max"
+                pass
+    return free
 
 
 def require_memory(n_bytes, device, what, advice):
