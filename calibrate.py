@@ -146,8 +146,7 @@ def greedy(model, tokens, counts):
     for i, layer in enumerate(tqdm(model.layers, "greedy", unit="layer", disable=None)):
         y, thresholds = model.block(layer, x, rope), quantile(counts[i, SITE_OF], levels)  # [7, 100]
 
-        def error(raised):
-            t = thresholds.gather(1, raised[:, None])[:, 0]
+        def error(t):
             sparse = model.block(layer, x, rope, project=lambda x, p: masked(x, p, t[parts(p)]))
             return (sparse - y)[SINKS:].float().square().sum()
 
@@ -155,7 +154,8 @@ def greedy(model, tokens, counts):
         path = [levels[:, 0]]
         while path[-1] @ shares < GRID[-1]:
             choices = raised + torch.eye(len(PROJECTIONS), dtype=torch.int64)[path[-1] < MOST]
-            raised = choices[torch.stack([error(choice) for choice in choices]).argmin().item()]
+            trials = thresholds.gather(1, choices.T).T.to(model.device)  # [choices, 7]
+            raised = choices[torch.stack([error(t) for t in trials]).argmin().item()]
             path.append(levels.gather(1, raised[:, None])[:, 0])
         sparsities[i] = interpolate(torch.stack(path), shares)
         x = y
