@@ -2,8 +2,8 @@
 
 Prefill takes the whole prompt through the model at once, dense: its time is arithmetic, not memory. After that every
 token is one forward pass with T = 1, whose time is reading the weights, and that is where sparsity pays: `Session`
-gives `model.forward` another way to multiply, `sparse_gemv` with the calibrated thresholds of each projection. The
-choice of the next token, `sample`, uses tensor operations only and never waits for the device.
+gives `model.forward` another way to multiply, with the calibrated thresholds of each projection. The choice of the
+next token, `sample`, uses tensor operations only and never waits for the device.
 
 Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL, arXiv:2408.14690).
 
@@ -27,7 +27,7 @@ import torch
 
 from checkpoint import load, one_line
 from model import PROJECTIONS, SITES, KVCache, dense, free_memory
-from sparse_gemv import sparse_gemv
+from sparse_gemv import CpuGemv
 from tokenizer import TextStream
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once, so that memory stays bounded
@@ -101,25 +101,26 @@ class Session:
 
     def set_thresholds(self, thresholds):
         """Decode with these thresholds from now on (see the class)."""
-        if thresholds is None and self.stats.steps:  # dense after sparse: go on counting rows
+        if thresholds is None:
             thresholds = torch.full(self.kept.shape, -1.0)
-        # For every fused matrix, segments (end column, threshold) and where the rows kept for each are counted.
-        self.segments = {}
         if self.decoder is not None:
-            self.decoder.thresholds.copy_(torch.tensor(-1.0) if thresholds is None else thresholds)
+            self.decoder.thresholds.copy_(thresholds)
             return
-        for layer, row, kept in zip(self.model.layers, [] if thresholds is None else thresholds.tolist(), self.counts):
+        self.products = {self.model.lm_head: CpuGemv(self.model.lm_head.w_t, -1.0)}
+        for layer, row, counts in zip(self.model.layers, thresholds.tolist(), self.counts):
             for site, names in SITES.items():
                 columns = slice(PROJECTIONS.index(names[0]), PROJECTIONS.index(names[-1]) + 1)
                 p = getattr(layer, site)
-                self.segments[p] = tuple(zip(p.ends, row[columns])), kept[columns]
+                self.products[p] = CpuGemv(p.w_t, list(zip(p.ends, row[columns])), counts[columns])
 
     def multiply(self, x, p):
         """x [1, K] times a projection -> [1, N], reading only the rows that matter; all of them without thresholds."""
-        if p is self.model.lm_head and p.w_t.dtype == torch.float32:
-            return dense(x, p)  # at this shape and type, the ordinary product is faster
-        threshold, kept = self.segments.get(p, (-1.0, None))
-        return sparse_gemv(x, p.w_t, threshold, scale=p.scale, bias=p.bias, kept=kept)
+        if self.decoder is not None or p is self.model.lm_head and p.w_t.dtype == torch.float32:
+            return dense(x, p)  # a GPU's steps are the decoder's; on a CPU, the ordinary product is the faster one here
+        y = self.products[p](x)
+        if p.scale is not None:
+            y = y * p.scale
+        return (y if p.bias is None else y + p.bias).to(x.dtype)
 
     def choose(self, logits):
         """Logits [V] -> the next token's id, int64 [1], or -1 if they are not finite: the host sees it with the token."""
@@ -235,8 +236,6 @@ class Session:
             itemsize = getattr(self.model.layers[0], site).w_t.element_size()
             row_bytes += [width * itemsize for width in widths]
             size += in_features * sum(widths) * itemsize * len(self.model.layers)
-        if self.decoder is None and not self.segments:
-            return size, size
         n_steps = self.stats.steps if self.decoder is None else self.decoder.n_steps
         return (self.kept.cpu().sum(0) * torch.tensor(row_bytes)).sum().item() / n_steps, size
 

@@ -67,7 +67,7 @@ def quantize_tensor(weight, name="weight"):
 
 # PyTorch's quantized embedding_bag sums up rows of uint8, each followed by its own float32 scale and bias. Ours are 1
 # and -128, so that a byte q + 128 counts as q. Columns are cut into equal blocks, each a table [K, width + 8] of its
-# own: uint8 [n_blocks, K, width + 8] (`_gemv_cpu` in sparse_gemv.py multiplies with it).
+# own: uint8 [n_blocks, K, width + 8] (`CpuGemv` in sparse_gemv.py multiplies with it).
 
 def empty_packed(k, ends, narrow=False):
     """Room for int8 [k, ends[-1]], matrices side by side that end at the columns `ends`; no two of them share a block.

@@ -99,18 +99,17 @@ class CpuGemv:
 
     def __init__(self, w_t, threshold, kept=None):
         k, self.n = _size(w_t)
-        ends, thresholds = zip(*((end, float(t)) for end, t in _segments(threshold, self.n)))
+        segments = [(end, float(t)) for end, t in _segments(threshold, self.n)]
         self.packed = w_t.dtype == torch.uint8
-        width = self.n // w_t.shape[0] if self.packed else _width(self.n, ends, thresholds)
+        width = self.n // w_t.shape[0] if self.packed else _width(self.n, segments)
         self.n_blocks = self.n // width
         self.table = w_t.view(k * self.n_blocks, -1)
         self.rows, self.starts = _bags(k, self.n_blocks, self.packed)
-        starts = [0, *ends[:-1]]
-        self.first_blocks = [start // width for start in starts]
+        self.first_blocks = [start // width for start in (0, *(end for end, _ in segments[:-1]))]
         self.thresholds = None  # keep everything
-        if max(thresholds) >= 0:
-            n_blocks = torch.tensor([(end - start) // width for start, end in zip(starts, ends)])
-            self.thresholds = torch.tensor(thresholds).repeat_interleave(n_blocks)[:, None]  # [n_blocks, 1]
+        if any(t >= 0 for _, t in segments):  # [n_blocks, 1]
+            self.thresholds = torch.tensor([[next(t for end, t in segments if block * width < end)]
+                                            for block in range(self.n_blocks)])
         self.kept = None if kept is None else kept.numpy()  # the same memory, with far cheaper scalars
 
     def __call__(self, x):
@@ -148,10 +147,10 @@ def _gemv_cpu_int8(x, w_t, segments, kept):
     return torch.cat(y)
 
 
-def _width(n, ends, thresholds):
+def _width(n, segments):
     """The width of a block: none crosses the end of a segment, unless all have one threshold; there is one for every
     thread, or a multiple of that; and they are narrow enough for a thread's sums to stay in its L1 cache."""
-    whole = n if len(set(thresholds)) == 1 else math.gcd(*ends)
+    whole = n if len({t for _, t in segments}) == 1 else math.gcd(*(end for end, _ in segments))
     pieces = math.ceil(torch.get_num_threads() * whole / n)
     return whole // math.gcd(whole, pieces * math.ceil(whole / pieces / 8192))
 

@@ -97,6 +97,22 @@ def test_ties_are_dropped_and_nothing_else():
     assert sparse_gemv(torch.tensor([0.30078125], device=DEVICE).bfloat16(), w_t[:1, :1].bfloat16(), 0.3).item() != 0
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("thresholds", [(0.5, 0.5, 0.5), (0.5, 0.9, 0.5), (-1.0, 0.5, 0.5), (-1.0, -1.0, -1.0)])
+def test_segments(thresholds, n_threads):
+    """Equal and other thresholds of matrices side by side, however many threads the CPU's columns are cut for."""
+    x, w_t, _ = draw(100, 160, torch.float32)
+    segments, before = list(zip((96, 128, 160), thresholds)), torch.get_num_threads()
+    kept, expected_kept = (torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    torch.set_num_threads(n_threads)
+    try:
+        y = sparse_gemv(x, w_t, segments, kept=kept)
+    finally:
+        torch.set_num_threads(before)
+    assert error(y, sparse_gemv_reference(x, w_t, segments, kept=expected_kept)) <= 1e-6
+    assert torch.equal(kept, expected_kept)
+
+
 def test_all_and_none_dropped():
     x, w_t, _ = draw(100, 33, torch.float32)
     bias = torch.randn(33, device=DEVICE)
