@@ -324,6 +324,11 @@ def rope_frequencies(config, device="cpu"):
     return frequencies.to(device)
 
 
+def rms_norm(x, weight, eps):
+    """x / rms(x), float32 inside, times weight: the LayerNorm of (x, -x), whose mean is 0; PyTorch has that fused."""
+    return F.layer_norm(torch.cat((x, -x), -1), (2 * x.shape[-1],), eps=eps)[..., :x.shape[-1]] * weight
+
+
 def rotate(x, cos, sin):
     """Rotary embedding: turn channel pair (j, j + head_dim/2) by its angle; x [T, heads, head_dim].
 
@@ -381,10 +386,8 @@ class Model:
         else:
             _, _, index, *_, part, _ = name.split(".")  # model.layers.3.self_attn.q_proj.weight
             layer = self.layers[int(index)]
-            if part == "input_layernorm":
-                layer.attn_norm.copy_(tensor)
-            elif part == "post_attention_layernorm":
-                layer.mlp_norm.copy_(tensor)
+            if part.endswith("_layernorm"):
+                (layer.attn_norm if part == "input_layernorm" else layer.mlp_norm).copy_(tensor)
             else:
                 part = part.removesuffix("_proj")
                 site = next(site for site, names in SITES.items() if part in names)
@@ -428,13 +431,11 @@ class Model:
     def block(self, layer, x, rope, cache=None, project=dense):
         """One transformer block: x [T, hidden_size] -> [T, hidden_size]. Without a cache, x is the whole sequence."""
         config, n_tokens = self.config, x.shape[0]
-        n_qk = config.n_heads + config.n_kv_heads
-
-        h = F.rms_norm(x, (config.hidden_size,), layer.attn_norm, config.norm_eps)  # float32 inside
-        qkv = project(h, layer.qkv).view(n_tokens, n_qk + config.n_kv_heads, config.head_dim)
-        qk = rotate(qkv[:, :n_qk], *rope)
-        q, k = qk[:, :config.n_heads], qk[:, config.n_heads:].transpose(0, 1)  # k, v [n_kv_heads, T, head_dim]
-        v = qkv[:, n_qk:].transpose(0, 1)
+        h = rms_norm(x, layer.attn_norm, config.norm_eps)
+        qkv = project(h, layer.qkv).view(n_tokens, -1, config.head_dim)  # heads of q, then k, then v
+        v = qkv[:, -config.n_kv_heads:].transpose(0, 1)  # k, v [n_kv_heads, T, head_dim]
+        q, k = rotate(qkv[:, :-config.n_kv_heads], *rope).split((config.n_heads, config.n_kv_heads), 1)
+        k = k.transpose(0, 1)
         if cache is not None:
             i, start, end = layer.qkv.layer, cache.length, cache.length + n_tokens
             cache.k[i, :, start:end] = k
@@ -442,7 +443,7 @@ class Model:
             k, v = cache.k[i, :, :end], cache.v[i, :, :end]
         x = x + project(self.attention(q, k, v), layer.o)
 
-        h = F.rms_norm(x, (config.hidden_size,), layer.mlp_norm, config.norm_eps)
+        h = rms_norm(x, layer.mlp_norm, config.norm_eps)
         gate, up = project(h, layer.gate_up).chunk(2, dim=-1)
         return x + project(F.silu(gate) * up, layer.down)
 
@@ -461,7 +462,7 @@ class Model:
             x = self.block(layer, x, rope, cache, project)
         if cache is not None:
             cache.length += n_tokens
-        return F.rms_norm(x, (self.config.hidden_size,), self.norm, self.config.norm_eps)
+        return rms_norm(x, self.norm, self.config.norm_eps)
 
     def logits(self, hidden, project=dense):
         """Final hidden states [T, hidden_size] -> next-token logits [T, vocab_size]."""
