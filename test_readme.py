@@ -1,4 +1,4 @@
-"""Every command and example that README.md shows still works, on the default model and shortened where it takes long."""
+"""Every command and example that README.md shows works, on the default model and shortened where it takes long."""
 
 import os
 import re
@@ -15,8 +15,9 @@ HERE = Path(__file__).resolve().parent
 CODE = [line[4:] for line in (HERE / "README.md").read_text().splitlines() if line.startswith("    ") or not line]
 COMMANDS = sorted({line.partition("   #")[0].partition("&& ")[2] or line.partition("   #")[0] for line in CODE
                    if line.startswith(("python ", "pip install -r requirements.txt &&"))})
-EXAMPLES = [block for block in re.split(r"\n{3,}", "\n".join(line for line in CODE if not line.startswith(("python ", "pip "))))
-            if "import" in block]
+PYTHON = "\n".join(line for line in CODE if not line.startswith(("python ", "pip ")))
+EXAMPLES = [block for block in re.split(r"\n{3,}", PYTHON) if "import" in block]
+CHAINED, ON_A_GPU = r"/tmp/.*\.safetensors|smollm2-int8", r"benchmark\.py --(config|kernels)"
 
 
 def shortened(command, folder):
@@ -35,7 +36,7 @@ def shortened(command, folder):
                 at = words.index(option) + 1
                 end = next((i for i in range(at, len(words)) if words[i].startswith("--")), len(words))
                 words[at:end] = [value]
-    return [sys.executable] + [f"{folder}/idea.png" if word == "figures/idea.png" else word for word in words[1:]]
+    return [sys.executable] + [word.replace("figures/", f"{folder}/") for word in words[1:]]
 
 
 def test_the_readme_shows_something():
@@ -47,12 +48,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("readme")
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not re.search(r"/tmp/.*\.(safetensors)|smollm2-int8|benchmark.py --(config|kernels)", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not re.search(f"{CHAINED}|{ON_A_GPU}", c)])
 def test_command(command, folder):
     run(command, folder)
 
 
-@pytest.mark.parametrize("pattern", [r"/tmp/.*\.safetensors", "smollm2-int8"])
+@pytest.mark.parametrize("pattern", CHAINED.split("|"))
 def test_commands_that_follow_each_other(pattern, folder):
     """The first writes what the second reads: calibrate or quantize, then generate."""
     commands = sorted((c for c in COMMANDS if re.search(pattern, c)), key=lambda c: "generate.py" in c)
@@ -62,12 +63,12 @@ def test_commands_that_follow_each_other(pattern, folder):
 
 
 def run(command, folder):
-    done = subprocess.run(shortened(command, folder), cwd=HERE, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env=os.environ | {"OMP_NUM_THREADS": "2"})
+    done = subprocess.run(shortened(command, folder), cwd=HERE, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search("benchmark.py --(config|kernels)", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(ON_A_GPU, c)])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes where there is a GPU")
 def test_benchmark_says_that_it_needs_a_gpu(command, folder):
     done = subprocess.run(shortened(command, folder), cwd=HERE, capture_output=True, text=True)
