@@ -22,6 +22,7 @@ import triton.language as tl
 
 import calibrate
 import sparse_gemv as gemv
+from calibration import find
 from checkpoint import load
 from decode import Decoder
 from generate import Session, sample
@@ -115,12 +116,6 @@ def random_model(config, dtype, quantize):
     return model
 
 
-def row_bytes(model):
-    """Bytes of one weight row of each projection, int64 [7]."""
-    projections = [getattr(model.layers[0], site) for site in SITES]
-    return torch.tensor([width * p.w_t.element_size() for p in projections for width in p.widths])
-
-
 def decode_speed(model, decoder, thresholds, context, n_tokens=200, runs=3):
     """Decode n_tokens, around `context`, several times -> (tokens a second: the median, bytes a token, sparsity)."""
     decoder.thresholds.copy_(thresholds)
@@ -137,13 +132,10 @@ def decode_speed(model, decoder, thresholds, context, n_tokens=200, runs=3):
     run(n_tokens)
     decoder.kept.zero_()
     times = sorted(run(n_tokens) for _ in range(runs))
-    kept = decoder.kept.cpu().double() / (runs * n_tokens)
-    rows = torch.tensor([getattr(model.layers[0], site).w_t.shape[0] for site, names in SITES.items() for _ in names])
-    size = row_bytes(model)
-    read = (kept.sum(0) * size).sum().item()
+    read = model.block_bytes(decoder.kept) / (runs * n_tokens)
     seen = min(first + n_tokens / 2, config.sliding_window or float("inf"))
     cache = seen * n_layers * 2 * config.n_kv_heads * config.head_dim * decoder.cache.k.element_size()
-    sparsity = 1 - read / (n_layers * (rows * size).sum().item())
+    sparsity = 1 - read / model.block_bytes()
     return n_tokens / times[runs // 2], read + model.lm_head.w_t.nbytes + cache, sparsity
 
 
@@ -211,7 +203,7 @@ def transformers_speed(model, context, n_tokens=200, runs=3):
 def cpu_speed(args):
     """Print what decoding the default model, or another real one, costs on this machine's CPU."""
     model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), quantize=args.quantize)
-    calibration = calibrate.find(model)
+    calibration = find(model)
     if calibration is None:
         raise ValueError("there is no calibration for this model yet; make one with calibrate.py")
     prompt, rows = tokenizer.encode("It was a bright cold day in April.") * 12, []
@@ -385,7 +377,8 @@ def run(args):
     flops = 2 * 2048 * sum(getattr(layer, site).w_t.numel() for layer in model.layers for site in SITES)
     rate = matmul_rate(dtype)
     print(f"prefill of 2048 tokens: {2048 / prefill:.0f} tok/s, {flops / prefill / 1e12:.0f} TFLOP/s in the "
-          f"projections, {flops / prefill / rate:.0%} of the {rate / 1e12:.0f} that one large product reaches", flush=True)
+          f"projections, {flops / prefill / rate:.0%} of the {rate / 1e12:.0f} that one large product reaches",
+          flush=True)
 
     calibration = calibrate.calibrate(model, tokens[:1024].cpu(), 512, "uniform", source="random tokens")
     rows = []

@@ -23,8 +23,8 @@ from torch.utils import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
-from calibration import (ALLOCATIONS, FORMAT, GRID, Calibration, CalibrationError, cache_path,
-                         find, fingerprint, weights_digest)  # noqa: F401 (other scripts take `find` from here)
+from calibration import (ALLOCATIONS, FORMAT, GRID, Calibration, CalibrationError, cache_path, fingerprint,
+                         weights_digest)
 from generate import Parser, Session
 from model import PROJECTIONS, SITES, KVCache, dense
 

@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import Config, Model, require_memory, tensor_shapes, weight_bytes
+from memory import require_memory
+from model import Config, Model, tensor_shapes, weight_bytes
 from quantize import METHOD, is_quantized
 from tokenizer import Tokenizer, TokenizerError, read_tokenizer
 

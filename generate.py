@@ -25,8 +25,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 
+from calibration import CalibrationError, cache_path, find
 from checkpoint import load, one_line
-from model import PROJECTIONS, SITES, KVCache, dense, free_memory
+from memory import free_memory
+from model import PROJECTIONS, SITES, KVCache, dense
 from sparse_gemv import CpuGemv
 from tokenizer import TextStream
 
@@ -123,13 +125,13 @@ class Session:
         return (y if p.bias is None else y + p.bias).to(x.dtype)
 
     def choose(self, logits):
-        """Logits [V] -> the next token's id, int64 [1], or -1 if they are not finite: the host sees it with the token."""
+        """Logits [V] -> the next token's id, int64 [1]; or -1 if they are not finite, which the host then sees."""
         low, high = logits.aminmax()  # NaN if one of them is
         return sample(logits, *self.sampling).masked_fill(~(high.float() - low.float() < math.inf), -1)
 
     @torch.inference_mode()
     def diagnose(self, tokens, start, project):
-        """Raise ValueError naming where `tokens`, after the first `start` in the cache, give infinite or NaN numbers."""
+        """Raise ValueError naming where `tokens`, after `start` others in the cache, give infinite or NaN numbers."""
         model = self.model
         end = f"is infinite or NaN at token {start + len(tokens)} of the text; " + {
             torch.float16: "float16 ends at 65504, so try --dtype bfloat16",
@@ -221,23 +223,16 @@ class Session:
 
     def sparsity(self):
         """The share of the blocks' weights that a decode step does not read, on average."""
-        read, size = self.block_bytes()
-        return 1 - read / size
+        return 1 - self.model.block_bytes(self.kept) / self.n_counted() / self.model.block_bytes()
 
     def bytes_per_token(self):
         """Bytes that a decode step reads, on average: weights of the blocks, LM head, keys and values."""
-        return self.model.lm_head.w_t.nbytes + self.block_bytes()[0] + self.stats.cache_bytes / self.stats.steps
+        blocks = self.model.block_bytes(self.kept) / self.n_counted()
+        return self.model.lm_head.w_t.nbytes + blocks + self.stats.cache_bytes / self.stats.steps
 
-    def block_bytes(self):
-        """Bytes of the blocks' weights that a decode step reads on average, and those it would read dense."""
-        row_bytes, size = [], 0  # of one row of each projection
-        for site in SITES:
-            in_features, widths = self.model.config.shapes(site)
-            itemsize = getattr(self.model.layers[0], site).w_t.element_size()
-            row_bytes += [width * itemsize for width in widths]
-            size += in_features * sum(widths) * itemsize * len(self.model.layers)
-        n_steps = self.stats.steps if self.decoder is None else self.decoder.n_steps
-        return (self.kept.cpu().sum(0) * torch.tensor(row_bytes)).sum().item() / n_steps, size
+    def n_counted(self):
+        """The steps that `kept` counts: a GPU is one ahead of the text."""
+        return self.stats.steps if self.decoder is None else self.decoder.n_steps
 
 
 def generate(model, prompt, max_new_tokens, **options):
@@ -252,18 +247,18 @@ def thresholds(model, tokenizer, args, sparsity):
     """Thresholds [n_layers, 7] for a sparsity, calibrating the model first if nobody has; None for dense."""
     if sparsity == 0:
         return None
-    import calibrate
+    import calibrate  # which needs this file
 
     folder = args.model if args.model and os.path.isdir(args.model) else None
-    calibration = calibrate.find(model, path=args.calibration, folder=folder)
+    calibration = find(model, path=args.calibration, folder=folder)
     if calibration is None:
-        path = calibrate.cache_path(model)
+        path = cache_path(model)
         print(f"no calibration for this model yet; making one, once, into {path}", file=sys.stderr)
         text = calibrate.write_text(model, tokenizer, n_tokens=8192)
         calibration = calibrate.calibrate(model, text, min(1024, model.config.context), source="self-written, seed 0")
         try:
             calibration.save(path)
-        except calibrate.CalibrationError as error:
+        except CalibrationError as error:
             print(f"{error}; this run goes on, and the next one will calibrate again", file=sys.stderr)
     return calibration.thresholds(sparsity)
 
@@ -334,7 +329,8 @@ def number(kind, low, high):
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number from {low} to {high}")
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
         return value
     return parse
 
@@ -345,28 +341,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args():
+    def formatter(prog):
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110)
+
     parser = Parser(description="Generate text, dense or sparse.", epilog="examples:\n" + __doc__.rpartition("\n\n")[2],
-                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110))
+                    formatter_class=formatter)
     many = 2**31 - 1
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="M", help="Hugging Face folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
         help="of weights and arithmetic (default: %(default)s)")
     add("--quantize", choices=("int8",), help="hold the weights as int8: half the bytes of bfloat16")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--no-graph", action="store_true", help="on a GPU, launch the kernels one by one: the same text, slower")
     add("--context", type=number(int, 1, many), metavar="N",
         help="longest text, prompt and answers, that memory is set aside for (default: the model's longest that fits)")
     add = parser.add_argument_group("sparsity").add_argument
     add("--sparsity", type=number(float, 0, 0.95), default=0.0, metavar="S",
         help="share of the blocks' weights that decoding leaves unread, 0 to 0.95 (default: %(default)s)")
-    add("--calibration", metavar="FILE", help="thresholds from calibrate.py (default: those of this model, made if need be)")
+    add("--calibration", metavar="FILE",
+        help="thresholds from calibrate.py (default: those of this model, made if need be)")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", metavar="TEXT", help="what to answer; - reads it from standard input")
     add("--chat", action="store_true",
         help="hold a conversation: answer every line of standard input; the line /sparsity S changes the sparsity")
     add("--raw", action="store_true", help="continue the prompt as it is, without the model's chat template")
-    add("--max-new-tokens", type=number(int, 1, many), default=256, metavar="N", help="for each answer (default: %(default)s)")
+    add("--max-new-tokens", type=number(int, 1, many), default=256, metavar="N",
+        help="for each answer (default: %(default)s)")
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=number(float, 0, 100), default=0.7, metavar="T",
         help="higher is more random, 0 always takes the likeliest token (default: %(default)s)")

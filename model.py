@@ -14,11 +14,11 @@ Ainslie et al., "GQA" (arXiv:2305.13245); Shazeer, "GLU Variants" (arXiv:2002.05
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from memory import require_memory
 from quantize import empty_packed, is_quantized, pack, quantize_tensor, unpack
 
 # The four points of a block where a hidden state meets weights, and the projections that read it there.
@@ -61,7 +61,8 @@ class Config:
         """
         model_type = str(config.get("model_type"))
         architectures = config.get("architectures") or [SUPPORTED.get(model_type)]
-        if not isinstance(architectures, list) or model_type not in SUPPORTED or SUPPORTED[model_type] not in architectures:
+        if (not isinstance(architectures, list) or model_type not in SUPPORTED
+                or SUPPORTED[model_type] not in architectures):
             raise ValueError(f"unsupported architecture: model_type {model_type!r}, architectures {architectures!r}; "
                              f"supported are {', '.join(SUPPORTED.values())}")
 
@@ -183,7 +184,7 @@ class Projection:
         self.bias = torch.zeros(n, dtype=dtype, device=device) if has_bias else None  # [N]
 
     def put(self, name, start, tensor):
-        """Write a part's weight [n, K] (floats, or already int8), weight_scale [n] or bias [n], columns from `start` on."""
+        """Write a part's weight [n, K] (floats or int8), weight_scale [n] or bias [n], columns from `start` on."""
         columns = slice(start, start + tensor.shape[0])
         if name.endswith(".bias"):
             self.bias[columns] = tensor
@@ -240,47 +241,6 @@ def weight_bytes(config, dtype, quantize=None):
     if quantize is not None and config.tie_embeddings:
         sizes["lm_head.weight"] = config.vocab_size * config.hidden_size  # of its own then
     return sum(n * (1 if quantize is not None and is_quantized(name) else dtype.itemsize) for name, n in sizes.items())
-
-
-def free_memory(device):
-    """Bytes of memory that are free on a torch.device; infinity where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = math.inf
-    try:
-        with open("/proc/meminfo") as f:
-            free = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable:"))
-        return min(free, free_in_container())
-    except (OSError, StopIteration):
-        return free
-
-
-def free_in_container():
-    """Bytes that Linux's control groups, the walls of a container, leave this process; infinity without a limit."""
-    free = math.inf
-    for line in Path("/proc/self/cgroup").read_text().splitlines():  # 0::/a/b in version 2, 4:memory:/a/b in version 1
-        _, kind, path = line.split(":", 2)
-        names = ("limit_in_bytes", "usage_in_bytes", "stat") if kind else ("max", "current", "stat")
-        for group in (Path(path), *Path(path).parents):  # all their limits hold; a container may see its own as /
-            try:
-                folder = f"/sys/fs/cgroup/{kind}{group}"
-                limit, used, stat = (Path(f"{folder}/memory.{name}").read_text().split() for name in names)
-                cached = stat[stat.index("total_inactive_file" if kind else "inactive_file") + 1]  # given back on demand
-                free = min(free, max(0, int(limit[0]) - int(used[0]) + int(cached)))
-            except (OSError, ValueError):  # this container does not see the group, or its limit is "max"
-                pass
-    return free
-
-
-def require_memory(n_bytes, device, what, advice):
-    """Raise ValueError, saying what to do, before that many bytes are asked of a device that has fewer.
-
-    An ordinary computer would hand them out, and end the program when it begins to use them.
-    """
-    free = free_memory(torch.device(device))
-    if n_bytes > free:
-        raise ValueError(f"{what} needs {n_bytes / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free on {device}; "
-                         f"{advice}")
 
 
 class KVCache:
@@ -350,7 +310,8 @@ class Model:
         self.shapes = tensor_shapes(config, quantize is not None)
         # The LM head is stored transposed like every other matrix; a tied embedding is then its columns, unless they
         # are quantized: the look-up keeps its precision.
-        self.lm_head = Projection(None, "lm_head", config.hidden_size, (config.vocab_size,), False, dtype, device, quantize)
+        self.lm_head = Projection(
+            None, "lm_head", config.hidden_size, (config.vocab_size,), False, dtype, device, quantize)
         self.embedding = None if config.tie_embeddings and quantize is None else torch.empty(
             config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = [Layer(i, config, dtype, device, quantize) for i in range(config.n_layers)]
@@ -372,8 +333,8 @@ class Model:
             largest = torch.finfo(self.dtype).max
             if not -largest <= low <= high <= largest:
                 too_small = math.isfinite(low + high) and self.dtype == torch.float16
-                raise ValueError(f"tensor {name} holds weights from {low:g} to {high:g}, and {self.dtype} ends at {largest:g}; "
-                                 + ("try --dtype bfloat16" if too_small else "get a sound checkpoint"))
+                raise ValueError(f"tensor {name} holds weights from {low:g} to {high:g}, and {self.dtype} ends at "
+                                 f"{largest:g}; " + ("try --dtype bfloat16" if too_small else "get a sound checkpoint"))
         if name == "model.norm.weight":
             self.norm.copy_(tensor)
         elif name == "model.embed_tokens.weight":
@@ -394,6 +355,17 @@ class Model:
                 p = getattr(layer, site)
                 p.put(name, p.ends[SITES[site].index(part)] - tensor.shape[0], tensor)
 
+    def block_bytes(self, kept=None):
+        """Bytes of the blocks' weights, or of `kept` rows of every projection, int64 [n_layers, 7]."""
+        rows, row_bytes = [], []
+        for site in SITES:
+            in_features, widths = self.config.shapes(site)
+            itemsize = getattr(self.layers[0], site).w_t.element_size()
+            rows += [in_features] * len(widths)
+            row_bytes += [width * itemsize for width in widths]
+        n_rows = torch.tensor(rows) * len(self.layers) if kept is None else kept.cpu().sum(0)  # [7]
+        return (n_rows * torch.tensor(row_bytes)).sum().item()
+
     def embed(self, tokens):
         """Token ids [T] -> hidden states [T, hidden_size]."""
         if self.embedding is None:
@@ -401,16 +373,15 @@ class Model:
         return self.embedding[tokens]
 
     def rope(self, start, n_tokens):
-        """cos and sin, float32 [T, 1, head_dim], for positions start ... start + T - 1, sin signed as `rotate` wants."""
+        """cos and sin, float32 [T, 1, head_dim], from position `start` on, sin signed as `rotate` wants."""
         positions = torch.arange(start, start + n_tokens, device=self.device, dtype=torch.float32)
         angles = torch.outer(positions, self.frequencies)[:, None]  # [T, 1, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def attention(self, q, k, v):
-        """Causal attention of the newest T tokens, q [T, n_heads, head_dim], over all S: k, v [n_kv_heads, S, head_dim].
-
-        -> [T, n_heads * head_dim]
+        """Causal attention of the newest T tokens, q [T, n_heads, head_dim], over all S: k, v [n_kv_heads, S, head_dim];
+        -> [T, n_heads * head_dim].
         """
         config, (n_kv, n_keys, head_dim), n_tokens = self.config, k.shape, q.shape[0]
         window = config.sliding_window

@@ -129,7 +129,8 @@ class CpuGemv:
             for i, block in enumerate(self.first_blocks):
                 self.kept[i] += ends[block + 1] - ends[block]
         if self.packed:
-            y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(self.table, rows, starts, per_sample_weights=weights)
+            y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+                self.table, rows, starts, per_sample_weights=weights)
         else:
             y = torch.embedding_bag(self.table, rows, starts, False, 0, False, weights)[0]
         return y.view(*x.shape[:-1], self.n)

@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 import calibrate
 import checkpoint
 import generate as generate_module
+import memory
 import model as model_module
+from calibration import find
 from generate import Session, generate, sample
 from gguf_file import GGUFFile
 from model import SITES, Config, Model, dense
@@ -58,7 +60,7 @@ def test_greedy_equals_transformers(smollm):
 def test_sparse_steps_are_masked_products(smollm):
     """Every product of a sparse step is one with masked x, and the rows counted are those that the masks keep."""
     model, tokenizer = smollm
-    thresholds = calibrate.find(model).thresholds(0.5)
+    thresholds = find(model).thresholds(0.5)
     session = Session(model, thresholds, stop=())
     multiply, kept = session.multiply, torch.zeros(thresholds.shape, dtype=torch.int64)
     first = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
@@ -84,7 +86,7 @@ def test_realised_sparsity(smollm):
     model, tokenizer = smollm
     reached = []
     for prompt in (PROMPTS[0], PROMPTS[1], "Explain how rain forms, step by step."):
-        session = Session(model, calibrate.find(model).thresholds(0.4))
+        session = Session(model, find(model).thresholds(0.4))
         assert len(list(session.generate(ask(tokenizer, prompt), 128))) == 128
         reached.append(session.sparsity())
     assert 0.38 <= sum(reached) / len(reached) <= 0.42, reached
@@ -96,7 +98,7 @@ def test_dense_reads_everything(smollm):
     session = Session(model)
     tokens = list(session.generate(ids, 5))
     assert session.sparsity() == 0
-    assert list(Session(model, calibrate.find(model).thresholds(0)).generate(ids, 5)) == tokens
+    assert list(Session(model, find(model).thresholds(0)).generate(ids, 5)) == tokens
     weights = sum(getattr(layer, site).w_t.nbytes for layer in model.layers for site in SITES) + model.lm_head.w_t.nbytes
     seen = [len(ids) + i for i in range(1, 5)]  # by each of the four decode steps
     config = model.config
@@ -372,7 +374,7 @@ def test_prompts_around_the_context():
 
 
 def test_too_little_memory(tiny, monkeypatch):
-    monkeypatch.setattr(model_module, "free_memory", lambda device: 40_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 40_000)
     with pytest.raises(ValueError, match="the model in float32 needs 0.0 GB of memory, but 0.0 GB are free on cpu; "
                                          "try --dtype bfloat16 or --quantize int8 or a smaller model"):
         checkpoint.load(tiny)
