@@ -380,7 +380,7 @@ class Model:
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def attention(self, q, k, v):
-        """Causal attention of the newest T tokens, q [T, n_heads, head_dim], over all S: k, v [n_kv_heads, S, head_dim];
+        """Causal attention of the newest T tokens, q [T, n_heads, head_dim], over S: k, v [n_kv_heads, S, head_dim];
         -> [T, n_heads * head_dim].
         """
         config, (n_kv, n_keys, head_dim), n_tokens = self.config, k.shape, q.shape[0]
