@@ -310,11 +310,17 @@ def test_reader_leaves():
 
 
 def test_interrupt():
-    process = subprocess.Popen(command("--prompt", "Write a long story.", "--max-new-tokens", "4000", "--temperature", "0"),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(100)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    def heed_interrupts():  # which a background job, as these tests may be, would pass on as ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    words = command("--prompt", "Write a long story.", "--max-new-tokens", "4000", "--temperature", "0")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts) as process:
+        try:
+            process.stdout.read(100)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0 and "Traceback" not in error.decode() and "MB read per token" in error.decode()
 
 
