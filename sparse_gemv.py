@@ -416,6 +416,8 @@ def _check(x, w_t, segments, scale, bias, norm, swiglu, residual, out, kept):
     width = 2 * k if swiglu else k
     if x.shape[-1:] != (width,) or x.numel() != width:
         refuse("x's shape", tuple(x.shape), f"[{width}] or [1, {width}], for w_t has {k} rows")
+    if swiglu and norm is not None:
+        refuse("norm", f"{tuple(norm[0].shape)} with swiglu", "None: the two prepare x in different ways")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         refuse("x's dtype", x.dtype, "torch.float32, torch.float16 or torch.bfloat16")
     if w_t.dtype not in (x.dtype, torch.int8) and not (packed and x.device.type == "cpu"):

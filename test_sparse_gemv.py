@@ -169,6 +169,7 @@ def test_shapes_and_out():
     ("bias", {"bias": torch.zeros(24, 2).T}),
     ("norm's weight", {"norm": (torch.zeros(48), 1e-5)}),
     ("x's shape", {"swiglu": True}),
+    ("norm", {"x": torch.zeros(128), "swiglu": True, "norm": (torch.zeros(64), 1e-5)}),
     ("residual", {"residual": torch.zeros(24)}),
     ("out", {"out": torch.zeros(64)}),
     ("kept", {"kept": torch.zeros(2, dtype=torch.int64)}),
