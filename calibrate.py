@@ -11,8 +11,6 @@ block's output least (TEAL: Liu et al. 2024, arXiv:2408.14690, sections 4.1-4.3,
     python calibrate.py --model meta-llama/Llama-3.2-1B --text wiki.train.raw --tokens 16384 --allocation greedy
 """
 
-import argparse
-import functools
 import itertools
 import sys
 from pathlib import Path
@@ -25,7 +23,7 @@ from tqdm import tqdm
 import checkpoint
 from calibration import (ALLOCATIONS, FORMAT, GRID, Calibration, CalibrationError, cache_path, fingerprint,
                          weights_digest)
-from generate import Parser, Session
+from generate import Session, make_parser
 from model import PROJECTIONS, SITES, KVCache, dense
 
 SINKS = 8  # first tokens of a window: attention sinks, whose huge activations would distort every statistic
@@ -329,13 +327,6 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
-
-def make_parser(doc):
-    """A parser for a script with this docstring: its first sentence, flags in groups, and the examples at its end."""
-    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
-    return Parser(description=doc.split("\n\n")[0], epilog="examples:\n" + doc.rpartition("\n\n")[2],
-                  formatter_class=layout)
-
 
 def add_model_flags(parser):
     """Add the flags that choose and load a model."""

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import calibrate
 from calibrate import byte_shares, masked, parts
 from calibration import ALLOCATIONS, Calibration, candidates, weights_digest
+from generate import make_parser
 from model import PROJECTIONS, KVCache
 
 
@@ -176,7 +177,7 @@ def plot(path, rows):
 
 
 def parse_args():
-    parser = calibrate.make_parser(__doc__)
+    parser = make_parser(__doc__)
     calibrate.add_model_flags(parser)
     add = parser.add_argument_group("text").add_argument
     add("--text", metavar="FILE", required=True, help="UTF-8 file to score")

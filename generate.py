@@ -12,6 +12,7 @@ Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models"
 """
 
 import argparse
+import functools
 import math
 import os
 import secrets
@@ -340,12 +341,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse_args():
-    def formatter(prog):
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110)
+def make_parser(doc):
+    """A parser for a script with this docstring: its first sentence, flags in groups, and the examples at its end."""
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
+    return Parser(description=doc.split("\n\n")[0], epilog="examples:\n" + doc.rpartition("\n\n")[2],
+                  formatter_class=layout)
 
-    parser = Parser(description="Generate text, dense or sparse.", epilog="examples:\n" + __doc__.rpartition("\n\n")[2],
-                    formatter_class=formatter)
+
+def parse_args():
+    parser = make_parser(__doc__)
     many = 2**31 - 1
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="M", help="Hugging Face folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calibrate import SITE_OF, byte_shares, interpolate, make_parser
+from calibrate import SITE_OF, byte_shares, interpolate
 from calibration import FORMAT, GRID, Calibration, CalibrationError, fingerprint
+from generate import make_parser
 from model import PROJECTIONS, Config
 
 # vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads of the models they are for
