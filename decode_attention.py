@@ -50,8 +50,8 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
                              counter_ptr, context, scale,
                              N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
                              WINDOW: tl.constexpr, SPLITS: tl.constexpr, GROUP_PADDED: tl.constexpr,
-                             MEMBERS: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr,
-                             PDL: tl.constexpr):
+                             MEMBERS: tl.constexpr, SPLITS_PADDED: tl.constexpr, CHUNKS_AT_ONCE: tl.constexpr,
+                             HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
     """One program: one chunk of the context for one key head and the GROUP query heads that share it."""
     head, split = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -61,38 +61,38 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     dim = tl.arange(0, DIM_PADDED)
     k_ptr += head.to(tl.int64) * context * HEAD_DIM
     v_ptr += head.to(tl.int64) * context * HEAD_DIM
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-
     position = tl.load(position_ptr).to(tl.int32)
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
-    length = position + 1 - first
-    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
-    n_chunks = tl.cdiv(length, chunk)
+    length = position - first  # tokens in the cache that this one sees
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S), 2) * BLOCK_S  # less is not worth the combination
+    n_chunks = tl.maximum(tl.cdiv(length, chunk), 1)
     if split >= n_chunks:
         return
     start = first + split * chunk
-    end = tl.minimum(start + chunk, position + 1)
-
+    end = tl.minimum(start + chunk, position)
     cos = tl.load(cos_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
+    if PDL:
+        gdc_wait()  # for what the kernel before this one writes: qkv
+        gdc_launch_dependents()
+
     q_mask = (g < GROUP)[:, None] & (half < HALF)[None, :]
     q_a, q_b = _rotate(qkv_ptr + (head * GROUP + g)[:, None] * HEAD_DIM + half[None, :], q_mask, HALF, cos, sin)
-    if end == position + 1:  # this chunk holds the new token: its key and value enter the cache
-        new_k = qkv_ptr + (N_KV_HEADS * GROUP + head) * HEAD_DIM
-        new_v = new_k + N_KV_HEADS * HEAD_DIM
-        k_a, k_b = _rotate(new_k + half[None, :], (half < HALF)[None, :], HALF, cos, sin)
+    new_k = qkv_ptr + (N_KV_HEADS * GROUP + head) * HEAD_DIM
+    new_a, new_b = _rotate(new_k + half[None, :], (half < HALF)[None, :], HALF, cos, sin)
+    new_v = tl.load(new_k + N_KV_HEADS * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+    # The last chunk also has the new token: its key and value enter the cache, and the running softmax begins with it.
+    newest = split == n_chunks - 1
+    if newest:
         row = k_ptr + position * HEAD_DIM + half[None, :]
-        tl.store(row, k_a, mask=(half < HALF)[None, :])
-        tl.store(row + HALF, k_b, mask=(half < HALF)[None, :])
-        tl.store(v_ptr + position * HEAD_DIM + dim, tl.load(new_v + dim, mask=dim < HEAD_DIM), mask=dim < HEAD_DIM)
-        tl.debug_barrier()  # the loop below reads them back
-
-    biggest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PADDED], tl.float32)
-    y = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
-    for s0 in tl.range(start, end, BLOCK_S, num_stages=2):
+        tl.store(row, new_a, mask=(half < HALF)[None, :])
+        tl.store(row + HALF, new_b, mask=(half < HALF)[None, :])
+        tl.store(v_ptr + position * HEAD_DIM + dim, new_v, mask=dim < HEAD_DIM)
+    score = tl.sum(q_a.to(tl.float32) * new_a.to(tl.float32) + q_b.to(tl.float32) * new_b.to(tl.float32), axis=1)
+    biggest = tl.where(newest, score * scale, float("-inf"))  # [GROUP_PADDED]
+    total = tl.where(newest, tl.full([GROUP_PADDED], 1.0, tl.float32), 0.0)
+    y = tl.where(newest, tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32) + new_v.to(tl.float32)[None, :], 0.0)
+    for s0 in tl.range(start, end, BLOCK_S, num_stages=3):
         s = s0 + tl.arange(0, BLOCK_S)
         k_rows = k_ptr + s[:, None] * HEAD_DIM + half[None, :]
         k_mask = (s < end)[:, None] & (half < HALF)[None, :]
@@ -123,23 +123,22 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
         member = tl.arange(0, MEMBERS)
+        every = tl.arange(0, SPLITS_PADDED)
+        slots = (head * SPLITS + every)[:, None] * GROUP + member[None, :]  # [SPLITS_PADDED, MEMBERS]
+        used = (every < n_chunks)[:, None] & (member < GROUP)[None, :]
+        maxima = tl.load(stats_ptr + slots * 2, mask=used, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(stats_ptr + slots * 2 + 1, mask=used, other=0.0, cache_modifier=".cg")
+        highest = tl.maximum(tl.max(maxima, axis=0), -1e30)  # [MEMBERS], finite also where unused
+        weight_sum = tl.sum(totals * tl.exp(maxima - highest[None, :]), axis=0)
         combined = tl.zeros([MEMBERS, DIM_PADDED], tl.float32)
-        weight_sum = tl.zeros([MEMBERS], tl.float32)
-        highest = tl.full([MEMBERS], float("-inf"), tl.float32)
-        for i0 in tl.range(0, n_chunks, 8):
-            i = i0 + tl.arange(0, 8)
-            slots = (head * SPLITS + i)[:, None] * GROUP + member[None, :]  # [8, MEMBERS]
-            chunk_mask = (i < n_chunks)[:, None] & (member < GROUP)[None, :]
-            maxima = tl.load(stats_ptr + slots * 2, mask=chunk_mask, other=float("-inf"), cache_modifier=".cg")
-            totals = tl.load(stats_ptr + slots * 2 + 1, mask=chunk_mask, other=0.0, cache_modifier=".cg")
-            sums = tl.load(sums_ptr + slots[:, :, None] * HEAD_DIM + dim[None, None, :],
-                           mask=chunk_mask[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0,
-                           cache_modifier=".cg")
-            new_highest = tl.maximum(tl.maximum(highest, tl.max(maxima, axis=0)), -1e30)  # finite, also if unused
-            decay, share = tl.exp(highest - new_highest), tl.exp(maxima - new_highest[None, :])
-            weight_sum = weight_sum * decay + tl.sum(totals * share, axis=0)
-            combined = combined * decay[:, None] + tl.sum(sums * share[:, :, None], axis=0)
-            highest = new_highest
+        for i0 in tl.range(0, n_chunks, CHUNKS_AT_ONCE):
+            i = i0 + tl.arange(0, CHUNKS_AT_ONCE)
+            piece = (head * SPLITS + i)[:, None] * GROUP + member[None, :]
+            held = (i < n_chunks)[:, None] & (member < GROUP)[None, :]
+            largest = tl.load(stats_ptr + piece * 2, mask=held, other=float("-inf"), cache_modifier=".cg")
+            sums = tl.load(sums_ptr + piece[:, :, None] * HEAD_DIM + dim[None, None, :],
+                           mask=held[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg")
+            combined += tl.sum(sums * tl.exp(largest - highest[None, :])[:, :, None], axis=0)
         member_out = out_ptr + (head * GROUP + member)[:, None] * HEAD_DIM + dim[None, :]
         tl.store(member_out, (combined / weight_sum[:, None]).to(out_ptr.dtype.element_ty),
                  mask=(member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
@@ -150,8 +149,9 @@ class Workspace:
     """What chunks leave for one another: allocated once, before a graph is captured."""
 
     def __init__(self, n_heads, n_kv_heads, head_dim, device):
-        # About four programs an SM, for contexts long enough to need them all.
-        self.splits = min(64, max(8, triton.next_power_of_2(512 // n_kv_heads)))
+        # As many programs as are on the GPU at once, three an SM, for contexts long enough to need them all; but what
+        # they leave should be added up in one go.
+        self.splits = min(32, max(4, 384 // n_kv_heads))
         self.sums = torch.empty(n_heads * self.splits * head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(n_heads * self.splits * 2, dtype=torch.float32, device=device)
         self.counter = torch.zeros(n_kv_heads, dtype=torch.int32, device=device)
@@ -170,12 +170,15 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, 
     """
     n_kv_heads, context, head_dim = k_cache.shape
     group = qkv.numel() // head_dim // n_kv_heads - 2
+    members = triton.next_power_of_2(group)
     _decode_attention_kernel[(n_kv_heads, workspace.splits)](
         qkv, k_cache, v_cache, out, cos, sin, position, workspace.sums, workspace.stats, workspace.counter,
         context, head_dim ** -0.5,
         N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0, SPLITS=workspace.splits,
-        GROUP_PADDED=max(16, triton.next_power_of_2(group)), MEMBERS=triton.next_power_of_2(group),
+        GROUP_PADDED=max(16, triton.next_power_of_2(group)), MEMBERS=members,
+        SPLITS_PADDED=triton.next_power_of_2(workspace.splits),
+        CHUNKS_AT_ONCE=max(1, min(32, 16384 // (members * triton.next_power_of_2(head_dim)))),
         HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),
-        BLOCK_S=128 if head_dim * qkv.element_size() <= 256 else 64, PDL=pdl, num_warps=4,
+        BLOCK_S=64 if head_dim * qkv.element_size() <= 256 else 32, PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}))
     return out

@@ -260,7 +260,6 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
 
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
     count = tl.load(counts_ptr + item)
     i = tl.arange(0, BLOCK_K)
     total = tl.zeros([ROWS_AT_ONCE, BLOCK_N], tl.float32)
@@ -269,15 +268,17 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
         # the next entries are on their way while these rows are loaded
         next_k, next_x = _entries(rows_ptr, values_ptr, first + BLOCK_K + i, count)
         offsets = (k.to(tl.int64) if K * N >= 2 ** 31 else k)[:, None] * N + n[None, :]
-        if ALL_COLUMNS:
-            w = tl.load(w_ptr + offsets, eviction_policy="evict_first")
-        else:
-            w = tl.load(w_ptr + offsets, mask=(n < end)[None, :], other=0.0, eviction_policy="evict_first")
+        inside = (first + i < count)[:, None]  # beyond lies the last row again: infinity times 0 must not get in
+        if not ALL_COLUMNS:
+            inside &= (n < end)[None, :]
+        w = tl.load(w_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         products = _to_float32(w) * x[:, None]
         # Of the tile, ROWS_AT_ONCE rows lie side by side over the threads; each thread adds up the rows it holds.
         total += tl.sum(tl.reshape(products, [BLOCK_K // ROWS_AT_ONCE, ROWS_AT_ONCE, BLOCK_N]), axis=0)
         k, x = next_k, next_x
 
+    if PDL:  # not earlier: programs of the next kernel that wait here already would fill some multiprocessors unevenly
+        gdc_launch_dependents()
     y = tl.sum(total, axis=0)
     if SPLITS > 1:
         tl.store(sums_ptr + part * N + n, y, mask=n < end)
