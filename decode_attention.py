@@ -61,6 +61,7 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     dim = tl.arange(0, DIM_PADDED)
     k_ptr += head.to(tl.int64) * context * HEAD_DIM
     v_ptr += head.to(tl.int64) * context * HEAD_DIM
+    # The position and the cache's older rows were complete before the kernel in front of this one began.
     position = tl.load(position_ptr).to(tl.int32)
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
     length = position - first  # tokens in the cache that this one sees
@@ -73,7 +74,7 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     cos = tl.load(cos_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
     if PDL:
-        gdc_wait()  # for what the kernel before this one writes: qkv
+        gdc_wait()  # for qkv
         gdc_launch_dependents()
 
     q_mask = (g < GROUP)[:, None] & (half < HALF)[None, :]

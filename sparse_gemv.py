@@ -17,8 +17,8 @@ a power of two known at compile time, spread over the threads of its warps.
    BLOCK_K entries, loads a [BLOCK_K, BLOCK_N] tile made of just those rows of w_t, multiplies and adds up in float32.
    No other row is touched, nor any instruction spent on it: *this is where the bytes are saved*.
 Deciding inside the second kernel, with a mask over all rows, saves the same bytes and one launch, but every program
-then walks past the dropped rows too. Timed within whole layers at 50%, the list was faster for int8 throughout and for
-bfloat16 wherever N was small; for bfloat16 gate|up a mask was 5% of a layer faster, not worth a second kind of kernel.
+then walks past the dropped rows too. Timed within whole layers at 50%, a mask was slower: README, "Where a token's time
+goes on the GPU".
 
 **Split-K.** There are often too few columns to keep 130 multiprocessors busy, so K is cut into SPLITS pieces, each with
 a list of its own. A program leaves its float32 sums in memory, and whichever program is the last of its columns adds

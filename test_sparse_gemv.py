@@ -140,6 +140,9 @@ def test_nan_and_infinity():
     x[5], x[40], w_t[40] = 0.1, float("inf"), 1.0
     assert (sparse_gemv(x, w_t, 1.0) == float("inf")).all()
     assert torch.equal(sparse_gemv(x, w_t, float("inf")), torch.zeros(32, device=DEVICE))
+    x[40], w_t[32:], w_t[63] = 2.0, 1.0, float("inf")  # the last row that is kept
+    x[63] = 2.0
+    assert (sparse_gemv(x, w_t, 1.0) == float("inf")).all()
 
 
 def test_same_bits_every_time():
