@@ -1,33 +1,143 @@
-"""The decode step on the GPU: nine kernels a layer, captured once as a CUDA graph, replayed for every token.
+"""Decoding one token: the choice of the token, a step on a CPU, and a step on a GPU.
 
-Decoding one token at a time, a large model spends a few milliseconds a token reading weights, and as much again in
-the gaps between hundreds of small kernels if Python launches them one by one. So the step is fused into RMSNorm +
-q|k|v, attention (rotary embedding and cache write inside), o + residual, RMSNorm + gate|up, SwiGLU + down + residual,
-then final norm + LM head and the choice of the token; each product is two kernels, see sparse_gemv.py. Whatever
-changes from token to token (the token, its position, the thresholds, the random state) lives in GPU memory, so the
-whole step is one graph that never has to be captured again, and the host does nothing but ask for the next replay and
-fetch the token that came out.
+Both decoders compute what `model.forward` does with `masked` products, with the same methods,
+each in the way that its device likes. A token's time is the time to read the weights, and that is
+where sparsity pays. `session.py` puts a text together from such steps.
 
-The graph idea is gpt-fast's (PyTorch blog, "Accelerating Generative AI with PyTorch II", 2023); the sparsity is TEAL's
-(arXiv:2408.14690).
+Method: Liu et al., "TEAL" (arXiv:2408.14690). The CUDA graph is gpt-fast's idea (PyTorch blog,
+"Accelerating Generative AI with PyTorch II", 2023).
 """
 
 import torch
+import torch.nn.functional as F
 
+from cpu_gemv import CpuGemv
 from decode_attention import Workspace, decode_attention
-from model import PROJECTIONS, SITES
+from model import PROJECTIONS
 from sparse_gemv import sparse_gemv, supports_pdl
 
 
-class Decoder:
-    """Runs decode steps of a model on its GPU over a KV cache.
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Logits [V] -> a token id, int64 [1]. Fixed shapes and no waiting, so a CUDA graph can hold
+    it.
 
-    choose:     a function of logits [vocab_size] that returns a token id, int64 [1], by GPU operations alone; or -1,
-                which `tokens` hands on, while the next step, on its way already, takes token 0 instead
+    temperature: divides the logits; 0 takes the likeliest token
+    top_k:       only the k likeliest tokens; 0 for all
+    top_p:       of those, only the likeliest that together reach this probability; 1 for all
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = logits.float(), None
+    if top_k:
+        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # likeliest first
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True, stable=True)
+    # Subtract the maximum so that a tiny temperature cannot overflow. Many tiny probabilities need
+    # float64 to add up right.
+    scores = (logits - logits.amax()) / temperature
+    probabilities = scores.softmax(-1, dtype=torch.float64)
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens together
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    # argmax(p / Exp(1)) samples from p without waiting for the GPU.
+    clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+    choice = (probabilities / clocks).argmax(-1, keepdim=True)
+    return choice if ids is None else ids.gather(-1, choice)
+
+
+# ---- one step on a CPU -------------------------------------------------------------------------
+
+class CpuDecoder:
+    """Runs decode steps of a model on a CPU over a KV cache.
+
+    choose:     a function of logits [V] that returns a token id, int64 [1]
+    generators, graph: see `GpuDecoder`; they mean nothing here
+
+    `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
+    """
+
+    def __init__(self, model, cache, choose, generators=(), graph=True):
+        config = model.config
+        self.model, self.cache, self.choose = model, cache, choose
+        self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64)
+        self.counts = torch.zeros_like(self.kept)  # of the present step
+        self.n_steps = 0
+        head = model.lm_head
+        # The ordinary product is the faster one where all rows of a float32 matrix are read.
+        self.lm_head = head if head.w_t.dtype == torch.float32 else CpuGemv(
+            head.w_t, head.ends, [-1.0], head.scale)
+        self.set_thresholds(torch.full(self.kept.shape, -1.0))
+
+    def set_thresholds(self, thresholds):
+        """Decode with thresholds float32 [n_layers, 7] from now on; -1 keeps everything."""
+        self.products = {}
+        for linear in self.model.linears():
+            at = linear.layer, linear.places
+            self.products[linear] = CpuGemv(linear.w_t, linear.ends, thresholds[at].tolist(),
+                                            linear.scale, linear.bias, self.counts[at])
+
+    def start(self, token, position):
+        """Make `token`, an id, the input of the next step, at `position` in the text."""
+        self.token, self.position = torch.tensor([token]), position
+
+    @torch.inference_mode()
+    def step(self):
+        """One token, as `model.forward` would compute it, in fewer operations."""
+        model, cache, config, products = self.model, self.cache, self.model.config, self.products
+        self.counts.zero_()  # of a step that Ctrl-C cut short
+        cos, sin = model.rope(self.position, 1)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # [1, 1, head_dim]
+        end, n_kv = self.position + 1, config.n_kv_heads
+        start = max(0, end - (config.sliding_window or end))
+        x = model.embed(self.token)
+        for block in model.blocks:
+            qkv = products[block.qkv](self.norm(x, block.attn_norm)).view(1, -1, config.head_dim)
+            qk = qkv[:, :-n_kv].float()
+            qk = torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, -1), sin).to(x.dtype)  # RoPE
+            cache.k[block.i, :, self.position] = qk[0, -n_kv:]
+            cache.v[block.i, :, self.position] = qkv[0, -n_kv:]
+            # Query heads that share a key head are rows of one matrix: no mask, no copies.
+            y = F.scaled_dot_product_attention(
+                qk[:, :-n_kv].view(1, n_kv, -1, config.head_dim),
+                cache.k[None, block.i, :, start:end], cache.v[None, block.i, :, start:end])
+            x = x + products[block.o](y.view(1, -1))
+            gate, up = products[block.gate_up](self.norm(x, block.mlp_norm)).chunk(2, dim=-1)
+            x = x + products[block.down](F.silu(gate) * up)
+        self.token = self.choose(self.lm_head(self.norm(x, model.norm))[0])
+        self.position = end
+        self.kept += self.counts
+        self.n_steps += 1
+
+    def norm(self, x, weight):
+        """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: half the time of F.rms_norm
+        here."""
+        n = x.shape[-1]
+        twice = F.layer_norm(torch.cat((x, -x), -1), (2 * n,), eps=self.model.config.norm_eps)
+        return twice[..., :n] * weight
+
+    def tokens(self, n_steps):
+        """Yield the ids that n_steps steps choose."""
+        for _ in range(n_steps):
+            self.step()
+            yield self.token.item()
+
+
+# ---- one step on a GPU -------------------------------------------------------------------------
+
+class GpuDecoder:
+    """Runs decode steps of a model on its GPU over a KV cache, captured once as a CUDA graph.
+
+    A step reads weights for a few milliseconds. Hundreds of small kernels, launched one by one
+    from Python, would cost as much again in gaps. So a layer is nine kernels: RMSNorm + q|k|v,
+    attention with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down +
+    residual; each product is two (sparse_gemv.py). Whatever changes from token to token lives in
+    GPU memory: the token, its position, thresholds, random state. So the graph is captured once,
+    and the host only asks for the next replay and fetches the token that came out.
+
+    choose:     a function of logits [V] that returns a token id, int64 [1], by GPU operations alone
     generators: the torch.Generators that `choose` draws from
-    graph:      False launches every kernel from Python, token by token: the same result, slow, for debugging
+    graph:      False launches every kernel from Python: the same result, slow, for debugging
 
-    `thresholds`, float32 [n_layers, 7] (order PROJECTIONS, -1 keeps everything), may be changed in place at any time;
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
     """
 
@@ -35,76 +145,80 @@ class Decoder:
         config, device = model.config, model.device
         self.model, self.cache, self.choose = model, cache, choose
         self.thresholds = torch.full((config.n_layers, len(PROJECTIONS)), -1.0, device=device)
+        self.dense = torch.full((1,), -1.0, device=device)
         self.kept = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        cos, sin = model.rope(0, cache.context)  # [context, 1, head_dim], see model.rotate
-        half = config.head_dim // 2
-        self.cos, self.sin = cos[:, 0, half:].contiguous(), sin[:, 0, half:].contiguous()  # [context, head_dim / 2]
+        self.cos, self.sin = model.rope(0, cache.context)  # float32 [context, 1, head_dim / 2]
 
         def buffer(size):
             return torch.empty(size, dtype=model.dtype, device=device)
 
-        layer = model.layers[0]
+        block = model.blocks[0]
         self.x = buffer(config.hidden_size)
-        self.qkv = buffer(layer.qkv.ends[-1])
-        self.attention = buffer(config.n_heads * config.head_dim)
-        self.gate_up = buffer(layer.gate_up.ends[-1])
+        self.qkv = buffer(block.qkv.ends[-1])
+        self.attention = buffer(block.o.in_features)
+        self.gate_up = buffer(block.gate_up.ends[-1])
         self.logits = buffer(config.vocab_size)
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
-        self.graph = self.capture(generators) if graph else None
         self.n_steps = 0
+        with torch.cuda.device_of(self.x):
+            self.graph = self.capture(generators) if graph else None
 
-    def project(self, x, p, out, **fused):
-        """x times a projection into `out`, each of its parts with its own threshold, counting the rows read."""
-        if p.layer is None:  # the LM head stays dense
-            return sparse_gemv(x, p.w_t, -1.0, scale=p.scale, bias=p.bias, out=out, **fused)
-        first = PROJECTIONS.index(SITES[p.site][0])
-        columns = range(first, first + len(p.ends))
-        segments = [(end, self.thresholds[p.layer, c:c + 1]) for end, c in zip(p.ends, columns)]
-        return sparse_gemv(x, p.w_t, segments, scale=p.scale, bias=p.bias, out=out,
-                           kept=self.kept[p.layer, first:first + len(p.ends)], **fused)
+    def set_thresholds(self, thresholds):
+        """Decode with thresholds float32 [n_layers, 7] from now on; -1 keeps everything."""
+        self.thresholds.copy_(thresholds)
+
+    def start(self, token, position):
+        """Make `token`, an id, the input of the next step, at `position` in the text."""
+        self.token.fill_(token)
+        self.position.fill_(position)
+
+    def project(self, x, linear, out, **fused):
+        """x times a matrix into `out`, each projection with its threshold, counting the rows
+        read."""
+        at = linear.layer, linear.places
+        sparse_gemv(x, linear.w_t, self.thresholds[at], ends=linear.ends, kept=self.kept[at],
+                    scale=linear.scale, bias=linear.bias, out=out, **fused)
 
     def step(self):
-        """One token: `self.token` at `self.position` in; the next token and position out, in the same tensors."""
+        """One token: `token` at `position` in; the next ones out, in the same tensors."""
         model, cache, eps = self.model, self.cache, self.model.config.norm_eps
         x = self.x
+        # -1 marks logits that are not numbers; the step already on its way takes token 0 instead
         x.copy_(model.embed(self.token.clamp(min=0))[0])
-        for i, layer in enumerate(model.layers):
-            self.project(x, layer.qkv, self.qkv, norm=(layer.attn_norm, eps))
-            decode_attention(self.qkv, cache.k[i], cache.v[i], self.cos, self.sin, self.position, self.workspace,
-                             self.attention, model.config.sliding_window, supports_pdl(model.device))
-            self.project(self.attention, layer.o, x, residual=x)
-            self.project(x, layer.gate_up, self.gate_up, norm=(layer.mlp_norm, eps))
-            self.project(self.gate_up, layer.down, x, swiglu=True, residual=x)
-        self.project(x, model.lm_head, self.logits, norm=(model.norm, eps))
+        for block in model.blocks:
+            self.project(x, block.qkv, self.qkv, norm=(block.attn_norm, eps))
+            decode_attention(self.qkv, cache.k[block.i], cache.v[block.i], self.cos, self.sin,
+                             self.position, self.workspace, self.attention,
+                             model.config.sliding_window, supports_pdl(model.device))
+            self.project(self.attention, block.o, x, residual=x)
+            self.project(x, block.gate_up, self.gate_up, norm=(block.mlp_norm, eps))
+            self.project(self.gate_up, block.down, x, swiglu=True, residual=x)
+        sparse_gemv(x, model.lm_head.w_t, self.dense, scale=model.lm_head.scale, out=self.logits,
+                    norm=(model.norm, eps))
         self.token.copy_(self.choose(self.logits))
         self.position += 1
 
     def capture(self, generators):
-        """Compile the kernels and capture one step; whatever the trial steps change is put back."""
+        """Compile the kernels and capture one step. Whatever the trial steps change is put back."""
         states = [generator.get_state() for generator in generators]
-        self.position.fill_(self.cache.context - 1)  # the trial steps write the cache's last row, free until the end
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        graph = torch.cuda.CUDAGraph()
+        last = self.cache.context - 1  # the trial steps write this row, which is free until the end
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            self.position.fill_(last)
             self.step()
-            self.position.fill_(self.cache.context - 1)
+            self.position.fill_(last)
             with torch.cuda.graph(graph, stream=stream):
                 self.step()
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         for generator, state in zip(generators, states):
             generator.set_state(state)
         self.kept.zero_()
         return graph
-
-    def start(self, token, position):
-        """Make `token` (an id), at `position`, the input of the next step."""
-        self.token.fill_(token)
-        self.position.fill_(position)
 
     def advance(self):
         """Run one step without waiting for it."""
@@ -115,14 +229,15 @@ class Decoder:
             self.graph.replay()
 
     def tokens(self, n_steps):
-        """Yield the ids that n_steps steps choose. The GPU works on the next step while the host has this one."""
+        """Yield the ids that n_steps steps choose; the GPU is one step ahead of the host."""
         host = [torch.empty(1, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         done = [torch.cuda.Event() for _ in range(2)]
         for i in range(n_steps + 1):
             if i < n_steps:
-                self.advance()
-                host[i % 2].copy_(self.token, non_blocking=True)
-                done[i % 2].record()
+                with torch.cuda.device_of(self.x):
+                    self.advance()
+                    host[i % 2].copy_(self.token, non_blocking=True)
+                    done[i % 2].record()
             if i > 0:
                 done[(i - 1) % 2].synchronize()
                 yield host[(i - 1) % 2].item()

@@ -1,17 +1,19 @@
-"""Attention of one new token over the KV cache, in one kernel: rotary embedding, cache write, attention, combination.
+"""Attention of one new token over the KV cache, in one kernel: RoPE, cache write, attention.
 
-While decoding, attention reads every cached key and value once, so like the rest of the step it is bound by memory.
-One program a key head would leave most of the GPU idle, so the context is split too (flash-decoding): each program
-takes a chunk of the keys of one head, computes its softmax with a running maximum, and leaves an unnormalised sum;
-the program that finishes last combines the chunks of its head, always in the order of the context, so the result is
-the same every time. Query heads that share a key head (grouped-query attention) are rows of one small matrix, so
-keys and values are read once for all of them.
+While decoding, attention reads every cached key and value once, so it is bound by memory. One
+program for each key head would leave most of the GPU idle, so the context is split too
+(flash-decoding). Each program takes a chunk of one head's keys, computes its softmax with a
+running maximum, and leaves an unnormalised sum. The program that finishes last combines the
+chunks of its head, always in the order of the context: the result has the same bits every time.
+Query heads that share a key head (grouped-query attention) are rows of one small matrix, so keys
+and values are read once for all of them.
 
-The position lives in GPU memory and the launch does not depend on it: one captured CUDA graph serves every context
-length. Programs without a chunk return at once, so the cost follows the tokens held, not the cache's size.
+The position lives in GPU memory, and the launch does not depend on it: one captured CUDA graph
+serves every length. Programs without a chunk return at once, so the cost follows the tokens held.
 
-Sources: Dao et al., "Flash-Decoding for long-context inference" (2023); Milakov and Gimelshein, "Online normalizer
-calculation for softmax" (arXiv:1805.02867). The file needs torch, triton and nothing else.
+Sources: Dao et al., "Flash-Decoding for long-context inference" (2023); Milakov and Gimelshein,
+"Online normalizer calculation for softmax" (arXiv:1805.02867). This file needs torch and triton
+alone.
 """
 
 import torch
@@ -22,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window=None):
-    """The definition of `decode_attention` in plain PyTorch: same arguments, returns [n_heads * head_dim]."""
+    """The definition of `decode_attention` in plain PyTorch; returns [n_heads * head_dim]."""
     n_kv_heads, _, head_dim = k_cache.shape
     heads = qkv.view(-1, head_dim)
     n_heads = heads.shape[0] - 2 * n_kv_heads
@@ -33,12 +35,13 @@ def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window
     k_cache[:, position], v_cache[:, position] = rotated[n_heads:], heads[n_heads + n_kv_heads:]
     start = 0 if window is None else max(0, position + 1 - window)
     q = rotated[:n_heads].view(n_kv_heads, -1, head_dim)
-    return F.scaled_dot_product_attention(q, k_cache[:, start:position + 1], v_cache[:, start:position + 1]).view(-1)
+    seen = slice(start, position + 1)
+    return F.scaled_dot_product_attention(q, k_cache[:, seen], v_cache[:, seen]).view(-1)
 
 
 @triton.jit
-def _rotate(ptr, mask, half: tl.constexpr, cos, sin):
-    """Rotary embedding of the heads at ptr (pointers to their first halves), in float32, rounded to their dtype."""
+def _rope(ptr, mask, half: tl.constexpr, cos, sin):
+    """RoPE of the heads at ptr, pointers to their first halves: in float32, then rounded."""
     a = tl.load(ptr, mask=mask, other=0.0)
     b = tl.load(ptr + half, mask=mask, other=0.0)
     a32, b32 = a.to(tl.float32), b.to(tl.float32)
@@ -46,13 +49,15 @@ def _rotate(ptr, mask, half: tl.constexpr, cos, sin):
 
 
 @triton.jit
-def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr, sums_ptr, stats_ptr,
-                             counter_ptr, context, scale,
+def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr,
+                             sums_ptr, stats_ptr, counter_ptr, context, scale,
                              N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                             WINDOW: tl.constexpr, SPLITS: tl.constexpr, GROUP_PADDED: tl.constexpr,
-                             MEMBERS: tl.constexpr, SPLITS_PADDED: tl.constexpr, CHUNKS_AT_ONCE: tl.constexpr,
+                             WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+                             GROUP_PADDED: tl.constexpr, MEMBERS: tl.constexpr,
+                             SPLITS_PADDED: tl.constexpr, CHUNKS_AT_ONCE: tl.constexpr,
                              HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
-    """One program: one chunk of the context for one key head and the GROUP query heads that share it."""
+    """One program: one chunk of the context for one key head and the GROUP query heads that share
+    it."""
     head, split = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
     DIM_PADDED: tl.constexpr = 2 * HALF_PADDED
@@ -61,11 +66,12 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     dim = tl.arange(0, DIM_PADDED)
     k_ptr += head.to(tl.int64) * context * HEAD_DIM
     v_ptr += head.to(tl.int64) * context * HEAD_DIM
-    # The position and the cache's older rows were complete before the kernel in front of this one began.
+    # The position and the older keys were complete before the kernel in front of this one began.
     position = tl.load(position_ptr).to(tl.int32)
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
     length = position - first  # tokens in the cache that this one sees
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S), 2) * BLOCK_S  # less is not worth the combination
+    # At least two blocks a chunk: less would not be worth the combination.
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S), 2) * BLOCK_S
     n_chunks = tl.maximum(tl.cdiv(length, chunk), 1)
     if split >= n_chunks:
         return
@@ -78,29 +84,33 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
         gdc_launch_dependents()
 
     q_mask = (g < GROUP)[:, None] & (half < HALF)[None, :]
-    q_a, q_b = _rotate(qkv_ptr + (head * GROUP + g)[:, None] * HEAD_DIM + half[None, :], q_mask, HALF, cos, sin)
+    heads = (head * GROUP + g)[:, None] * HEAD_DIM
+    q_a, q_b = _rope(qkv_ptr + heads + half[None, :], q_mask, HALF, cos, sin)
     new_k = qkv_ptr + (N_KV_HEADS * GROUP + head) * HEAD_DIM
-    new_a, new_b = _rotate(new_k + half[None, :], (half < HALF)[None, :], HALF, cos, sin)
+    new_a, new_b = _rope(new_k + half[None, :], (half < HALF)[None, :], HALF, cos, sin)
     new_v = tl.load(new_k + N_KV_HEADS * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-    # The last chunk also has the new token: its key and value enter the cache, and the running softmax begins with it.
+    # The last chunk also has the new token. Its key and value enter the cache, and the running
+    # softmax begins with its score.
     newest = split == n_chunks - 1
     if newest:
         row = k_ptr + position * HEAD_DIM + half[None, :]
         tl.store(row, new_a, mask=(half < HALF)[None, :])
         tl.store(row + HALF, new_b, mask=(half < HALF)[None, :])
         tl.store(v_ptr + position * HEAD_DIM + dim, new_v, mask=dim < HEAD_DIM)
-    score = tl.sum(q_a.to(tl.float32) * new_a.to(tl.float32) + q_b.to(tl.float32) * new_b.to(tl.float32), axis=1)
+    score = tl.sum(q_a.to(tl.float32) * new_a.to(tl.float32)
+                   + q_b.to(tl.float32) * new_b.to(tl.float32), axis=1)
     biggest = tl.where(newest, score * scale, float("-inf"))  # [GROUP_PADDED]
     total = tl.where(newest, tl.full([GROUP_PADDED], 1.0, tl.float32), 0.0)
-    y = tl.where(newest, tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32) + new_v.to(tl.float32)[None, :], 0.0)
+    y = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32) + new_v.to(tl.float32)[None, :]
+    y = tl.where(newest, y, 0.0)
     for s0 in tl.range(start, end, BLOCK_S, num_stages=3):
         s = s0 + tl.arange(0, BLOCK_S)
         k_rows = k_ptr + s[:, None] * HEAD_DIM + half[None, :]
         k_mask = (s < end)[:, None] & (half < HALF)[None, :]
         k_a = tl.load(k_rows, mask=k_mask, other=0.0)
         k_b = tl.load(k_rows + HALF, mask=k_mask, other=0.0)
-        v = tl.load(v_ptr + s[:, None] * HEAD_DIM + dim[None, :], mask=(s < end)[:, None] & (dim < HEAD_DIM)[None, :],
-                    other=0.0)
+        v_mask = (s < end)[:, None] & (dim < HEAD_DIM)[None, :]
+        v = tl.load(v_ptr + s[:, None] * HEAD_DIM + dim[None, :], mask=v_mask, other=0.0)
         scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")  # [GROUP_PADDED, BLOCK_S]
         scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee") * scale
         scores = tl.where((s < end)[None, :], scores, float("-inf"))
@@ -116,53 +126,68 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     if n_chunks == 1:
         tl.store(out, (y / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
         return
-    # Leave this chunk's share; whoever is last for this head adds the shares up.
+    # Leave this chunk's sum. The last program of this head combines the sums of all its chunks.
     slot = (head * SPLITS + split) * GROUP
     tl.store(sums_ptr + (slot + g)[:, None] * HEAD_DIM + dim[None, :], y, mask=out_mask)
     tl.store(stats_ptr + (slot + g) * 2, biggest, mask=g < GROUP)
     tl.store(stats_ptr + (slot + g) * 2 + 1, total, mask=g < GROUP)
-    tl.debug_barrier()
+    tl.debug_barrier()  # all threads have stored
     if tl.atomic_add(counter_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
-        member = tl.arange(0, MEMBERS)
-        every = tl.arange(0, SPLITS_PADDED)
-        slots = (head * SPLITS + every)[:, None] * GROUP + member[None, :]  # [SPLITS_PADDED, MEMBERS]
-        used = (every < n_chunks)[:, None] & (member < GROUP)[None, :]
-        maxima = tl.load(stats_ptr + slots * 2, mask=used, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(stats_ptr + slots * 2 + 1, mask=used, other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(tl.max(maxima, axis=0), -1e30)  # [MEMBERS], finite also where unused
-        weight_sum = tl.sum(totals * tl.exp(maxima - highest[None, :]), axis=0)
-        combined = tl.zeros([MEMBERS, DIM_PADDED], tl.float32)
-        for i0 in tl.range(0, n_chunks, CHUNKS_AT_ONCE):
-            i = i0 + tl.arange(0, CHUNKS_AT_ONCE)
-            piece = (head * SPLITS + i)[:, None] * GROUP + member[None, :]
-            held = (i < n_chunks)[:, None] & (member < GROUP)[None, :]
-            largest = tl.load(stats_ptr + piece * 2, mask=held, other=float("-inf"), cache_modifier=".cg")
-            sums = tl.load(sums_ptr + piece[:, :, None] * HEAD_DIM + dim[None, None, :],
-                           mask=held[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg")
-            combined += tl.sum(sums * tl.exp(largest - highest[None, :])[:, :, None], axis=0)
-        member_out = out_ptr + (head * GROUP + member)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(member_out, (combined / weight_sum[:, None]).to(out_ptr.dtype.element_ty),
-                 mask=(member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
-        tl.store(counter_ptr + head, 0)
+        _combine(sums_ptr, stats_ptr, out_ptr, head, n_chunks, GROUP, HEAD_DIM, SPLITS, MEMBERS,
+                 DIM_PADDED, SPLITS_PADDED, CHUNKS_AT_ONCE)
+        tl.store(counter_ptr + head, 0)  # for the next launch
+
+
+@triton.jit
+def _combine(sums_ptr, stats_ptr, out_ptr, head, n_chunks, GROUP: tl.constexpr,
+             HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, MEMBERS: tl.constexpr,
+             DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr, CHUNKS_AT_ONCE: tl.constexpr):
+    """Write one head's output: its chunks' sums, each scaled to the largest score of all chunks."""
+    member, dim = tl.arange(0, MEMBERS), tl.arange(0, DIM_PADDED)
+    every = tl.arange(0, SPLITS_PADDED)
+    slots = (head * SPLITS + every)[:, None] * GROUP + member[None, :]  # [SPLITS_PADDED, MEMBERS]
+    used = (every < n_chunks)[:, None] & (member < GROUP)[None, :]
+    maxima = tl.load(stats_ptr + slots * 2, mask=used, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(stats_ptr + slots * 2 + 1, mask=used, other=0.0, cache_modifier=".cg")
+    highest = tl.maximum(tl.max(maxima, axis=0), -1e30)  # [MEMBERS], finite where unused
+    weight_sum = tl.sum(totals * tl.exp(maxima - highest[None, :]), axis=0)
+    y = tl.zeros([MEMBERS, DIM_PADDED], tl.float32)
+    for i0 in tl.range(0, n_chunks, CHUNKS_AT_ONCE):
+        i = i0 + tl.arange(0, CHUNKS_AT_ONCE)
+        slots = (head * SPLITS + i)[:, None] * GROUP + member[None, :]
+        used = (i < n_chunks)[:, None] & (member < GROUP)[None, :]
+        biggest = tl.load(stats_ptr + slots * 2, mask=used, other=float("-inf"),
+                          cache_modifier=".cg")
+        sums = tl.load(sums_ptr + slots[:, :, None] * HEAD_DIM + dim[None, None, :],
+                       mask=used[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0,
+                       cache_modifier=".cg")
+        y += tl.sum(sums * tl.exp(biggest - highest[None, :])[:, :, None], axis=0)
+    out = out_ptr + (head * GROUP + member)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(out, (y / weight_sum[:, None]).to(out_ptr.dtype.element_ty),
+             mask=(member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
 
 
 class Workspace:
-    """What chunks leave for one another: allocated once, before a graph is captured."""
+    """What the chunks of a head leave for one another, allocated before a graph is captured."""
 
     def __init__(self, n_heads, n_kv_heads, head_dim, device):
-        # As many programs as are on the GPU at once, three an SM, for contexts long enough to need them all; but what
-        # they leave should be added up in one go.
+        # For long contexts as many programs as the GPU holds at once, three a multiprocessor, but
+        # not more chunks than one combination can take.
         self.splits = min(32, max(4, 384 // n_kv_heads))
-        self.sums = torch.empty(n_heads * self.splits * head_dim, dtype=torch.float32, device=device)
-        self.stats = torch.empty(n_heads * self.splits * 2, dtype=torch.float32, device=device)
+        n_slots = n_heads * self.splits
+        self.sums = torch.empty(n_slots * head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(n_slots * 2, dtype=torch.float32, device=device)
         self.counter = torch.zeros(n_kv_heads, dtype=torch.int32, device=device)
 
 
-def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, window=None, pdl=False):
+def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, window=None,
+                     pdl=False):
     """Attention of the token at `position`, whose key and value are also written into the cache.
 
-    qkv:       [(n_heads + 2 n_kv_heads) * head_dim], this token's queries, keys and values, not yet rotated
-    k_cache, v_cache: [n_kv_heads, context, head_dim], contiguous; row `position` is written, rows before it are read
+    qkv:       [(n_heads + 2 n_kv_heads) * head_dim], this token's queries, keys, values, before
+    RoPE k_cache, v_cache: [n_kv_heads, context, head_dim], contiguous; row `position` is written,
+    the rows
+               before it are read
     cos, sin:  float32 [context, head_dim / 2]
     position:  integer tensor of one element, on the device
     out:       [n_heads * head_dim], written
@@ -170,16 +195,17 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, 
     pdl:       launch with programmatic dependent launch (Hopper and newer)
     """
     n_kv_heads, context, head_dim = k_cache.shape
-    group = qkv.numel() // head_dim // n_kv_heads - 2
-    members = triton.next_power_of_2(group)
-    _decode_attention_kernel[(n_kv_heads, workspace.splits)](
-        qkv, k_cache, v_cache, out, cos, sin, position, workspace.sums, workspace.stats, workspace.counter,
-        context, head_dim ** -0.5,
-        N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0, SPLITS=workspace.splits,
-        GROUP_PADDED=max(16, triton.next_power_of_2(group)), MEMBERS=members,
-        SPLITS_PADDED=triton.next_power_of_2(workspace.splits),
-        CHUNKS_AT_ONCE=max(1, min(32, 16384 // (members * triton.next_power_of_2(head_dim)))),
-        HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),
-        BLOCK_S=64 if head_dim * qkv.element_size() <= 256 else 32, PDL=pdl, num_warps=4,
-        **({"launch_pdl": True} if pdl else {}))
+    group = qkv.numel() // head_dim // n_kv_heads - 2  # query heads that share a key head
+    members, dim_padded = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device
+        _decode_attention_kernel[(n_kv_heads, workspace.splits)](
+            qkv, k_cache, v_cache, out, cos, sin, position, workspace.sums, workspace.stats,
+            workspace.counter, context, head_dim ** -0.5,
+            N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0,
+            SPLITS=workspace.splits, GROUP_PADDED=max(16, members), MEMBERS=members,
+            SPLITS_PADDED=triton.next_power_of_2(workspace.splits),
+            CHUNKS_AT_ONCE=max(1, min(32, 16384 // (members * dim_padded))),
+            HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),
+            BLOCK_S=64 if head_dim * qkv.element_size() <= 256 else 32, PDL=pdl, num_warps=4,
+            **({"launch_pdl": True} if pdl else {}))
     return out

@@ -1,40 +1,48 @@
-"""What sparsity costs: perplexity of a text at a list of sparsities, next to the dense model on the same tokens.
+"""What sparsity costs: perplexity of a text at a list of sparsities, next to the dense model's.
 
-The text is cut into windows. As in use, the first half of each is a dense prefill and the second half is read through
-the thresholds; the second half's next tokens are scored (TEAL: Liu et al. 2024, arXiv:2408.14690, section 5.1). In
-place of decoding token by token, that half goes through the model at once with every projection's input masked, which
-is the same arithmetic: a token's mask depends on that token alone. Beside perplexity stand the sparsity that the
-masks really reached, the mean KL divergence of the sparse predictions from the dense ones, and how often both name
-the same next token.
+The text is cut into windows. As in use, the first half of each window is a dense prefill, and the
+second half is read through the thresholds. The next tokens of the second half are scored (TEAL:
+Liu et al. 2024, arXiv:2408.14690, section 5.1). That half goes through the model at once, with
+the input of every projection masked. This computes the same as decoding it token by token, for
+the mask of a token depends on that token alone. Beside the perplexity stand the sparsity that the
+masks really reach, the mean KL divergence of the sparse predictions from the dense ones, and how
+often both predict the same token.
 
-    python evaluate.py --text wiki.test.raw --window 1024 --offset 40 --windows 8 --plot quality.png
-    python evaluate.py --text wiki.test.raw --sparsity 0 0.5 --calibration mine.safetensors --json results.json
+    python evaluate.py --text wiki.test.raw --window 1024 --windows 8 --plot quality.png
+    python evaluate.py --text wiki.test.raw --sparsity 0 0.5 --calibration mine.safetensors
 """
 
-import hashlib
 import json
 import math
-import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import calibrate
-from calibrate import byte_shares, masked, parts
-from calibration import ALLOCATIONS, Calibration, candidates, weights_digest
-from generate import make_parser
+from calibrate import byte_shares, masked_and_counted
+from checkpoint import default_model
+from command_line import add_model_flags, load_model, make_parser, number, run_script
+from files import one_line, write_whole
 from model import PROJECTIONS, KVCache
+from thresholds import ALLOCATIONS, Calibration, candidates
 
+# What was measured: rows of --json that agree in all of these are the same measurement.
+SETTINGS = ("model", "dtype", "quantize", "text", "window", "offset", "windows", "all_sparse",
+            "allocation", "calibrated_on", "sparsity")
+RESULTS = ("realised_sparsity", "perplexity", "kl", "top1", "projections")
+
+
+# ---- scoring -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def score(model, tokens, tables, all_sparse=False):
-    """Score one window of token ids [T] under each table of thresholds, float32 [n_layers, 7], or None for dense.
+    """Score one window of token ids [T] under each table of thresholds: float32 [n_layers, 7], or
+    None for dense.
 
-    -> one dict a table: `nll` and `kl` in nats and `top1`, means over the positions of the second half; `sparsity`,
-    float64 [n_layers, 7], the share of each projection's inputs dropped there. `all_sparse` masks the first half too.
+    Returns a dict for each table. `nll` and `kl`, in nats, and `top1` are means over the second
+    half. `sparsity`, float64 [n_layers, 7], is the share of each projection's inputs dropped
+    there. `all_sparse` masks the first half too.
     """
     half = len(tokens) // 2
     first, second, targets = tokens[:half], tokens[half:-1], tokens[half + 1:]
@@ -46,107 +54,106 @@ def score(model, tokens, tables, all_sparse=False):
     results = []
     for table in tables:
         hidden = dense
-        dropped = torch.zeros(model.config.n_layers, len(PROJECTIONS), dtype=torch.float64, device=model.device)
+        dropped = torch.zeros(model.config.n_layers, len(PROJECTIONS), dtype=torch.float64,
+                              device=model.device)
         if table is not None:
-            table = table.to(model.device)
-
-            def project(x, p):
-                return masked(x, p, table[p.layer, parts(p)], dropped[p.layer, parts(p)])
-
+            project = masked_and_counted(table.to(model.device), dropped)
             cache.length = 0 if all_sparse else half
             if all_sparse:
                 model.forward(first, cache, project)
                 dropped.zero_()
-            hidden = model.forward(second, cache, project)  # overwrites the dense keys and values of this half
+            hidden = model.forward(second, cache, project)  # overwrites this half in the cache
         predicted = model.logits(hidden).float().log_softmax(-1)
-        results.append({"nll": F.nll_loss(predicted, targets).item(),
-                        "kl": F.kl_div(predicted, expected, log_target=True, reduction="sum").item() / len(targets),
-                        "top1": (predicted.argmax(-1) == expected.argmax(-1)).double().mean().item(),
-                        "sparsity": dropped.cpu()})
+        divergence = F.kl_div(predicted, expected, log_target=True, reduction="batchmean")
+        same = predicted.argmax(-1) == expected.argmax(-1)
+        results.append({"nll": F.nll_loss(predicted, targets).item(), "kl": divergence.item(),
+                        "top1": same.double().mean().item(), "sparsity": dropped.cpu()})
     return results
 
 
-def evaluate(model, windows, thresholds, all_sparse=False):
-    """`score`'s results for one table of thresholds, or None, as means over windows [n, T], and `perplexity`."""
-    results = [score(model, tokens.to(model.device), [thresholds], all_sparse)[0] for tokens in windows]
-    means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
-    return {"perplexity": math.exp(means["nll"]), **means}
+def evaluate(model, windows, tables, all_sparse=False):
+    """`score` over windows [n, T]: for each table a dict of means, and `perplexity`."""
+    # Window by window, so that all tables share a window's dense reference.
+    scores = [score(model, tokens, tables, all_sparse)
+              for tokens in tqdm(windows.to(model.device), "evaluating", unit="window",
+                                 disable=None)]
+    means = [{name: sum(result[name] for result in results) / len(results) for name in results[0]}
+             for results in zip(*scores)]
+    return [{"perplexity": math.exp(mean["nll"]), **mean} for mean in means]
 
 
 def cut(tokens, window, offset=0, n=None):
-    """Windows number offset ... offset + n - 1 of a text's token ids -> [n, window]; without n, as many as there are.
+    """A text's token ids -> n of its windows, from window number `offset` on: [n, window].
 
-    Raises ValueError if the text does not hold them all, or holds none.
+    Without n, all that follow. Raises ValueError if the text does not hold them, or holds none.
     """
     held = len(tokens) // window
     n = max(1, held - offset) if n is None else n
     if offset < 0 or n < 1 or offset + n > held:
-        raise ValueError(f"the text holds {held} windows of {window} tokens; windows {offset} to {offset + n - 1} "
-                         "asked for; give a longer text or other --window, --offset, --windows")
+        raise ValueError(
+            f"the text holds {held} windows of {window} tokens; windows {offset} to "
+            f"{offset + n - 1} asked for; give a longer text or other --window, --offset, "
+            "--windows")
     return tokens[offset * window:(offset + n) * window].view(n, window)
 
 
 def find_calibrations(model, files, allocations):
-    """{allocation: Calibration}: from the files given, else whatever is there for this model (its own first)."""
+    """{allocation: Calibration}: from the files; without files, those at hand for this model."""
     found = {}
     for path in files:
         calibration = Calibration.load(path, model.config)
         allocation = calibration.metadata["allocation"]
         if allocation in found:
-            raise ValueError(f"{path} is a second {allocation} calibration; give one file for each allocation")
+            raise ValueError(f"{path} is a second {allocation} calibration; give one file for "
+                             "each allocation")
         found[allocation] = calibration
     for calibration in () if files else candidates(model):
         found.setdefault(calibration.metadata["allocation"], calibration)
     for allocation in allocations or ():
         if allocation not in found:
-            raise ValueError(f"there is no {allocation} calibration for this model; make one with calibrate.py "
-                             f"--allocation {allocation} and name it with --calibration")
+            raise ValueError(
+                f"there is no {allocation} calibration for this model; make one with "
+                f"calibrate.py --allocation {allocation} and name it with --calibration")
     if not found:
         raise ValueError("there is no calibration for this model; make one with calibrate.py")
     return {name: found[name] for name in allocations or found}
 
 
-def new_row(allocation, sparsity, run):
-    """A row of results over no windows yet; `add` makes its means grow. `run` identifies what is being measured."""
-    return {"allocation": allocation, "sparsity": sparsity, "realised_sparsity": 0.0, "perplexity": 1.0, "kl": 0.0,
-            "top1": 0.0, "projections": dict.fromkeys(PROJECTIONS, 0.0), "windows": 0, "run": run}
+# ---- results -----------------------------------------------------------------------------------
 
+def add_to_json(path, rows):
+    """Add rows to a --json file; they replace earlier ones of the same measurement.
 
-def resume(path, rows):
-    """The rows, each as the JSON file at `path` holds it if it stems from the same run."""
-    if path is None or not Path(path).exists():
-        return rows
+    With no rows this only checks the file. Raises ValueError if it exists and holds anything
+    else, or if it cannot be read or written.
+    """
     try:
-        old = {row["run"]: row for row in json.loads(Path(path).read_text()) if row.keys() == rows[0].keys()}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{path} exists and holds no results of evaluate.py; name another file with --json") from None
-    return [old.get(row["run"], row) for row in rows]
+        earlier = read_json(path) if Path(path).exists() else []
+        new = [[row[name] for name in SETTINGS] for row in rows]
+        kept = [row for row in earlier if [row[name] for name in SETTINGS] not in new]
+        with write_whole(path) as temporary:
+            temporary.write_text(json.dumps(kept + rows, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({one_line(error)}); name another file with "
+                         "--json") from None
 
 
-def add(row, result, shares):
-    """Take one more window's result into the means of a row."""
-    row["windows"] += 1
-
-    def mean(old, new):
-        return old + (float(new) - old) / row["windows"]
-
-    sparsity = result["sparsity"].mean(0)  # [7]: a projection is equally large in every layer
-    row["perplexity"] = math.exp(mean(math.log(row["perplexity"]), result["nll"]))
-    row["kl"], row["top1"] = mean(row["kl"], result["kl"]), mean(row["top1"], result["top1"])
-    row["realised_sparsity"] = mean(row["realised_sparsity"], sparsity @ shares)
-    row["projections"] = {name: mean(row["projections"][name], s) for name, s in zip(PROJECTIONS, sparsity)}
-
-
-def write_json(path, rows):
-    """Write the rows whole or not at all: an interruption must not cost what was measured before it."""
-    temporary = Path(f"{path}.{os.getpid()}")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, path)
+def read_json(path):
+    """The rows of a --json file. Raises OSError, and ValueError if it holds anything else."""
+    try:
+        rows = json.loads(Path(path).read_text())
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or any(
+            row.keys() != {*SETTINGS, *RESULTS} for row in rows):
+        raise ValueError(f"{path} exists and holds no results of this evaluate.py; name another "
+                         "file with --json")
+    return rows
 
 
 def print_table(rows):
-    print(f"{'allocation':<11}{'sparsity':>9}{'realised':>9}{'perplexity':>11}{'KL':>8}{'top-1':>7}   realised "
-          + " ".join(f"{name:>5}" for name in PROJECTIONS))
+    print(f"{'allocation':<11}{'sparsity':>9}{'realised':>9}{'perplexity':>11}{'KL':>8}"
+          f"{'top-1':>7}   realised " + " ".join(f"{name:>5}" for name in PROJECTIONS))
     for row in rows:
         print(f"{row['allocation']:<11}{row['sparsity']:>9.2f}{row['realised_sparsity']:>9.3f}"
               f"{row['perplexity']:>11.2f}{row['kl']:>8.4f}{row['top1']:>7.3f}            "
@@ -154,7 +161,7 @@ def print_table(rows):
 
 
 def plot(path, rows):
-    """Perplexity against realised sparsity, one line an allocation, all starting at the dense model."""
+    """Draw perplexity against the sparsity reached: a line for each allocation, from dense on."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,72 +183,68 @@ def plot(path, rows):
     figure.savefig(path, dpi=150)
 
 
+# ---- the command line --------------------------------------------------------------------------
+
 def parse_args():
     parser = make_parser(__doc__)
-    calibrate.add_model_flags(parser)
+    add_model_flags(parser)
+    many = 2**31 - 1
     add = parser.add_argument_group("text").add_argument
     add("--text", metavar="FILE", required=True, help="UTF-8 file to score")
-    add("--window", type=int, default=2048, metavar="N",
+    add("--window", type=number(int, 1, many), default=2048, metavar="N",
         help="tokens that see each other; the second half is scored (default: %(default)s)")
-    add("--windows", type=int, metavar="N", help="how many windows (default: all of the text)")
-    add("--offset", type=int, default=0, metavar="N", help="windows to skip at the text's start (default: %(default)s)")
+    add("--windows", type=number(int, 1, many), metavar="N",
+        help="how many windows (default: all of the text)")
+    add("--offset", type=number(int, 0, many), default=0, metavar="N",
+        help="windows to skip at the text's start (default: %(default)s)")
     add = parser.add_argument_group("sparsity").add_argument
-    add("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.6], metavar="S",
-        help="0 to 0.95; 0 is dense (default: %(default)s)")
+    add("--sparsity", type=number(float, 0, 0.95), nargs="+", metavar="S",
+        default=[0, 0.25, 0.4, 0.5, 0.6], help="0 to 0.95; 0 is dense (default: %(default)s)")
     add("--calibration", metavar="FILE", nargs="+", default=[],
         help="files of calibrate.py, one an allocation (default: those at hand for this model)")
-    add("--allocation", nargs="+", choices=ALLOCATIONS, help="which of them to score (default: all that are at hand)")
+    add("--allocation", nargs="+", choices=ALLOCATIONS,
+        help="which of them to score (default: all that are at hand)")
     add("--all-sparse", action="store_true", help="make the first half of each window sparse too")
     add = parser.add_argument_group("results").add_argument
-    add("--json", metavar="FILE", help="write them there as well; an interrupted run continues from it")
+    add("--json", metavar="FILE",
+        help="add the results to this file; measuring the same again replaces its results")
     add("--plot", metavar="FILE", help="draw perplexity against sparsity")
     return parser.parse_args()
 
 
-def run(args):
-    model, tokenizer = calibrate.load_model(args)
+def main():
+    args = parse_args()
+    model, tokenizer = load_model(args)
     if not 4 <= args.window <= model.config.context:
-        raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this model's context")
+        raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this "
+                         "model's context")
     tokens = torch.tensor(tokenizer.encode(Path(args.text).read_text(encoding="utf-8")))
     windows = cut(tokens, args.window, args.offset, args.windows)
 
-    tasks = [("dense", 0.0, None)] if 0 in args.sparsity else []
-    for name, calibration in find_calibrations(model, args.calibration, args.allocation).items():
-        tasks += [(name, s, calibration.thresholds(s)) for s in sorted(set(args.sparsity)) if s != 0]
-    settings = (weights_digest(model), args.dtype, model.quantize, args.window, args.all_sparse)
-    rows = []
-    for name, sparsity, table in tasks:
-        measured = hashlib.sha256(repr((settings, name, sparsity)).encode() + windows.numpy().tobytes())
-        if table is not None:
-            measured.update(table.numpy().tobytes())
-        rows.append(new_row(name, sparsity, measured.hexdigest()[:16]))
-    rows = resume(args.json, rows)
-
-    # Window by window, so that a window's dense reference is computed once for all rows.
-    shares = byte_shares(model.config)
-    for i, tokens in enumerate(tqdm(windows, "evaluating", unit="window", disable=None)):
-        todo = [(row, table) for row, (_, _, table) in zip(rows, tasks) if row["windows"] == i]
-        results = score(model, tokens.to(model.device), [table for _, table in todo], args.all_sparse) if todo else []
-        for (row, _), result in zip(todo, results):
-            add(row, result, shares)
-        if args.json and todo:
-            write_json(args.json, rows)
+    tasks = [("dense", 0.0, None, None)] if 0 in args.sparsity else []
+    for name, found in find_calibrations(model, args.calibration, args.allocation).items():
+        source = found.metadata.get("source")
+        tasks += [(name, s, source, found.thresholds(s)) for s in sorted({*args.sparsity} - {0})]
+    if args.json:  # a file that cannot be written must fail now, not after the measurement
+        add_to_json(args.json, [])
+    rows, shares = [], byte_shares(model.config)
+    results = evaluate(model, windows, [table for *_, table in tasks], args.all_sparse)
+    for (allocation, sparsity, source, _), result in zip(tasks, results):
+        dropped = result["sparsity"].mean(0)  # [7]: a projection has one size in all layers
+        rows.append({
+            "model": args.model or default_model.NAME, "dtype": args.dtype,
+            "quantize": args.quantize, "text": Path(args.text).name, "window": args.window,
+            "offset": args.offset, "windows": len(windows), "all_sparse": args.all_sparse,
+            "allocation": allocation, "calibrated_on": source, "sparsity": sparsity,
+            "realised_sparsity": (dropped @ shares).item(), "perplexity": result["perplexity"],
+            "kl": result["kl"], "top1": result["top1"],
+            "projections": dict(zip(PROJECTIONS, dropped.tolist()))})
     print_table(rows)
+    if args.json:
+        add_to_json(args.json, rows)
     if args.plot:
         plot(args.plot, rows)
 
 
-def main():
-    args = parse_args()
-    try:
-        run(args)
-    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted" + ("; the same command continues" if args.json else ""), file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(main)

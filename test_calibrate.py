@@ -1,37 +1,29 @@
 """Tests of calibrate.py against brute force, on a tiny random model."""
 
-import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import calibrate
-import calibration as calibration_file
-import checkpoint
-import teal
-from calibrate import BINS, MOST, SINKS, SITE_OF, allocate, byte_shares, count, masked, parts, quantile
-from calibration import ALLOCATIONS, GRID, Calibration, CalibrationError, cache_path, find
-from model import SITES, Config, Model
+from calibrate import BINS, MOST, SINKS, allocate, byte_shares, count, masked_and_counted, quantile
+from checkpoint.tensors import put, tensor_shapes
+from command_line import run_script
+from model import Config, Model, dense, masked
+from thresholds import ALLOCATIONS, GRID, Calibration, CalibrationError, find
 
-CONFIG = Config("llama", vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4, n_kv_heads=2,
-                head_dim=8)
+CONFIG = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4,
+                n_kv_heads=2, head_dim=8)
 
 
-def tiny(config=CONFIG, seed=0, dtype=torch.float32):
+def tiny(seed=0):
+    """A model of CONFIG with random weights."""
     generator = torch.Generator().manual_seed(seed)
-    model = Model(config, dtype)
-    for name, shape in model.shapes.items():
+    model = Model(CONFIG)
+    for name, shape in tensor_shapes(CONFIG).items():
         noise = torch.randn(shape, generator=generator)
-        model.put(name, 1 + 0.1 * noise if "norm" in name else noise / shape[-1] ** 0.5)
+        put(model, name, 1 + 0.1 * noise if "norm" in name else noise / shape[-1] ** 0.5)
     return model
 
 
@@ -54,19 +46,20 @@ def inputs_of(model, tokens):
     """{(layer, site): x [T, K]} of a dense forward pass."""
     seen = {}
 
-    def record(x, p):
-        seen[p.layer, p.site] = x
-        return calibrate.dense(x, p)
+    def record(x, linear):
+        seen[linear.layer, linear.site] = x
+        return dense(x, linear)
 
     model.forward(tokens, project=record)
     return seen
 
 
-# ---------------------------------------------------------------- histograms
+# ---- histograms --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scale, power", [(1.0, 1), (1e-4, 1), (30.0, 3)])
 def test_quantiles_of_a_histogram(scale, power):
-    magnitudes = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs() ** power * scale
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = torch.randn(100_000, generator=generator).abs() ** power * scale
     counts = torch.bincount(magnitudes.view(torch.int32) >> 16, minlength=BINS)
     thresholds = quantile(counts, GRID)
     exact = torch.quantile(magnitudes, GRID)
@@ -76,52 +69,69 @@ def test_quantiles_of_a_histogram(scale, power):
 
 
 def test_counts_leave_out_the_first_tokens(model, tokens, counts):
-    wanted = torch.cat([inputs_of(model, window)[1, "gate_up"][SINKS:] for window in tokens.view(4, 64)]).abs()
-    assert counts[1, list(SITES).index("gate_up")].sum() == wanted.numel()
-    threshold = quantile(counts[1, 2], torch.tensor([0.5]))
-    assert abs((wanted <= threshold).float().mean() - 0.5) < 2e-3
+    wanted = torch.cat([inputs_of(model, window)[1, "gate_up"][SINKS:]
+                        for window in tokens.view(4, 64)]).abs()
+    for gate_or_up in (4, 5):
+        assert counts[1, gate_or_up].sum() == wanted.numel()
+        threshold = quantile(counts[1, gate_or_up], torch.tensor([0.5]))
+        assert abs((wanted <= threshold).float().mean() - 0.5) < 2e-3
 
 
 def test_masks_keep_what_is_not_below_the_threshold(model):
-    p, x = model.layers[0].qkv, torch.randn(5, CONFIG.hidden_size)
+    linear, x = model.blocks[0].qkv, torch.randn(5, CONFIG.hidden_size)
     x[0, 0], x[1, 1] = float("nan"), 0.5
-    y = masked(x, p, torch.tensor([0.5, -1.0, 100.0]))
+    y = masked(x, linear, torch.tensor([0.5, -1.0, 100.0]))
     kept = torch.where(x.abs() <= 0.5, 0, x)
     assert torch.equal(y.isnan(), (torch.arange(5) == 0)[:, None].expand_as(y))
-    torch.testing.assert_close(y[1:, :32], kept[1:] @ p.w_t[:, :32])
-    torch.testing.assert_close(y[1:, 32:48], x[1:] @ p.w_t[:, 32:48])
+    torch.testing.assert_close(y[1:, :32], kept[1:] @ linear.w_t[:, :32])
+    torch.testing.assert_close(y[1:, 32:48], x[1:] @ linear.w_t[:, 32:48])
     assert not y[1:, 48:].any()
 
 
 def test_masks_compare_in_float32():
-    p = Model(CONFIG, torch.bfloat16).layers[0].down
-    p.w_t.fill_(1.0)
+    linear = Model(CONFIG, torch.bfloat16).blocks[0].down
+    linear.w_t.fill_(1.0)
     x = torch.zeros(1, CONFIG.intermediate_size, dtype=torch.bfloat16)
     x[0, 0] = 1.0  # in bfloat16 the threshold would become 1
-    assert masked(x, p, torch.tensor([0.999])).eq(1).all() and masked(x, p, torch.tensor([1.0])).eq(0).all()
+    assert masked(x, linear, torch.tensor([0.999])).eq(1).all()
+    assert masked(x, linear, torch.tensor([1.0])).eq(0).all()
+
+
+def test_dropped_shares_are_counted(model):
+    linear, x = model.blocks[1].gate_up, torch.randn(5, CONFIG.hidden_size)
+    thresholds, dropped = torch.rand(CONFIG.n_layers, 7), torch.zeros(CONFIG.n_layers, 7).double()
+    project = masked_and_counted(thresholds, dropped)
+    for _ in range(2):
+        assert torch.equal(project(x, linear), masked(x, linear, thresholds[1, 4:6]))
+    wanted = torch.zeros_like(dropped)
+    for i in (4, 5):
+        wanted[1, i] = 2 * (x.abs() <= thresholds[1, i]).double().mean()
+    torch.testing.assert_close(dropped, wanted)
 
 
 def test_infinite_activations_are_named(tokens):
     model = tiny()
-    model.layers[1].gate_up.w_t[3, 5] = float("inf")
+    model.blocks[1].gate_up.w_t[3, 5] = float("inf")
     with pytest.raises(CalibrationError, match="layer 1: the input of down"):
         count(model, tokens.view(4, 64))
 
 
 def test_equal_magnitudes_that_no_threshold_splits_are_named(tokens):
     model = tiny()
-    model.layers[0].mlp_norm.zero_()  # zeros alone are no obstacle
+    model.blocks[0].mlp_norm.zero_()  # zeros alone are no obstacle
     count(model, tokens.view(4, 64))
-    model.layers[1].qkv.w_t[:, 48:] = 0.1  # all of v is alike, and so is what attention makes of it
-    with pytest.raises(CalibrationError, match="layer 1: 100% of the inputs of o have the same magnitude"):
+    # All of v is alike, and so is what attention makes of it.
+    model.blocks[1].qkv.w_t[:, 48:] = 0.1
+    message = "layer 1: 100% of the inputs of o have the same magnitude"
+    with pytest.raises(CalibrationError, match=message):
         count(model, tokens[:1].expand(1, 64))
 
 
-# ---------------------------------------------------------------- allocations
+# ---- allocations -------------------------------------------------------------------------------
 
 def test_byte_shares(model):
-    q, k, v, o, gate, up, down = (byte_shares(CONFIG) * sum(p.w_t.numel() for layer in model.layers[:1] for p in (
-        layer.qkv, layer.o, layer.gate_up, layer.down))).tolist()
+    total = sum(linear.w_t.numel() for linear in model.linears()) / CONFIG.n_layers
+    q, k, v, o, gate, up, down = (byte_shares(CONFIG) * total).tolist()
     assert (q, k, v, o) == pytest.approx((32 * 32, 32 * 16, 32 * 16, 32 * 32))
     assert (gate, up, down) == pytest.approx((32 * 48,) * 3)
 
@@ -132,8 +142,10 @@ def test_allocate_meets_the_budget_and_beats_every_exchange():
     losses = torch.rand(3, 7, 100).cumsum(-1).cumsum(-1) * torch.rand(3, 7, 1)  # convex
     shares = byte_shares(CONFIG)
     sparsities = allocate(losses - losses[..., :1], levels, shares)
-    assert (sparsities.diff(dim=-1) >= -1e-6).all() and sparsities.min() >= 0 and sparsities.max() <= 0.99 + 1e-6
-    torch.testing.assert_close((sparsities.mean(0).T.double() @ shares).float(), GRID, atol=1e-5, rtol=0)
+    assert (sparsities.diff(dim=-1) >= -1e-6).all()
+    assert sparsities.min() >= 0 and sparsities.max() <= 0.99 + 1e-6
+    torch.testing.assert_close((sparsities.mean(0).T.double() @ shares).float(), GRID,
+                               atol=1e-5, rtol=0)
 
     # the marginal loss per byte is the same everywhere: no more below s_p than above s_q
     s = (sparsities[..., 50] * 100).double()
@@ -145,9 +157,11 @@ def test_allocate_meets_the_budget_and_beats_every_exchange():
 
 def test_allocate_walks_hulls_not_curves():
     losses = torch.zeros(1, 7, 3)
-    losses[0, :, 1], losses[0, :, 2] = 10.0, 11.0  # the step up to 0.5 looks dear, the whole way is not
+    # The step up to 0.5 looks expensive, but the whole way is not.
+    losses[0, :, 1], losses[0, :, 2] = 10.0, 11.0
     losses[0, 0] = torch.tensor([0.0, 6.0, 12.0])
-    sparsities = allocate(losses, torch.tensor([0.0, 0.475, 0.95]), torch.full((7,), 1 / 7, dtype=torch.float64))
+    shares = torch.full((7,), 1 / 7, dtype=torch.float64)
+    sparsities = allocate(losses, torch.tensor([0.0, 0.475, 0.95]), shares)
     assert sparsities[0, 0, 80] == 0 and sparsities[0, 1:, 80].mean() > 0.93
 
 
@@ -160,8 +174,8 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
 
     # plain loops over the second block
     rope, x = model.rope(0, 64), model.embed(tokens[:64])
-    x = model.block(model.layers[0], x, rope)
-    y = model.block(model.layers[1], x, rope)
+    x = model.blocks[0](x, rope)
+    y = model.blocks[1](x, rope)
     levels, path = [0.0] * 7, [[0.0] * 7]
     while sum(s * share for s, share in zip(levels, shares.tolist())) < 0.95:
         best = None
@@ -170,8 +184,12 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
                 trial = list(levels)
                 trial[i] = min(MOST, trial[i] + 0.05 / shares[i].item())
                 at = torch.tensor(trial, dtype=torch.float64)
-                thresholds = torch.cat([quantile(counts[1, SITE_OF[j]], at[j:j + 1]) for j in range(7)])
-                got = model.block(model.layers[1], x, rope, project=lambda x, p: masked(x, p, thresholds[parts(p)]))
+                thresholds = torch.cat([quantile(counts[1, j], at[j:j + 1]) for j in range(7)])
+
+                def project(x, linear, thresholds=thresholds):
+                    return masked(x, linear, thresholds[linear.places])
+
+                got = model.blocks[1](x, rope, project=project)
                 error = (got - y)[SINKS:].square().sum().item()
                 if best is None or error < best[0]:
                     best = error, trial
@@ -181,21 +199,22 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
     for target in (0.2, 0.5, 0.9):
         reached = path @ shares
         i = int((reached < target).sum())
-        wanted = path[i - 1] + (path[i] - path[i - 1]) * (target - reached[i - 1]) / (reached[i] - reached[i - 1])
-        torch.testing.assert_close(sparsities[1, :, round(target * 100)], wanted.float(), atol=1e-5, rtol=0)
+        weight = (target - reached[i - 1]) / (reached[i] - reached[i - 1])
+        wanted = path[i - 1] + (path[i] - path[i - 1]) * weight
+        torch.testing.assert_close(sparsities[1, :, round(target * 100)], wanted.float(),
+                                   atol=1e-5, rtol=0)
 
 
 def leaf_gradients(model, tokens, labels):
-    """{(layer, projection index): (x, dL/dx)} by autograd, every projection given an input of its own."""
+    """{(layer, projection): (x, dL/dx)} by autograd: each projection gets an input of its own."""
     leaves = {}
 
-    def project(x, p):
-        y, start = [], 0
-        for i, end in enumerate(p.ends, calibrate.FIRST[p.site]):
+    def project(x, linear):
+        y = []
+        for i, (start, end) in enumerate(zip(linear.starts, linear.ends), linear.places.start):
             noise = torch.zeros_like(x, requires_grad=True)
-            leaves[p.layer, i] = x.detach(), noise
-            y.append((x + noise) @ p.w_t[:, start:end])
-            start = end
+            leaves[linear.layer, i] = x.detach(), noise
+            y.append((x + noise) @ linear.w_t[:, start:end])
         return torch.cat(y, -1)
 
     logits = model.logits(model.forward(tokens, project=project))
@@ -206,11 +225,11 @@ def leaf_gradients(model, tokens, labels):
 def test_gradients_of_each_projection(model, tokens):
     seen = {}
 
-    def record(x, p, gradients):
-        for i, g in enumerate(gradients, calibrate.FIRST[p.site]):
-            seen[p.layer, i] = x, g
+    def record(x, linear, gradients):
+        for i, g in enumerate(gradients, linear.places.start):
+            seen[linear.layer, i] = x, g
 
-    logits = model.logits(calibrate.hidden_states(model, tokens[:64], lambda x, p: calibrate.Probe.apply(x, p, record)))
+    logits = model.logits(calibrate.hidden_states(model, tokens[:64], record))
     F.cross_entropy(logits, tokens[1:65], reduction="sum").backward()
     wanted = leaf_gradients(model, tokens[:64], tokens[1:65])
     assert seen.keys() == wanted.keys() and len(wanted) == 14
@@ -240,23 +259,29 @@ def test_fisher_costs(model, tokens, counts, monkeypatch):
         window = tokens.view(4, 64)[i // calibrate.DRAWS]
         for (layer, i), (x, g) in leaf_gradients(model, window, drawn).items():
             for level in range(20):
-                threshold = quantile(counts[layer, SITE_OF[i]], torch.tensor([level / 20]))
-                wanted[layer, i, level] += (g * x * (x.abs() <= threshold))[SINKS:].sum(1).square().sum()
+                threshold = quantile(counts[layer, i], torch.tensor([level / 20]))
+                effect = (g * x * (x.abs() <= threshold))[SINKS:].sum(1)
+                wanted[layer, i, level] += effect.square().sum()
     torch.testing.assert_close(costs, wanted, atol=1e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("projection", [0, 3, 4, 5, 6])  # behind k and v other tokens' predictions move too
+# not k and v: behind them other tokens' predictions move too
+@pytest.mark.parametrize("projection", [0, 3, 4, 5, 6])
 def test_fisher_costs_are_twice_the_divergence(model, tokens, counts, monkeypatch, projection):
     monkeypatch.setattr(calibrate, "DRAWS", 60)
     costs, labels = fisher_costs(model, tokens, counts, monkeypatch)
     layer, level = CONFIG.n_layers - 1, 4  # a sparsity of 0.2
     thresholds = torch.full((CONFIG.n_layers, 7), -1.0)
-    thresholds[layer, projection] = quantile(counts[layer, SITE_OF[projection]], torch.tensor([level / 20]))
+    share = torch.tensor([level / 20])
+    thresholds[layer, projection] = quantile(counts[layer, projection], share)
+
+    def sparse(x, linear):
+        return masked(x, linear, thresholds[linear.layer, linear.places])
 
     divergence = 0
     for window in tokens.view(4, 64):
-        p, q = (model.logits(model.forward(window, project=project))[SINKS:].log_softmax(-1) for project in (
-            calibrate.dense, lambda x, p: masked(x, p, thresholds[p.layer, parts(p)])))
+        hidden = [model.forward(window, project=project) for project in (dense, sparse)]
+        p, q = (model.logits(x)[SINKS:].log_softmax(-1) for x in hidden)
         divergence += (p.exp() * (p - q)).sum().item()
     assert costs[layer, projection, level].item() / 60 == pytest.approx(2 * divergence, rel=0.1)
 
@@ -269,54 +294,7 @@ def test_labels_follow_the_predictions():
         torch.testing.assert_close(shares, row.softmax(-1), atol=0.01, rtol=0)
 
 
-# ---------------------------------------------------------------- the file
-
-@pytest.fixture(scope="module")
-def calibration(model, tokens):
-    return calibrate.calibrate(model, tokens, 64, "fisher", source="noise")
-
-
-def test_thresholds_of_a_calibration(calibration):
-    assert (calibration.thresholds(0) == -1).all() and (calibration.thresholds(0.0) == -1).all()
-    torch.testing.assert_close(calibration.thresholds(0.5), calibration.table[..., 50])
-    torch.testing.assert_close(calibration.thresholds(0.955 - 0.01), (calibration.table[..., 94:].sum(-1) / 2))
-    torch.testing.assert_close(calibration.thresholds(0.95), calibration.table[..., 95])
-    shares = byte_shares(CONFIG).float()
-    for sparsity in (0.1, 0.345, 0.95):
-        assert (calibration.expected(sparsity).mean(0) @ shares).item() == pytest.approx(sparsity, abs=1e-4)
-    for sparsity in (-0.01, 0.951, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="from 0 to 0.95"):
-            calibration.thresholds(sparsity)
-
-
-def test_a_file_gives_back_what_was_saved(calibration, tmp_path):
-    calibration.save(tmp_path / "new" / "c.safetensors")
-    loaded = Calibration.load(tmp_path / "new" / "c.safetensors", CONFIG)
-    assert torch.equal(loaded.table, calibration.table) and torch.equal(loaded.sparsities, calibration.sparsities)
-    assert loaded.metadata == calibration.metadata and loaded.metadata["allocation"] == "fisher"
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.safetensors"]
-
-
-def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypatch):
-    """The file is there whole or not at all."""
-    file = tmp_path / "c.safetensors"
-
-    def full(*_):
-        raise SafetensorError("No space left on device")
-    with monkeypatch.context() as patch, pytest.raises(CalibrationError, match="cannot write .*No space left"):
-        patch.setattr(calibration_file, "save_file", full)
-        calibration.save(file)
-    assert not list(tmp_path.iterdir())
-    with monkeypatch.context() as patch:
-        patch.setattr(calibration_file.os, "replace", lambda *_: os._exit(9))
-        if (child := os.fork()) == 0:
-            calibration.save(file)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not file.exists()
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(calibration.save, [file] * 32))
-    assert torch.equal(Calibration.load(file, CONFIG).table, calibration.table)
-    assert len(list(tmp_path.iterdir())) == 2  # and what the killed process left
-
+# ---- making a calibration ----------------------------------------------------------------------
 
 def test_targets_are_reached_with_all_masks_at_work(model, tokens):
     windows, shares = tokens.view(4, 64)[:2], byte_shares(CONFIG)
@@ -329,102 +307,7 @@ def test_targets_are_reached_with_all_masks_at_work(model, tokens):
             assert expected.item() == pytest.approx(sparsity, abs=1e-3)
 
 
-def damaged(calibration, **changes):
-    """The calibration's tensors and metadata with some of them replaced; None removes."""
-    tensors = {"sparsity_grid": GRID, "thresholds": calibration.table, "sparsities": calibration.sparsities}
-    metadata = dict(calibration.metadata)
-    for name, value in changes.items():
-        kind = metadata if name in metadata else tensors
-        kind.pop(name) if value is None else kind.update({name: value})
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, metadata
-
-
-def test_hostile_files_are_refused(calibration, tmp_path):
-    nan, falling = calibration.table.clone(), calibration.table.clone()
-    nan[1, 2, 3], falling[0, 0, 50] = float("nan"), 1e9
-    file = tmp_path / "c.safetensors"
-    for changes, sentence in (
-            ({"thresholds": nan}, "must be finite"), ({"thresholds": falling}, "must be finite"),
-            ({"thresholds": -calibration.table - 1}, "must be finite"), ({"thresholds": None}, "thresholds"),
-            ({"thresholds": calibration.table[:1]}, "expected F32"),
-            ({"thresholds": calibration.table.double()}, "expected F32"),
-            ({"sparsities": calibration.sparsities * 2}, "must lie in"), ({"sparsity_grid": GRID / 2}, "must lie in"),
-            ({"format": "2"}, "format"), ({"format": None}, "format"), ({"fingerprint": "{}"}, "another model")):
-        save_file(*[damaged(calibration, **changes)[0], file, damaged(calibration, **changes)[1]])
-        with pytest.raises(CalibrationError, match=sentence) as raised:
-            Calibration.load(file, CONFIG)
-        assert "\n" not in str(raised.value)
-    calibration.save(file)
-    for content in (b"", b"hello", file.read_bytes()[:-8], b"\xff" * 8 + file.read_bytes()[8:]):
-        file.write_bytes(content)
-        with pytest.raises(CalibrationError, match="cannot read"):
-            Calibration.load(file, CONFIG)
-    for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(CalibrationError, match="cannot read"):
-            Calibration.load(path, CONFIG)
-
-
-def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert find(model) is None
-    calibration.metadata["source"] = "cache"
-    calibration.save(cache_path(model))
-    assert find(model).metadata["source"] == "cache" and find(model, folder=tmp_path).metadata["source"] == "cache"
-    assert find(tiny(seed=1)) is None  # a fine-tune of the same shape
-    calibration.metadata["source"] = "beside"
-    calibration.save(tmp_path / "calibration.safetensors")
-    assert find(model, folder=tmp_path).metadata["source"] == "beside"
-    with pytest.raises(CalibrationError, match="cannot read"):
-        find(model, path=tmp_path / "nowhere")
-
-
-def test_every_calibration_of_the_repository_loads():
-    files = sorted((Path(calibrate.__file__).parent / "calibrations").glob("*.safetensors"))
-    assert files
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        numbers = json.loads(metadata["fingerprint"])
-        config = Config("llama", **numbers)
-        calibration = Calibration.load(file, config)
-        assert metadata["allocation"] in ALLOCATIONS and metadata["source"]
-        for sparsity in (0.2, 0.5, 0.9):
-            reached = calibration.expected(sparsity).mean(0).double() @ byte_shares(config)
-            assert reached.item() == pytest.approx(sparsity, abs=0.001)
-
-
-# ---------------------------------------------------------------- the tables published with TEAL
-
-def test_teal_tables(tmp_path):
-    """Thresholds read from quantiles are those our code finds in a histogram with the same quantiles."""
-    file = tmp_path / "Llama-2-7B.npz"
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(4, 50_000, generator=generator).abs() * torch.tensor([[1.0], [0.1], [0.5], [0.02]])
-    quantiles = torch.quantile(samples, GRID, dim=1).T  # [4, 96]
-    targets = np.arange(1, 19) / 20
-    greedy = np.broadcast_to(targets[:, None], (32, 18, 7)).copy()
-    greedy[:, :, 1] = 9.0  # as published for k of Llama-3-70B
-    np.savez(file, sparsity_grid=GRID, magnitude_quantiles=quantiles.expand(32, -1, -1), target_grid=targets,
-             greedy_sparsity=greedy.astype(np.float32))
-    counts = torch.stack([torch.bincount(row.view(torch.int32) >> 16, minlength=BINS) for row in samples])
-    for allocation in ("uniform", "greedy"):
-        calibration = teal.convert(file, allocation)
-        ours = quantile(counts[SITE_OF], calibration.sparsities[5])
-        reached = [(samples[SITE_OF][:, None] <= thresholds[:, ::19, None]).float().mean(-1)  # [7, 6]
-                   for thresholds in (ours, calibration.table[5])]
-        assert (reached[0] - reached[1]).abs().max() < 1e-3
-    assert calibration.sparsities.max() <= 0.95 and "FasterDecoding" in calibration.metadata["licence"]
-    with pytest.raises(CalibrationError, match="Llama-2-13B"):
-        teal.convert(tmp_path / "GPT-2.npz", "uniform")
-
-    script = [sys.executable, teal.__file__, "--allocation", "greedy", "--out", tmp_path / "c"]
-    assert subprocess.run([*script, file]).returncode == 0
-    assert torch.equal(Calibration.load(tmp_path / "c", teal.config_of("Llama-2-7B")).table, calibration.table)
-    done = subprocess.run([*script, "GPT-2.npz"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no model TEAL published" in done.stderr
-
-
-# ---------------------------------------------------------------- the command line
+# ---- the command line --------------------------------------------------------------------------
 
 class Letters:
     """A tokenizer of single letters."""
@@ -435,21 +318,27 @@ class Letters:
         return [ord(letter) % CONFIG.vocab_size for letter in text]
 
 
+def run_in_process(main, arguments, monkeypatch, capsys):
+    """Run a script's main() with these arguments -> (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    try:
+        run_script(main)
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
 @pytest.fixture
 def run(model, tmp_path, monkeypatch, capsys):
-    """Runs the script in this process -> (exit code, stdout, stderr)."""
+    """Runs calibrate.py in this process -> (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(checkpoint, "load", lambda *args, **options: (model, Letters()))
+    monkeypatch.setattr("command_line.load", lambda *args, **options: (model, Letters()))
     (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 12)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["calibrate.py", "--device", "cpu", "--window", "64", *map(str, arguments)])
-        try:
-            calibrate.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
+        command = ["calibrate.py", "--device", "cpu", "--window", "64", *arguments]
+        return run_in_process(calibrate.main, command, monkeypatch, capsys)
 
     return run
 
@@ -458,17 +347,28 @@ def run(model, tmp_path, monkeypatch, capsys):
 def test_calibrating_on_a_text(run, tmp_path, allocation, monkeypatch):
     monkeypatch.setattr(calibrate, "STEP", 0.1)
     file = tmp_path / "c"
-    code, out, err = run("--text", tmp_path / "text", "--tokens", 200, "--allocation", allocation, "--out", file)
+    code, out, err = run("--text", tmp_path / "text", "--tokens", 200,
+                         "--allocation", allocation, "--out", file)
     assert code == 0 and out.strip() == str(file), err
     metadata = Calibration.load(file, CONFIG).metadata
-    assert (metadata["allocation"], metadata["tokens"], metadata["window"]) == (allocation, "192", "64")
+    assert metadata["allocation"] == allocation
+    assert (metadata["tokens"], metadata["window"]) == ("192", "64")
 
 
 def test_calibrating_on_what_the_model_writes(run, model):
     assert run("--tokens", 128, "--seed", 3, "--allocation", "uniform")[0] == 0
     assert find(model).metadata["source"] == "self-written, seed 3"
     texts = [calibrate.write_text(model, Letters(), 100, seed) for seed in (3, 3, 4)]
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2]) and len(texts[0]) == 100
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    assert len(texts[0]) == 100
+
+
+def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
+    tokenizer = Letters()
+    tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset({5})
+    assert calibrate.write_text(model, tokenizer, 10)[0] == 0
+    tokenizer.bos_id = None
+    assert calibrate.write_text(model, tokenizer, 10)[0] == 5
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -476,6 +376,9 @@ def test_calibrating_on_what_the_model_writes(run, model):
     (["--text", __file__, "--window", 1 << 20], "is outside 9 to 2048"),
     (["--text", __file__, "--window", 8], "is outside 9 to 2048"),
     (["--text", __file__, "--tokens", 63], "63 tokens do not fill one window of 64"),
+    (["--text", __file__, "--tokens", 0], "argument --tokens: '0' is not a whole number from 1"),
+    (["--text", __file__, "--tokens", -5], "argument --tokens: '-5' is not a whole number"),
+    (["--text", __file__, "--seed", -1], "argument --seed: '-1' is not a whole number from 0"),
     (["--device", "cuda:77"], "device 'cuda:77' is not available"),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, sentence):

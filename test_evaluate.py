@@ -2,18 +2,16 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import calibrate
-import checkpoint
 import evaluate
 from evaluate import cut, score
-from model import PROJECTIONS, KVCache
-from test_calibrate import CONFIG, tiny
+from model import PROJECTIONS, KVCache, masked
+from test_calibrate import CONFIG, Letters, run_in_process, tiny
 
 DENSE = torch.full((CONFIG.n_layers, len(PROJECTIONS)), -1.0)
 
@@ -39,35 +37,38 @@ def test_dense_perplexity_is_that_of_one_plain_forward_pass(model, windows):
         logits = model.logits(model.forward(tokens))
         losses.append(F.cross_entropy(logits[32:-1], tokens[33:]).item())
     wanted = math.exp(sum(losses) / len(losses))
-    for thresholds in (None, DENSE):
-        result = evaluate.evaluate(model, windows, thresholds)
+    for result in evaluate.evaluate(model, windows, [None, DENSE]):
         assert result["perplexity"] == pytest.approx(wanted, rel=1e-5)
-        assert result["kl"] == pytest.approx(0, abs=1e-6) and result["top1"] == 1 and not result["sparsity"].any()
+        assert result["kl"] == pytest.approx(0, abs=1e-6) and result["top1"] == 1
+        assert not result["sparsity"].any()
 
 
 @pytest.mark.parametrize("all_sparse", [False, True])
-def test_sparse_scores_are_those_of_decoding_token_by_token(model, windows, calibration, all_sparse):
+def test_sparse_scores_are_those_of_decoding_token_by_token(
+        model, windows, calibration, all_sparse):
     tokens, thresholds = windows[5], calibration.thresholds(0.4)
 
-    def project(x, p):
-        return calibrate.masked(x, p, thresholds[p.layer, calibrate.parts(p)])
+    def project(x, linear):
+        return masked(x, linear, thresholds[linear.layer, linear.places])
 
     cache = KVCache(model.config, 64)
     model.forward(tokens[:32], cache, *[project] * all_sparse)
-    logits = torch.cat([model.logits(model.forward(token[None], cache, project)) for token in tokens[32:-1]])
+    logits = torch.cat([model.logits(model.forward(token[None], cache, project))
+                        for token in tokens[32:-1]])
     reference = model.logits(model.forward(tokens))[32:-1].log_softmax(-1)
     result, = score(model, tokens, [thresholds], all_sparse)
     assert result["nll"] == pytest.approx(F.cross_entropy(logits, tokens[33:]).item(), rel=1e-4)
     divergence = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
     assert result["kl"] == pytest.approx(divergence.item(), rel=1e-3)
-    assert result["top1"] == pytest.approx((reference.argmax(-1) == logits.argmax(-1)).float().mean().item())
+    same = reference.argmax(-1) == logits.argmax(-1)
+    assert result["top1"] == pytest.approx(same.float().mean().item())
 
 
 def test_realised_sparsity_is_what_was_asked_for(model, windows, calibration):
-    for sparsity in (0.25, 0.5):
-        result = evaluate.evaluate(model, windows, calibration.thresholds(sparsity))
+    tables = [calibration.thresholds(sparsity) for sparsity in (0.25, 0.5)]
+    for sparsity, result in zip((0.25, 0.5), evaluate.evaluate(model, windows, tables)):
         assert (result["sparsity"].mean() - sparsity).abs() < 0.02
-    everything = evaluate.evaluate(model, windows[:1], torch.full_like(DENSE, 1e9))
+    everything, = evaluate.evaluate(model, windows[:1], [torch.full_like(DENSE, 1e9)])
     assert everything["sparsity"].eq(1).all()
 
 
@@ -80,84 +81,87 @@ def test_cut():
             cut(tokens, *arguments)
 
 
-# ---------------------------------------------------------------- the command line
-
-class Letters:
-    """A tokenizer of single letters."""
-
-    eos_ids, bos_id, has_chat_template = frozenset({0}), None, False
-
-    def encode(self, text, bos=True):
-        return [ord(letter) % CONFIG.vocab_size for letter in text]
-
+# ---- the command line --------------------------------------------------------------------------
 
 @pytest.fixture
 def run(model, calibration, tmp_path, monkeypatch, capsys):
-    """Runs the script in this process -> (exit code, stdout, stderr)."""
+    """Runs evaluate.py in this process -> (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoint, "load", lambda *args, **options: (model, Letters()))
-    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 12)  # 540 tokens
+    monkeypatch.setattr("command_line.load", lambda *args, **options: (model, Letters()))
+    text = "The quick brown fox jumps over the lazy dog. " * 12  # 540 tokens
+    (tmp_path / "text").write_text(text)
     calibration.save(tmp_path / "uniform.safetensors")
 
     def run(*arguments):
-        defaults = ["--text", str(tmp_path / "text"), "--window", "64", "--device", "cpu",
-                    "--calibration", str(tmp_path / "uniform.safetensors")]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *defaults, *map(str, arguments)])
-        try:
-            evaluate.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
+        command = ["evaluate.py", "--text", tmp_path / "text", "--window", 64, "--device", "cpu",
+                   "--calibration", tmp_path / "uniform.safetensors", *arguments]
+        return run_in_process(evaluate.main, command, monkeypatch, capsys)
 
     return run
 
 
 def test_results_table_and_plot(run, tmp_path):
-    code, out, err = run("--sparsity", 0, 0.25, 0.5, "--json", tmp_path / "r.json", "--plot", tmp_path / "p.png")
+    code, out, err = run("--sparsity", 0, 0.25, 0.5, "--json", tmp_path / "r.json",
+                         "--plot", tmp_path / "p.png")
     assert code == 0, err
     rows = json.loads((tmp_path / "r.json").read_text())
-    assert [(row["allocation"], row["sparsity"]) for row in rows] == [("dense", 0), ("uniform", 0.25), ("uniform", 0.5)]
+    assert [(row["allocation"], row["sparsity"]) for row in rows] == [
+        ("dense", 0), ("uniform", 0.25), ("uniform", 0.5)]
     for row in rows:
-        assert {"allocation", "sparsity", "realised_sparsity", "perplexity", "kl", "top1"} <= row.keys()
+        assert row.keys() == {*evaluate.SETTINGS, *evaluate.RESULTS}
+        assert row["model"] == "SmolLM2-135M-Instruct.Q4_1.gguf" and row["text"] == "text"
+        assert (row["dtype"], row["quantize"]) == ("float32", None)
+        assert (row["window"], row["offset"]) == (64, 0) and not row["all_sparse"]
         assert row["windows"] == 8 and f"{row['perplexity']:.2f}" in out
     assert rows[0]["kl"] == 0 and rows[0]["top1"] == 1 and rows[0]["realised_sparsity"] == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupted_run_continues(run, tmp_path, monkeypatch):
-    file, arguments = tmp_path / "r.json", ("--sparsity", 0, 0.5, "--json", tmp_path / "r.json")
-    assert run(*arguments)[0] == 0
-    whole = json.loads(file.read_text())
-    file.unlink()
+def test_results_replace_those_of_the_same_measurement_only(run, tmp_path):
+    file = tmp_path / "r.json"
 
-    calls = []
+    def rows(*arguments):
+        code, _, err = run("--json", file, *arguments)
+        assert code == 0, err
+        return json.loads(file.read_text())
 
-    def scored(*arguments, real=score):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
+    first = rows("--sparsity", 0, 0.5)
+    first[1]["perplexity"] = -1.0
+    file.write_text(json.dumps(first))
+    second = rows("--sparsity", 0.25)
+    assert second[:2] == first and len(second) == 3
+    third = rows("--sparsity", 0.5, "--windows", 1)  # another measurement: fewer windows
+    assert third[:3] == second and len(third) == 4
+    fourth = rows("--sparsity", 0.5)
+    assert fourth[:3] == [first[0], *third[2:]] and len(fourth) == 4
+    assert fourth[3] == {**first[1], "perplexity": fourth[3]["perplexity"]}
+    assert fourth[3]["perplexity"] > 0
 
-    monkeypatch.setattr(evaluate, "score", scored)
-    code, out, err = run(*arguments)
-    assert code == 130 and "the same command continues" in err
-    assert [row["windows"] for row in json.loads(file.read_text())] == [3, 3]
-    assert run(*arguments)[0] == 0
-    assert len(calls) == 4 + 5
-    for row, wanted in zip(json.loads(file.read_text()), whole):
-        for key, value in wanted.items():
-            assert row[key] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
 
-    assert run(*arguments)[0] == 0 and len(calls) == 9  # nothing is left to do
-    assert run(*arguments, "--offset", 1)[0] == 0 and len(calls) == 9 + 7  # another run: from the start
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"sparsity": 0}]', '{"a": {}}', "[[]]"])
+def test_files_of_others_are_left_alone(run, tmp_path, monkeypatch, content):
+    """They are refused before the measurement."""
+    monkeypatch.setattr(evaluate, "score", None)
+    (tmp_path / "r.json").write_text(content)
+    code, out, err = run("--json", tmp_path / "r.json")
+    assert code == 2 and "holds no results" in err and err.count("\n") == 1 and not out
+    assert (tmp_path / "r.json").read_text() == content
+
+
+def test_an_unwritable_file_is_refused_before_the_measurement(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", None)
+    for path in (tmp_path / "text" / "r.json", tmp_path):
+        code, out, err = run("--json", path)
+        assert code == 2 and str(path) in err and err.count("\n") == 1 and not out
 
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--window", 1000], "windows of 1000 tokens"),
     (["--offset", 7, "--windows", 2], "the text holds 8 windows of 64 tokens"),
-    (["--sparsity", 0.97], "sparsity 0.97"),
-    (["--sparsity", "nan"], "sparsity nan"),
+    (["--sparsity", 0.97], "argument --sparsity: '0.97' is not a number from 0 to 0.95"),
+    (["--sparsity", "nan"], "argument --sparsity: 'nan' is not a number from 0 to 0.95"),
+    (["--windows", 0], "argument --windows: '0' is not a whole number from 1"),
+    (["--offset", -1], "argument --offset: '-1' is not a whole number from 0"),
     (["--window", 4096], "--window 4096"),
     (["--text", "nowhere.txt"], "nowhere.txt"),
     (["--calibration", "nowhere.safetensors"], "nowhere.safetensors"),

@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import memory
+from checkpoint import memory
 
 G = 1 << 30
 
 
 def v2(limit, used, cache):
-    return {"max": limit, "current": used, "stat": f"anon 5\nfile 7\ninactive_file {cache}\nactive_file 4"}
+    return {"max": limit, "current": used,
+            "stat": f"anon 5\nfile 7\ninactive_file {cache}\nactive_file 4"}
 
 
 def v1(limit, used, cache):
-    return {"limit_in_bytes": limit, "usage_in_bytes": used, "stat": f"inactive_file 3\ntotal_inactive_file {cache}"}
+    return {"limit_in_bytes": limit, "usage_in_bytes": used,
+            "stat": f"inactive_file 3\ntotal_inactive_file {cache}"}
 
 
 @pytest.mark.parametrize("groups_of_process, groups, expected", [
@@ -24,10 +26,13 @@ def v1(limit, used, cache):
     ("0::/", {}, math.inf),  # no container
     ("0::/", {"/": v2(8 * G, 3 * G, G)}, 6 * G),
     ("0::/", {"/": v2("max", 3 * G, G)}, math.inf),
-    ("0::/a/b", {"/a/b": v2("max", G, 0), "/a": v2(4 * G, 3 * G, 0)}, G),  # the limit of the group around this one
+    # the limit of the group around this one
+    ("0::/a/b", {"/a/b": v2("max", G, 0), "/a": v2(4 * G, 3 * G, 0)}, G),
     ("0::/a", {"/a": v2(G, G + 5, 0)}, 0),
-    ("9:name=systemd:/x\n4:memory:/docker/id\n0::/docker/id", {"memory/": v1(8 * G, 5 * G, G)}, 4 * G),
-    ("4:memory:/a:b\n1:cpu:/k", {"memory/a:b": v1(3 * G, G, 0), "memory/": v1(1 << 62, 5 * G, G)}, 2 * G),
+    ("9:name=systemd:/x\n4:memory:/docker/id\n0::/docker/id", {"memory/": v1(8 * G, 5 * G, G)},
+     4 * G),
+    ("4:memory:/a:b\n1:cpu:/k", {"memory/a:b": v1(3 * G, G, 0), "memory/": v1(1 << 62, 5 * G, G)},
+     2 * G),
 ])
 def test_containers(monkeypatch, groups_of_process, groups, expected):
     files = {"/proc/self/cgroup": groups_of_process}
@@ -48,5 +53,6 @@ def test_containers(monkeypatch, groups_of_process, groups, expected):
 def test_too_much_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 5e9)
     memory.require_memory(5e9, "cpu", "a", "b")
-    with pytest.raises(ValueError, match="the model needs 6.0 GB of memory, but 5.0 GB are free on cpu; buy some"):
+    words = "the model needs 6.0 GB of memory, but 5.0 GB are free on cpu; buy some"
+    with pytest.raises(ValueError, match=words):
         memory.require_memory(6e9, "cpu", "the model", "buy some")

@@ -1,4 +1,5 @@
-"""model.py against transformers: the same logits from the same random weights, for every family and for odd shapes."""
+"""model.py against transformers: the same logits from the same random weights, for every family
+and for odd shapes."""
 
 import random
 
@@ -6,35 +7,45 @@ import pytest
 import torch
 import transformers
 
-from model import Config, KVCache, Model, rope_frequencies
+from checkpoint.config import parse_config
+from checkpoint.tensors import put, tensor_shapes
+from model import KVCache, Model, inv_freq
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "llama3": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "llama3": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
+               "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
 }
-SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2)
+SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
+             num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
+             initializer_range=0.2)
 CASES = {  # name: (class stem in transformers, changes to SMALL, rope)
     "llama-2": ("Llama", {}, "default"),
     "llama-3": ("Llama", {"num_key_value_heads": 2}, "llama3"),
-    "llama-3.2, tied": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, "llama3"),
+    "llama-3.2, tied": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True},
+                        "llama3"),
     "linear rope": ("Llama", {}, "linear"),
-    "odd heads": ("Llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54}, "default"),
-    "prime sizes": ("Llama", {"num_attention_heads": 7, "num_key_value_heads": 7, "hidden_size": 42,
+    "odd heads": ("Llama",
+                  {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54},
+                  "default"),
+    "prime sizes": ("Llama",
+                    {"num_attention_heads": 7, "num_key_value_heads": 7, "hidden_size": 42,
                               "intermediate_size": 53}, "default"),
     "explicit head_dim": ("Llama", {"head_dim": 20, "num_key_value_heads": 2}, "default"),
     "llama with biases": ("Llama", {"attention_bias": True}, "default"),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 7}, "default"),
-    "mistral, no window, head_dim": ("Mistral", {"sliding_window": None, "head_dim": 12}, "default"),
+    "mistral, no window, head_dim": ("Mistral", {"sliding_window": None, "head_dim": 12},
+                                     "default"),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}, "default"),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}, "default"),
 }
 
 
 def pair(name):
-    """A random model of transformers and ours with its weights, from a fresh seed, which is printed."""
+    """A random model of transformers and ours with its weights, from a fresh seed."""
     seed = random.randrange(2**32)
     print(f"{name}: seed {seed}")
     torch.manual_seed(seed)
@@ -42,13 +53,14 @@ def pair(name):
     config = getattr(transformers, f"{stem}Config")(**SMALL | changes, rope_parameters=ROPE[rope])
     config._attn_implementation = "eager"
     theirs = getattr(transformers, f"{stem}ForCausalLM")(config).float().eval()
-    for parameter_name, parameter in theirs.named_parameters():  # fresh ones would be all 1 or all 0
+    for parameter_name, parameter in theirs.named_parameters():  # fresh ones are all 1 or all 0
         if "norm" in parameter_name or "bias" in parameter_name:
             torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.2)
-    ours = Model(Config.from_hf(config.to_dict() | {"architectures": [f"{stem}ForCausalLM"]}))
+    architectures = {"architectures": [f"{stem}ForCausalLM"]}
+    ours = Model(parse_config(config.to_dict() | architectures))
     state = theirs.state_dict()
-    for tensor_name in ours.shapes:
-        ours.put(tensor_name, state[tensor_name])
+    for tensor_name in tensor_shapes(ours.config):
+        put(ours, tensor_name, state[tensor_name])
     return theirs, ours
 
 
@@ -64,70 +76,23 @@ def test_logits(name):
         assert (logits - expected).abs().max() <= 1e-4
 
     check(ours.logits(ours.forward(tokens)))  # the whole text, without a cache
-    chunkings = [[80], [1] * 80, [1, 17, 1, 1, 40, 20]]  # prefill; token by token; chunks of prefill between tokens
+    # prefill; token by token; chunks of prefill between tokens
+    chunkings = [[80], [1] * 80, [1, 17, 1, 1, 40, 20]]
     chunkings.append([])
     while sum(chunkings[-1]) < 80:
         chunkings[-1].append(min(random.randint(1, 30), 80 - sum(chunkings[-1])))
     for sizes in chunkings:
         cache = KVCache(ours.config, 80)
-        check(torch.cat([ours.logits(ours.forward(chunk, cache)) for chunk in tokens.split(sizes)]))
+        check(torch.cat([ours.logits(ours.forward(chunk, cache))
+                         for chunk in tokens.split(sizes)]))
         assert cache.length == 80
     with pytest.raises(ValueError, match="81 tokens do not fit"):
         ours.forward(tokens[:1], cache)
 
 
-@pytest.mark.parametrize("name", ["llama-3", "linear rope", "mistral", "qwen2", "llama-2"])
-def test_old_and_new_spelling(name):
-    stem, changes, rope = CASES[name]
-    new = getattr(transformers, f"{stem}Config")(**SMALL | changes, rope_parameters=ROPE[rope]).to_dict()
-    old = {key: value for key, value in new.items() if key != "rope_parameters"}
-    old["rope_theta"] = ROPE[rope]["rope_theta"]
-    old["rope_scaling"] = {key: value for key, value in ROPE[rope].items() if key != "rope_theta"}
-    oldest = old | {"rope_scaling": {"type": rope} | {k: v for k, v in old["rope_scaling"].items() if k != "rope_type"}}
-    if rope == "default":
-        oldest["rope_scaling"] = None
-    assert Config.from_hf(new) == Config.from_hf(old) == Config.from_hf(oldest)
-
-
 @pytest.mark.parametrize("rope", ROPE)
-def test_rope_frequencies(rope):
+def test_inv_freq(rope):
     config = transformers.LlamaConfig(**SMALL, rope_parameters=ROPE[rope])
     expected = transformers.LlamaForCausalLM(config).model.rotary_emb.inv_freq
-    torch.testing.assert_close(rope_frequencies(Config.from_hf(config.to_dict())), expected, rtol=1e-6, atol=0)
-
-
-LLAMA = SMALL | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"model_type": "gpt2"}, "'gpt2'.*supported are LlamaForCausalLM"),
-    ({"model_type": "qwen2"}, "LlamaForCausalLM.*supported are"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    ({"model_type": None}, "unsupported architecture"),
-    ({"hidden_size": None}, "hidden_size is None"),
-    ({"hidden_size": "many"}, "hidden_size is 'many'"),
-    ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
-    ({"head_dim": 7}, "head_dim is 7"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*default, linear, llama3"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
-    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
-    ({"rope_parameters": ROPE["llama3"] | {"low_freq_factor": 9.0}}, "low_freq_factor is 9.0"),
-])
-def test_config_errors(change, words):
-    Config.from_hf(LLAMA)
-    with pytest.raises(ValueError, match=words) as error:
-        Config.from_hf(LLAMA | change)
-    assert "\n" not in str(error.value)
-
-
-def test_put_errors():
-    model = Model(Config.from_hf(LLAMA))
-    with pytest.raises(ValueError, match="q_proj.*shape"):
-        model.put("model.layers.0.self_attn.q_proj.weight", torch.zeros(32, 31))
-    with pytest.raises(ValueError, match="layers.3.*shape"):
-        model.put("model.layers.3.self_attn.q_proj.weight", torch.zeros(32, 32))
+    ours = inv_freq(parse_config(config.to_dict()))
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)

@@ -1,5 +1,7 @@
-"""Tests of quantize.py and of everything that multiplies with int8 weights, on tiny random models and the CPU."""
+"""Tests of int8 weights: the rounding, products with them, and the folders of quantize.py. All on
+tiny random models and the CPU."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,13 +14,18 @@ from safetensors.torch import load_file
 
 import calibrate
 import checkpoint
+import int8
 import quantize
-from calibrate import masked
+from checkpoint.config import parse_config
+from checkpoint.tensors import is_quantized, put, tensor_shapes
+from command_line import run_script
+from cpu_gemv import CpuGemv, empty_packed, pack, unpack
 from generate import generate
-from model import PROJECTIONS, SITES, Config, Model, Projection, dense, tensor_shapes
-from quantize import empty_packed, is_quantized, pack, quantize_tensor, unpack
-from sparse_gemv import sparse_gemv, sparse_gemv_reference
+from int8 import Int8Linear, quantize_tensor
+from model import PROJECTIONS, Linear, Model, dense, masked
+from sparse_gemv import sparse_gemv
 from test_checkpoint import CONFIG, strings, weights, write_folder, write_gguf
+from test_sparse_gemv import reference
 
 torch.set_num_threads(1)  # tiny products: a second thread would only wait
 
@@ -41,23 +48,25 @@ def run(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, args)])
         code = 0
         try:
-            quantize.main()
+            run_script(quantize.main)
         except SystemExit as error:
             code = error.code
         return code, capfd.readouterr().err
     return run
 
 
-# ---------------------------------------------------------------- the arithmetic
+# ---- the arithmetic ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n, k", [(1, 1), (7, 33), (50, 4096), (3, quantize.PIECE + 1)])
+@pytest.mark.parametrize("n, k", [(1, 1), (7, 33), (50, 4096), (3, int8.PIECE + 1)])
 def test_rounding_is_off_by_half_a_step_at_most(n, k, dtype):
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype)
     q, scale = quantize_tensor(weight)
-    assert q.dtype == torch.int8 and q.shape == (n, k) and scale.dtype == torch.float32 and scale.shape == (n,)
+    assert q.dtype == torch.int8 and q.shape == (n, k)
+    assert scale.dtype == torch.float32 and scale.shape == (n,)
     error = (q.double() * scale.double()[:, None] - weight.double()).abs()
-    assert (error <= scale.double()[:, None] * (0.5 + 1e-5)).all()  # the float32 division is off by some 1e-5 of a step
+    # The float32 division is off by some 1e-5 of a step.
+    assert (error <= scale.double()[:, None] * (0.5 + 1e-5)).all()
     assert (q.abs().amax(1) == 127).all()
 
 
@@ -67,7 +76,8 @@ def test_rows_of_zeros_tiny_and_huge_numbers():
         weight = (row * size).float()[None]
         q, scale = quantize_tensor(weight)
         assert scale.isfinite().all() and scale > 0
-        assert ((q.double() * scale - weight.double()).abs() <= scale.double() * (0.5 + 1e-5)).all()
+        error = (q.double() * scale - weight.double()).abs()
+        assert (error <= scale.double() * (0.5 + 1e-5)).all()
         if size > 1e-35:
             assert torch.equal(q, torch.arange(-127, 128)[None]), size
     q, _ = quantize_tensor(torch.stack((torch.zeros(5), torch.ones(5))))
@@ -87,10 +97,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-# ---------------------------------------------------------------- products
+# ---- products ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("k, ends", [(64, (96, 128, 160)), (33, (1000,)), (50, (307,)), (16, (512, 1024)), (5, (1,))])
+@pytest.mark.parametrize("k, ends", [
+    (64, (96, 128, 160)), (33, (1000,)), (50, (307,)), (16, (512, 1024)), (5, (1,))])
 def test_packed_products(k, ends, narrow, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     g = torch.Generator().manual_seed(k)
@@ -104,99 +115,112 @@ def test_packed_products(k, ends, narrow, monkeypatch):
     assert torch.equal(unpack(packed, *(0, *ends)[-2:]), q[:, (0, *ends)[-2]:])
 
     scale, bias = torch.rand(ends[-1], generator=g), torch.randn(ends[-1], generator=g)
+    options = {"scale": scale, "bias": bias}
     for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
         x = torch.randn(1, k, generator=g).to(dtype)
         x[0, 0] = 0.5
-        for threshold in (-1.0, 0.5, 100.0, torch.tensor([0.7]), [(end, 0.3 * i - 0.1) for i, end in enumerate(ends)]):
-            counts = torch.zeros(3, len(threshold) if isinstance(threshold, list) else 1, dtype=torch.int64)
-            wanted = sparse_gemv_reference(x, q, threshold, scale=scale, bias=bias, kept=counts[0])
-            for w_t, kept in ((packed, counts[1]), (q, counts[2])):
-                y = sparse_gemv(x, w_t, threshold, scale=scale, bias=bias, kept=kept)
-                assert y.dtype == dtype and y.shape == (1, ends[-1]) and torch.equal(kept, counts[0])
+        for threshold in (-1.0, 0.5, 100.0, 0.7, [0.3 * i - 0.1 for i in range(len(ends))]):
+            thresholds = threshold if isinstance(threshold, list) else [threshold] * len(ends)
+            counts = torch.zeros(3, len(ends), dtype=torch.int64)
+            wanted = reference(x, q, thresholds, ends=ends, kept=counts[0], **options)
+            for y in (CpuGemv(packed, ends, thresholds, scale, bias, counts[1])(x),
+                      sparse_gemv(x, q, thresholds, ends=ends, kept=counts[2], **options)):
+                assert y.dtype == dtype and y.shape == (1, ends[-1])
                 torch.testing.assert_close(y[0], wanted, rtol=rtol, atol=rtol * 127 * 5)
+            assert torch.equal(counts[1], counts[0]) and torch.equal(counts[2], counts[0])
 
 
-def test_packed_products_refuse_what_does_not_fit():
+def test_the_unprepared_product_refuses_packed_weights():
     packed, x, scale = empty_packed(16, (32, 96)), torch.randn(16), torch.ones(96)
-    for args, options, name in (
-            ((x, packed, 0.1), {}, "scale"), ((x[:8], packed, 0.1), {"scale": scale}, "x's shape"),
-            ((x, packed[0], 0.1), {"scale": scale}, "w_t"), ((x, packed[:, ::2], 0.1), {"scale": scale}, "w_t"),
-            ((x, packed, [(40, 0.1), (96, 0.2)]), {"scale": scale}, "threshold")):
-        with pytest.raises(ValueError, match=name):
-            sparse_gemv(*args, **options)
+    for w_t in (packed, packed[0]):
+        with pytest.raises(ValueError, match="w_t"):
+            sparse_gemv(x, w_t, 0.1, scale=scale)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_dense_products_in_pieces(dtype, tolerance, monkeypatch):
     torch.manual_seed(0)
-    p = Projection(0, "qkv", 64, (96, 32, 32), True, dtype, "cpu", "int8")
-    parts = [torch.randn(width, 64) for width in p.widths]
-    for part, end in zip(parts, p.ends):
-        p.put("q_proj.weight", end - len(part), part)
-        p.put("q_proj.bias", end - len(part), torch.randn(len(part)))
+    linear = Int8Linear(0, "qkv", 64, (96, 32, 32), True, dtype, "cpu")
+    parts = [torch.randn(width, 64) for width in linear.widths]
+    for i, part in enumerate(parts):
+        linear.load_weight(i, part)
+        linear.load_bias(i, torch.randn(len(part)))
     x = torch.randn(20, 64).to(dtype)
     wanted = torch.cat([q * scale[:, None] for q, scale in map(quantize_tensor, parts)])
-    torch.testing.assert_close(p.weight(96, 160, dtype), wanted.T[:, 96:].to(dtype), rtol=1e-6, atol=0)
-    wanted = x.double() @ wanted.T.double() + p.bias.double()
+    torch.testing.assert_close(
+        linear.weight(96, 160), wanted.T[:, 96:].to(dtype), rtol=1e-6, atol=0)
+    wanted = x.double() @ wanted.T.double() + linear.bias.double()
+    close = {"rtol": tolerance, "atol": tolerance * 10}
     for piece in (1 << 24, 1, 64 * 50):
-        monkeypatch.setattr("model.PIECE", piece)
-        torch.testing.assert_close(dense(x, p).double(), wanted, rtol=tolerance, atol=tolerance * 10)
-    torch.testing.assert_close(masked(x, p, [-1.0] * 3).double(), wanted, rtol=tolerance, atol=tolerance * 10)
+        monkeypatch.setattr(int8, "FLOATS", piece)
+        torch.testing.assert_close(dense(x, linear).double(), wanted, **close)
+    torch.testing.assert_close(masked(x, linear, [-1.0] * 3).double(), wanted, **close)
 
 
-# ---------------------------------------------------------------- models and folders
+# ---- models and folders ------------------------------------------------------------------------
 
 def plain(model, folder):
     """An unquantized float32 model whose weights are those that the int8 model's stand for."""
     result = Model(model.config)
-    tensors = {name: tensor.float() for name, tensor in checkpoint.open_checkpoint(folder).tensors}
+    tensors = {name: t.float() for name, t in checkpoint.open_checkpoint(folder).tensors}
     for name, tensor in tensors.items():
-        result.put(name, tensor)
-    for layer, quantized in zip(result.layers, model.layers):
-        for site in SITES:
-            p = getattr(quantized, site)
-            getattr(layer, site).w_t.copy_(p.weight(0, p.ends[-1], torch.float32))
+        put(result, name, tensor)
+    for linear, quantized in zip(result.linears(), model.linears()):
+        linear.w_t.copy_(quantized.weight(0, quantized.ends[-1]))
     result.embedding = tensors["model.embed_tokens.weight"]
-    result.lm_head.w_t = model.lm_head.weight(0, model.config.vocab_size, torch.float32)
+    result.lm_head.w_t = model.lm_head.weight(0, model.config.vocab_size)
     return result
 
 
 def test_the_int8_model_is_a_model_with_rounded_weights(source):
     model, _ = checkpoint.load(source, quantize="int8")
-    assert model.quantize == "int8" and model.lm_head.w_t.dtype == torch.uint8
-    assert model.embedding.dtype == torch.float32
-    wanted, tokens = plain(model, source), torch.randint(320, (32,), generator=torch.Generator().manual_seed(0))
+    assert all(isinstance(linear, Int8Linear) for linear in model.linears())
+    assert model.lm_head.w_t.dtype == torch.uint8 and model.embedding.dtype == torch.float32
+    wanted = plain(model, source)
+    tokens = torch.randint(320, (32,), generator=torch.Generator().manual_seed(0))
     logits, expected = (m.logits(m.forward(tokens)) for m in (model, wanted))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
-    ours, expected = (calibrate.calibrate(m, tokens.repeat(2), 32, "fisher").thresholds(0.5) for m in (model, wanted))
+    ours, expected = (calibrate.calibrate(m, tokens.repeat(2), 32, "fisher").thresholds(0.5)
+                      for m in (model, wanted))
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     for thresholds in (None, ours):
-        ids, expected = (list(generate(m, tokens[:8].tolist(), 24, thresholds=thresholds)) for m in (model, wanted))
+        ids, expected = (list(generate(m, tokens[:8].tolist(), 24, thresholds=thresholds))
+                         for m in (model, wanted))
         assert ids == expected
 
 
+def same_tensors(ours, theirs):
+    """Assert that two models, blocks or matrices hold the same tensors under the same names."""
+    assert vars(ours).keys() == vars(theirs).keys()
+    for name, value in vars(ours).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, vars(theirs)[name]), name
+        elif isinstance(value, Linear):
+            assert isinstance(value, Int8Linear)
+            same_tensors(value, vars(theirs)[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_folder_is_the_same_model_as_quantizing_while_loading(source, tmp_path, dtype, monkeypatch):
+def test_a_folder_is_the_same_model_as_quantizing_while_loading(
+        source, tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(quantize, "SHARD", 20_000)  # bytes: several files
     opened = checkpoint.open_checkpoint(source)
     quantize.write_folder(opened, tmp_path / "out")
     written = checkpoint.open_checkpoint(tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and sorted(os.listdir(tmp_path)) == ["out", "source"]
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
     assert written.quantized and written.config == opened.config
 
     model, tokenizer = checkpoint.load(tmp_path / "out", dtype=dtype)
     wanted, theirs = checkpoint.load(source, dtype=dtype, quantize="int8")
-    for ours, other in zip((model, *model.layers), (wanted, *wanted.layers)):
-        for name, value in vars(ours).items():
-            if isinstance(value, Projection):
-                same = vars(other)[name]
-                assert torch.equal(value.w_t, same.w_t) and torch.equal(value.scale, same.scale)
-            elif isinstance(value, torch.Tensor):
-                assert torch.equal(value, vars(other)[name])
+    for ours, other in zip((model, *model.blocks), (wanted, *wanted.blocks)):
+        same_tensors(ours, other)
     assert list(generate(model, [1, 50, 60], 32)) == list(generate(wanted, [1, 50, 60], 32))
     assert tokenizer.eos_ids == theirs.eos_ids == {2, 5} and tokenizer.special == theirs.special
-    assert tokenizer.chat([{"role": "user", "content": "the"}]) == theirs.chat([{"role": "user", "content": "the"}])
+    messages = [{"role": "user", "content": "the"}]
+    assert tokenizer.chat(messages) == theirs.chat(messages)
     assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50))
 
 
@@ -207,21 +231,25 @@ def test_a_gguf_file_becomes_a_folder(run, tmp_path):
     model, tokenizer = checkpoint.load(tmp_path / "new" / "out")
     wanted, theirs = checkpoint.load(tmp_path / "m.gguf", quantize="int8")
     assert torch.equal(model.lm_head.w_t, wanted.lm_head.w_t)
-    assert torch.equal(model.layers[1].qkv.w_t, wanted.layers[1].qkv.w_t)
+    assert torch.equal(model.blocks[1].qkv.w_t, wanted.blocks[1].qkv.w_t)
     assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50))
     assert tokenizer.eos_ids == theirs.eos_ids
 
 
 def test_files_hold_int8_and_nothing_twice(source, tmp_path):
     quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "out")
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model-00001.safetensors")
-    config = Config.from_hf(checkpoint.read_json(tmp_path / "out" / "config.json"))
-    assert {name: tuple(tensor.shape) for name, tensor in after.items()} == tensor_shapes(config, quantized=True)
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model-00001.safetensors")
+    config = parse_config(json.loads((tmp_path / "out" / "config.json").read_text()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in after.items()}
+    assert shapes == tensor_shapes(config, quantized=True)
     for name, tensor in before.items():
         assert after[name].dtype == (torch.int8 if is_quantized(name) else tensor.dtype)
-    assert sum(is_quantized(name) for name in before) == 2 * len(PROJECTIONS) + (not config.tie_embeddings)
+    n_quantized = sum(is_quantized(name) for name in before)
+    assert n_quantized == 2 * len(PROJECTIONS) + (not config.tie_embeddings)
     out = tmp_path / "out"
-    assert (out / "model-00001.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+    modes = {(out / name).stat().st_mode for name in ("model-00001.safetensors", "config.json")}
+    assert len(modes) == 1
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path):
@@ -230,9 +258,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     before = sorted(os.listdir(tmp_path))
-    for model, out, words in ((source, "int8", "exists already"), (source, "file", "exists already"),
-                              (source, "file/out", "cannot write"), (tmp_path / "int8", "twice", "quantized already"),
-                              (tmp_path / "nowhere", "out", "does not exist")):
+    for model, out, words in (
+            (source, "int8", "exists already"), (source, "file", "exists already"),
+            (source, "file/out", "cannot write"),
+            (tmp_path / "int8", "twice", "quantized already"),
+            (tmp_path / "nowhere", "out", "does not exist")):
         code, error = run("--model", model, "--out", tmp_path / out)
         assert code == 2 and error.count("\n") == 1 and words in error, error
         assert sorted(os.listdir(tmp_path)) == before
@@ -243,16 +273,20 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path):
 def test_a_full_disk(tmp_path):
     source = write_folder(tmp_path / "source")
     for kib in (0, 30):  # no file can grow beyond: config.json fails, the weights fail
-        command = f"ulimit -f {kib}; exec '{sys.executable}' -B quantize.py --model '{source}' --out '{tmp_path}/out'"
-        done = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parent, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done.stderr
+        command = (f"ulimit -f {kib}; exec '{sys.executable}' -B quantize.py --model '{source}' "
+                   f"--out '{tmp_path}/out'")
+        done = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parent,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
         assert os.listdir(tmp_path) == ["source"]
 
 
 def test_damaged_folders_are_refused(tmp_path):
     source = write_folder(tmp_path / "source")
     quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
-    shutil.copy(source / "model.safetensors", tmp_path / "int8" / "model.safetensors")  # floats under the int8 config
+    # floats under the int8 config
+    shutil.copy(source / "model.safetensors", tmp_path / "int8" / "model.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match="weight_scale is missing"):
         checkpoint.open_checkpoint(tmp_path / "int8")
     # int8 under a plain config

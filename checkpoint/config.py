@@ -1,0 +1,121 @@
+"""Reads config.json, the settings of a Hugging Face model, into `model.Config`.
+
+A wrong number here would mean wrong text without an error. So every value is checked, and what
+the forward pass does not compute is refused.
+"""
+
+from model import Config
+
+FAMILIES = {  # model_type in config.json -> the architecture there
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+ROPE_SETTINGS = {  # rope_type -> the numbers that it needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"),
+}
+FIXED = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
+
+
+def parse_config(config):
+    """The dictionary of a config.json -> Config.
+
+    Raises ValueError, naming the key and its value.
+    """
+    model_type = check_family(config)
+    for key, wanted in FIXED.items():
+        if config.get(key, wanted) not in (wanted, None):
+            raise ValueError(
+                f"config value {key} is {config[key]!r}; only {wanted!r} is supported")
+    if config.get("use_sliding_window"):
+        raise ValueError("config value use_sliding_window is true; a window on some of the "
+                         "layers is not supported")
+    window = None
+    if model_type == "mistral" and config.get("sliding_window") is not None:
+        window = number(config, "sliding_window", high=1 << 24)
+
+    hidden_size = number(config, "hidden_size")
+    n_heads = number(config, "num_attention_heads", high=1024)
+    n_kv_heads = number(config, "num_key_value_heads", n_heads, high=1024)
+    head_dim = number(config, "head_dim", hidden_size // n_heads, high=1024)
+    if n_heads % n_kv_heads:
+        raise ValueError(f"config value num_key_value_heads is {n_kv_heads}, which does not "
+                         f"divide num_attention_heads {n_heads}")
+    if head_dim % 2:
+        raise ValueError(f"config value head_dim is {head_dim}; rotary embedding needs an even "
+                         "number")
+    theta, scaling = parse_rope(config)
+    attention_bias = flag(config, "attention_bias")
+    return Config(
+        vocab_size=number(config, "vocab_size", high=1 << 22),
+        hidden_size=hidden_size,
+        intermediate_size=number(config, "intermediate_size"),
+        n_layers=number(config, "num_hidden_layers", high=1024),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        norm_eps=number(config, "rms_norm_eps", 1e-6, 0.0, 1.0, float),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        context=number(config, "max_position_embeddings", 2048, high=1 << 24),
+        sliding_window=window,
+        qkv_bias=attention_bias or model_type == "qwen2",
+        o_bias=attention_bias and model_type == "llama",
+        tie_embeddings=flag(config, "tie_word_embeddings"),
+    )
+
+
+def check_family(config):
+    """The model_type, if it is supported and the architecture belongs to it."""
+    model_type = str(config.get("model_type"))
+    architectures = config.get("architectures") or [FAMILIES.get(model_type)]
+    if (model_type not in FAMILIES or not isinstance(architectures, list)
+            or FAMILIES[model_type] not in architectures):
+        raise ValueError(
+            f"unsupported architecture: model_type {model_type!r}, architectures "
+            f"{architectures!r}; supported are {', '.join(FAMILIES.values())}")
+    return model_type
+
+
+def parse_rope(config):
+    """(rope_theta, rope_scaling as `Config` has it).
+
+    New configs keep all of RoPE in rope_parameters, old ones in rope_theta and rope_scaling.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(v, (dict, list)) for v in rope.values()):
+        raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
+                         "all layers")
+    config = config | rope
+    theta = number(config, "rope_theta", 10000.0, 1.0, 1e12, float)
+    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
+    if rope_type not in ROPE_SETTINGS:
+        raise ValueError(f"rope scaling type {rope_type!r} is not supported; supported are "
+                         f"{', '.join(ROPE_SETTINGS)}")
+    scaling = {key: number(config, key, None, 1e-3, 1e8, float)
+               for key in ROPE_SETTINGS[rope_type]}
+    if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(f"config value low_freq_factor is {scaling['low_freq_factor']}; it must "
+                         f"be below high_freq_factor {scaling['high_freq_factor']}")
+    return theta, {"rope_type": rope_type, **scaling} if scaling else None
+
+
+def number(config, key, default=None, low=1, high=1 << 20, kind=int):
+    """A number from low to high; a missing or null one is the default."""
+    value = default if config.get(key) is None else config[key]
+    if (isinstance(value, bool) or not isinstance(value, (int, kind))
+            or not low <= value <= high):  # NaN fails here too
+        raise ValueError(f"config value {key} is {value!r}; expected {kind.__name__} from {low} "
+                         f"to {high}")
+    return kind(value)
+
+
+def flag(config, key):
+    """True or false; a missing or null one is false. The text "false" would count as true."""
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise ValueError(f"config value {key} is {value!r}; expected true or false")
+    return bool(value)

@@ -1,0 +1,25 @@
+"""Downloads a model from the Hugging Face hub: settings, tokenizer and safetensors, no code."""
+
+from pathlib import Path
+
+from checkpoint.opened import CheckpointError
+from files import one_line
+
+FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja", "model.safetensors", "model-*.safetensors",
+         "model.safetensors.index.json"]
+
+
+def download(repo):
+    """A hub id, "org/name" -> the folder with its files, from the hub's cache or the network.
+
+    Raises CheckpointError.
+    """
+    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=FILES))
+    except Exception as error:  # many kinds: no network, no such model, no permission, full disk
+        raise CheckpointError(
+            f"cannot download {repo} from the Hugging Face hub ({one_line(error)}); check the "
+            "name and the network, or give --model a local folder") from None

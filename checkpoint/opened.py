@@ -1,0 +1,46 @@
+"""What opening a checkpoint gives, whatever its form, and the one error that it raises."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from checkpoint.tokenizer import Tokenizer
+from files import one_line
+from model import Config
+
+
+class CheckpointError(ValueError):
+    """One sentence: which file, what is wrong with it, and what to do if anything helps."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose files are checked. No weight is read yet."""
+
+    config: Config
+    tokenizer: Tokenizer
+    files: list[Path]  # all that it consists of
+    shapes: dict[str, tuple]  # Hugging Face tensor name -> shape, exactly those the model needs
+    read: Callable[[str], torch.Tensor]  # name -> tensor on the CPU: floats, or int8 if quantized
+    config_json: dict  # what `config` was made from
+    quantized: bool = False  # quantize.py wrote it
+
+    @property
+    def tensors(self):
+        """Every (name, tensor), each read when it is asked for."""
+        return ((name, self.read(name)) for name in self.shapes)
+
+
+@contextlib.contextmanager
+def blame(path):
+    """Turn an error about a file's or folder's content into a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from None

@@ -1,0 +1,126 @@
+"""Text to token ids and back, by the tokenizer that a checkpoint brings along.
+
+The `tokenizers` package does the work. `Tokenizer` adds what a model needs: which ids end a turn,
+and how a conversation is written (chat_template.py). `TextStream` turns ids into text while they
+are still coming. The file is a stranger's, and the package is written in Rust: a bad file may end
+it in a panic. Whatever goes wrong becomes a TokenizerError of one sentence.
+"""
+
+from tokenizers.decoders import DecodeStream
+
+from checkpoint import chat_template
+
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>",
+               "</s>")
+
+
+class TokenizerError(ValueError):
+    """One sentence: what is wrong with a tokenizer."""
+
+
+class Tokenizer:
+    """Text to token ids and back. Every method raises TokenizerError if the checkpoint is bad.
+
+    eos_ids: frozenset of the ids that end a turn
+    bos_id: the id that `encode` puts first, or None
+    has_chat_template: whether `chat` works
+    """
+
+    def __init__(self, tokenizer, vocab_size, special, eos, template):
+        """
+        tokenizer: a `tokenizers.Tokenizer`
+        vocab_size: of the model
+        special: {"bos_token": text or None, ...}, values unchecked
+        eos: ids that end a turn, or lists of them, unchecked
+        template: a chat template or None, unchecked
+        """
+        self.tokenizer, self.vocab_size, self.template = tokenizer, vocab_size, template
+        tokenizer.no_truncation()  # a file may ask for both
+        tokenizer.no_padding()
+        self.has_chat_template = isinstance(template, str)
+        self.special = {role: text for role, text in special.items() if isinstance(text, str)}
+        added = tokenizer.get_added_tokens_decoder()
+        self.skipped = {i for i, token in added.items() if token.special}  # by `decode`
+        ends = {*END_OF_TURN, self.special.get("eos_token")}
+        eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids])]
+        eos += [i for i, token in added.items() if token.content in ends]
+        self.eos_ids = frozenset(i for i in eos if type(i) is int and 0 <= i < vocab_size)
+        nothing = guard("not a sound tokenizer", tokenizer.encode, "").ids  # some errors need use
+        self.bos_id = next((i for i in nothing if i < vocab_size), None)
+
+    def encode(self, text, bos=True):
+        """str -> list of ids, `bos_id` first if there is one and `bos` is true.
+
+        The text may hold special tokens.
+        """
+        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
+        ids = guard("the checkpoint's tokenizer cannot encode this text",
+                    self.tokenizer.encode, text, add_special_tokens=bos).ids
+        if ids and max(ids) >= self.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer gives token {max(ids)}, but the model's vocabulary is "
+                f"{self.vocab_size}; they do not belong together")
+        return ids
+
+    def decode(self, ids):
+        """Ids -> str without special tokens. Bytes that are not UTF-8 become U+FFFD."""
+        return guard("the checkpoint's tokenizer cannot decode these tokens",
+                     self.tokenizer.decode, list(ids), skip_special_tokens=True)
+
+    def chat(self, messages, add_generation_prompt=True):
+        """[{"role": "user", "content": str}, ...] -> ids, written as the model is used to."""
+        if not self.has_chat_template:
+            raise TokenizerError("this checkpoint has no chat template; give it plain text to "
+                                 "continue instead")
+        try:
+            text = chat_template.render(
+                self.template, messages=messages, tools=None, documents=None,
+                add_generation_prompt=add_generation_prompt, **self.special)
+        except ValueError as error:
+            raise TokenizerError(str(error)) from None
+        return self.encode(text, bos=False)
+
+
+class TextStream:
+    """Decodes ids one by one. All that `push` returns, then `flush`, is `decode` of all ids.
+
+    `DecodeStream` holds a character back until its last byte has come. It cannot do two things.
+    It never gives out an incomplete character at the end. And it fails at SentencePiece's byte
+    tokens, <0xNN>: whether they are text depends on the whole run of them, so a run is held back
+    until another token ends it.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.ids, self.pending = [], []  # all, and those that the stream has not seen
+        self.length = 0  # characters given out
+
+    def push(self, id):
+        """One more id -> the text (str, often a word, sometimes empty) that it completes."""
+        token = self.tokenizer.tokenizer.id_to_token(id)
+        if token is None or id in self.tokenizer.skipped:
+            return ""
+        self.ids.append(id)
+        self.pending.append(id)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return ""
+        text = guard("the checkpoint's tokenizer cannot decode these tokens",
+                     self.stream.step, self.tokenizer.tokenizer, self.pending) or ""
+        self.pending = []
+        self.length += len(text)
+        return text
+
+    def flush(self):
+        """The rest of the text, after the last id."""
+        return self.tokenizer.decode(self.ids)[self.length:]
+
+
+def guard(complaint, function, *arguments, **options):
+    """Call a function of the tokenizers package; its errors become a TokenizerError."""
+    try:
+        return function(*arguments, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust is not even an Exception
+        raise TokenizerError(f"{complaint} ({str(error)[:200]!r})") from None

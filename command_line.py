@@ -1,0 +1,136 @@
+"""What all scripts share: the parser, the flags that choose a model, errors and exit codes.
+
+A script ends in one of four ways: 0 when it is done; 2 after one sentence on standard error that
+says what is wrong and what to do; 130 after Ctrl-C, silently; 0, silently, when the reader of its
+output has left.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import load
+from checkpoint.memory import free_memory
+from files import one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser(doc):
+    """A parser for a script with this docstring: its first paragraph is the description, its last
+    one the examples."""
+    layout = functools.partial(
+        argparse.RawDescriptionHelpFormatter, max_help_position=30, width=98)
+    return Parser(prog=script_name(), description=doc.split("\n\n")[0],
+                  epilog="examples:\n" + doc.rpartition("\n\n")[2], formatter_class=layout)
+
+
+def script_name():
+    """The name of the running script, such as generate.py."""
+    return Path(sys.argv[0]).name
+
+
+def number(kind, low, high):
+    """An argparse type: an int or a float (`kind`) from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:  # "not", so that NaN is refused
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {whole}number from {low} to {high}")
+        return value
+    return parse
+
+
+# ---- the flags that choose a model -------------------------------------------------------------
+
+def add_model_flag(parser):
+    """Add --model in a group of its own; returns the group's add_argument, for more flags."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="M",
+        help="Hugging Face folder, hub id or .gguf file (default: SmolLM2-135M-Instruct)")
+    return add
+
+
+def add_model_flags(parser, dtype="float32"):
+    """Add --model, --dtype (with this default), --quantize and --device.
+
+    Returns the group's add_argument, for more flags.
+    """
+    add = add_model_flag(parser)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype,
+        help="of weights and arithmetic (default: %(default)s)")
+    add("--quantize", choices=("int8",),
+        help="hold the weights as int8: half the bytes of bfloat16")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
+    return add
+
+
+def device(text):
+    """An argparse type: the name of a device, if this machine has it."""
+    try:
+        usable = torch.device(text).type in ("cpu", "cuda")
+        torch.empty(0, device=text)  # "cuda:1" is a valid name, but is there such a card?
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"device {text!r} is not available; try --device cpu")
+    if text.startswith("cuda:"):
+        torch.cuda.set_device(text)  # Triton launches kernels on the current device
+    return text
+
+
+def load_model(args, context=None):
+    """Load what the flags of `add_model_flags` name -> (Model, Tokenizer).
+
+    context: the longest text, in tokens; None for the model's own limit
+    Raises ValueError (often CheckpointError) and OSError.
+    """
+    return load(args.model, dtype=getattr(torch, args.dtype), device=args.device,
+                quantize=args.quantize, context=context)
+
+
+# ---- errors and exit codes ---------------------------------------------------------------------
+
+def run_script(main):
+    """Run main() and end the process as a command-line tool should (see the top of this file)."""
+    try:
+        main()
+        if sys.stdout is not None:  # it is None if the caller closed it
+            sys.stdout.flush()  # a full disk shows here at the latest
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit: give it a place that takes anything.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ImportError as error:
+        fail(f"{one_line(error)}; run pip install -r requirements-dev.txt")
+    except (OSError, ValueError) as error:
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not (on_gpu or on_cpu):
+            raise
+        free = free_memory(torch.device("cuda" if on_gpu else "cpu")) / 1e9
+        fail(f"out of memory, with {free:.1f} GB free now ({one_line(error)}); try --dtype "
+             "bfloat16, --quantize int8, a shorter text (--context) or a smaller model")
+
+
+def fail(message):
+    """Exit with code 2 after one line on standard error."""
+    print(f"{script_name()}: error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,132 @@
+"""The engine's products on a CPU: y = W x for one token, reading only the rows of W that matter.
+
+PyTorch's `embedding_bag` adds up chosen rows of a table, each times a number. That is a sparse
+product, and it reads nothing but those rows. A `CpuGemv` is made once for a matrix and its
+thresholds, so that a token costs little besides the rows: x is compared with the thresholds,
+NumPy lists the kept rows, and one call sums them up. `sparse_gemv.py` explains the method and
+holds a version that needs no preparing.
+
+int8 weights take another table. PyTorch's quantized `embedding_bag` sums up rows of bytes, each
+followed by a scale and an offset of its own. `pack` writes int8 weights that way, with scale 1
+and offset -128, so that byte b counts as b - 128. This file needs torch and numpy alone.
+"""
+
+import functools
+import math
+
+import torch
+
+ROW_END = 8  # bytes after each row of a packed table: its scale and its offset, two float32
+
+
+class CpuGemv:
+    """A product prepared for one matrix: x [1, K] -> (x without its small entries) @ w_t, [1, N].
+
+    w_t:        [K, N] contiguous floats, or packed int8, uint8 [n_blocks, K, width + ROW_END]
+    ends:       the last column + 1 of each of the matrices that lie side by side in w_t
+    thresholds: one float for each of them; x[k] is dropped where |x[k]| <= threshold
+    scale:      float32 [N], multiplies the sums, or None
+    bias:       [N], added next, or None
+    kept:       int64 [number of matrices]: the number of kept rows is added to it; or None
+
+    Each row of w_t is cut into n_blocks equal blocks. The same memory is then a table [K *
+    n_blocks, N / n_blocks], and one bag sums up one block of columns. So every matrix can have
+    its own kept rows, and the bags run on several threads.
+    """
+
+    def __init__(self, w_t, ends, thresholds, scale=None, bias=None, kept=None):
+        self.packed = w_t.dtype == torch.uint8
+        self.n, self.scale, self.bias = ends[-1], scale, bias
+        k = w_t.shape[1] if self.packed else w_t.shape[0]
+        width = self.n // w_t.shape[0] if self.packed else block_width(ends, thresholds)
+        self.n_blocks = self.n // width
+        self.table = w_t.view(k * self.n_blocks, -1)
+        self.rows, self.starts = bags(k, self.n_blocks, self.packed)
+        self.first_blocks = [start // width for start in (0, *ends[:-1])]
+        self.thresholds = None  # keep everything
+        if any(t >= 0 for t in thresholds):  # [n_blocks, 1]
+            self.thresholds = torch.tensor([
+                [next(t for end, t in zip(ends, thresholds) if block * width < end)]
+                for block in range(self.n_blocks)])
+        self.kept = None if kept is None else kept.numpy()  # the same memory, with cheaper scalars
+
+    def __call__(self, x):
+        rows, starts = self.rows, self.starts
+        values = (x.float() if self.packed else x).expand(self.n_blocks, -1)
+        if self.thresholds is None:
+            values = values.reshape(-1)
+        else:
+            keep = (x.float().abs() <= self.thresholds).logical_not_().view(-1)  # [n_blocks * K]
+            entries = keep.numpy().nonzero()[0]  # several times as fast as PyTorch's nonzero
+            starts = torch.from_numpy(entries.searchsorted(starts.numpy()))
+            entries = torch.from_numpy(entries)
+            rows = entries if self.packed else rows.index_select(0, entries)
+            values = values.take(entries)
+        if self.kept is not None:
+            ends = [*starts.tolist(), len(rows)]
+            for i, block in enumerate(self.first_blocks):
+                self.kept[i] += ends[block + 1] - ends[block]
+        if self.packed:
+            y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+                self.table, rows, starts, per_sample_weights=values)
+        else:
+            y = torch.embedding_bag(self.table, rows, starts, False, 0, False, values)[0]
+        y = y.view(1, self.n)
+        if self.scale is not None:
+            y = y * self.scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def block_width(ends, thresholds):
+    """The width of a block of columns.
+
+    A block lies within one matrix, unless all have one threshold. Every thread gets as many
+    blocks as any other. And a block is narrow enough for a thread's sums to stay in its L1 cache.
+    """
+    n = ends[-1]
+    whole = n if len(set(thresholds)) == 1 else math.gcd(*ends)
+    pieces = math.ceil(torch.get_num_threads() * whole / n)
+    return whole // math.gcd(whole, pieces * math.ceil(whole / pieces / 8192))
+
+
+@functools.lru_cache(maxsize=None)
+def bags(k, n_blocks, packed):
+    """For every entry of x [n_blocks, K], its row in the table, bag after bag; and each bag's
+    start."""
+    rows = torch.arange(n_blocks * k)  # packed weights lie block after block
+    if not packed:  # others row after row, so that the blocks alternate
+        rows = rows.view(k, n_blocks).T.reshape(-1)
+    return rows, torch.arange(0, n_blocks * k, k)
+
+
+# ---- packed int8 -------------------------------------------------------------------------------
+
+def empty_packed(k, ends, narrow=False):
+    """Room for int8 [k, ends[-1]], matrices side by side that end at `ends`; no two share a block.
+
+    There is a block for every thread, as wide as that allows: scattered rows are read fastest
+    when they are long. If `narrow`, blocks have 256 columns or hardly more, which is faster where
+    all rows are read.
+    """
+    whole = math.gcd(*ends)
+    least = max(1, min(whole, 256 if narrow else ends[-1] // torch.get_num_threads()))
+    width = next(width for width in range(least, whole + 1) if whole % width == 0)
+    packed = torch.empty(ends[-1] // width, k, width + ROW_END, dtype=torch.uint8)
+    packed[:, :, width:] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+    return packed
+
+
+def pack(packed, start, q):
+    """Write int8 q [n, K] as the columns from `start` on."""
+    width = packed.shape[2] - ROW_END
+    blocks = packed[start // width:(start + len(q)) // width, :, :width]
+    blocks.copy_(q.view(torch.uint8).view(-1, width, q.shape[1]).transpose(1, 2))
+    blocks ^= 128  # flips the sign bit: two's complement q becomes the byte q + 128
+
+
+def unpack(packed, start, end):
+    """The columns start ... end - 1 as int8 [K, end - start]; both are multiples of the blocks'
+    width."""
+    width = packed.shape[2] - ROW_END
+    blocks = packed[start // width:end // width, :, :width] ^ 128  # [blocks, K, width]
+    return blocks.view(torch.int8).transpose(0, 1).flatten(1)

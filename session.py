@@ -1,0 +1,188 @@
+"""One growing text: prefill, then token after token from a decoder, and what all of it read.
+
+Prefill takes the whole prompt through the model at once, dense: its time is arithmetic, not
+memory. After that, every token is one step of a decoder (`decode.py`), which reads only the
+weights that matter. The session keeps the KV cache between generations, so a conversation is
+never computed twice.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from decode import CpuDecoder, GpuDecoder, sample
+from model import PROJECTIONS, KVCache, dense, masked
+
+PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once, so memory stays bounded
+
+
+@dataclass
+class Stats:
+    """What a session has done so far."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    steps: int = 0  # the first new token comes from prefill, every other one from a step
+    decode_seconds: float = 0.0
+    cache_bytes: int = 0  # keys and values read by the steps
+
+
+class Session:
+    """One growing text: a model, its KV cache and how to choose the next token.
+
+    thresholds: float32 [n_layers, 7], one for each projection (order PROJECTIONS); None is dense
+    temperature, top_k, top_p: see `sample`
+    stop:       ids of the tokens that end a generation
+    context:    tokens that the KV cache has room for; None for the model's longest
+    graph:      on a GPU, capture the step as a CUDA graph; False gives the same tokens, slower
+    """
+
+    def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+                 stop=(), context=None, graph=True):
+        self.model, self.stop = model, frozenset(stop)
+        generator = torch.Generator(model.device).manual_seed(seed)
+        self.sampling = (temperature, top_k, top_p, generator)
+        context = context or model.config.context
+        self.cache = KVCache(model.config, context, model.dtype, model.device)
+        self.tokens = []  # those whose keys and values the cache holds
+        self.full = False  # whether the last generation ended because the context did
+        self.stats = Stats()
+        decoder = GpuDecoder if model.device.type == "cuda" else CpuDecoder
+        self.decoder = decoder(model, self.cache, self.choose, [generator], graph)
+        self.set_thresholds(thresholds)
+
+    def set_thresholds(self, thresholds):
+        """Decode with these thresholds from now on (see the class)."""
+        if thresholds is None:
+            thresholds = torch.full(self.decoder.kept.shape, -1.0)
+        self.thresholds = thresholds
+        self.decoder.set_thresholds(thresholds)
+
+    def choose(self, logits):
+        """Logits [V] -> the next token's id, int64 [1]; -1, for the host to see, if not all are
+        finite."""
+        low, high = logits.aminmax()  # NaN if one of them is
+        finite = high.float() - low.float() < math.inf
+        return sample(logits, *self.sampling).masked_fill(~finite, -1)
+
+    @torch.inference_mode()
+    def prefill(self, tokens):
+        """Run a list of ids through the model, dense, and return the id that follows them."""
+        start = self.cache.length
+        for chunk in torch.tensor(tokens, device=self.model.device).split(PREFILL_CHUNK):
+            hidden = self.model.forward(chunk, self.cache)
+        token = self.choose(self.model.logits(hidden[-1:])[0]).item()
+        if token < 0:
+            self.diagnose(tokens, start, dense)
+        self.tokens += tokens
+        return token
+
+    @torch.inference_mode()
+    def diagnose(self, tokens, start, project):
+        """Raise ValueError naming where `tokens`, at position `start`, turn infinite or NaN."""
+        model = self.model
+        end = f"is infinite or NaN at token {start + len(tokens)} of the text; " + {
+            torch.float16: "float16 ends at 65504, so try --dtype bfloat16",
+            torch.bfloat16: "try --dtype float32, or another checkpoint",
+        }.get(model.dtype, "try another checkpoint")
+
+        def watch(x, linear):
+            y = project(x, linear)
+            place = "the LM head" if linear.layer is None else (
+                f"{'/'.join(PROJECTIONS[linear.places])} in layer {linear.layer}")
+            for what, values in ("input", x), ("output", y):
+                if not values.isfinite().all():
+                    raise ValueError(f"the {what} of {place} {end}")
+            return y
+
+        self.cache.length = start
+        for chunk in torch.tensor(tokens, device=model.device).split(PREFILL_CHUNK):
+            hidden = model.forward(chunk, self.cache, watch)
+        watch(hidden[-1:], model.lm_head)
+        raise ValueError(f"a logit {end}")
+
+    def generate(self, prompt, max_new_tokens):
+        """A generator of the ids that continue `prompt`, a list of ids, up to and without a stop
+        token.
+
+        What the cache holds of the prompt's beginning is not computed again, so a conversation
+        may be given whole every time. Raises ValueError for a prompt that is empty or longer than
+        the context.
+        """
+        stats, cache, context = self.stats, self.cache, self.cache.context
+        if not prompt:
+            raise ValueError("the prompt is empty; give the model at least one token to continue")
+        if len(prompt) > context:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, more than the context of {context}; shorten "
+                "it, or raise --context where the model allows more")
+        self.full = False
+        same = 0
+        while (same < min(len(self.tokens), len(prompt) - 1)
+               and self.tokens[same] == prompt[same]):
+            same += 1
+        cache.length, self.tokens = same, self.tokens[:same]
+
+        start = time.perf_counter()
+        token = self.prefill(prompt[same:])
+        stats.prompt_tokens += len(prompt) - same
+        stats.prefill_seconds += time.perf_counter() - start
+        self.decoder.start(token, cache.length)
+        steps = self.decoder.tokens(min(max_new_tokens, context - len(prompt)) - 1)
+        for i in range(max_new_tokens):
+            if token in self.stop:
+                return
+            stats.new_tokens += 1
+            yield token
+            if i + 1 == max_new_tokens:
+                return
+            self.full = len(prompt) + i + 1 >= context
+            if self.full:
+                return
+            start = time.perf_counter()
+            following = next(steps)
+            if following < 0:
+                self.diagnose([token], cache.length, self.masked)
+            self.tokens.append(token)
+            cache.length += 1
+            token = following
+            stats.decode_seconds += time.perf_counter() - start
+            stats.steps += 1
+            seen = min(cache.length, self.model.config.sliding_window or cache.length)
+            stats.cache_bytes += seen * KVCache.bytes_per_token(self.model.config, self.model.dtype)
+
+    def masked(self, x, linear):
+        """A decode step's product in plain PyTorch."""
+        if linear.layer is None:
+            return dense(x, linear)
+        return masked(x, linear, self.thresholds[linear.layer, linear.places].to(x.device))
+
+    @property
+    def kept(self):
+        """Rows read by all steps, int64 [n_layers, 7]."""
+        return self.decoder.kept
+
+    def sparsity(self):
+        """The share of the blocks' weights that a decode step does not read, on average."""
+        read = block_bytes(self.model, self.kept) / self.decoder.n_steps
+        return 1 - read / block_bytes(self.model)
+
+    def bytes_per_token(self):
+        """Bytes that a decode step reads, on average: weights of blocks and LM head, keys,
+        values."""
+        blocks = block_bytes(self.model, self.kept) / self.decoder.n_steps
+        return self.model.lm_head.w_t.nbytes + blocks + self.stats.cache_bytes / self.stats.steps
+
+
+def block_bytes(model, kept=None):
+    """Bytes of the blocks' weights, or of `kept` rows of every projection, int64 [n_layers, 7]."""
+    total = 0
+    for linear in model.linears():
+        rows = [linear.in_features] * len(linear.widths)
+        if kept is not None:
+            rows = kept[linear.layer, linear.places].tolist()
+        total += sum(n * width for n, width in zip(rows, linear.widths)) * linear.w_t.element_size()
+    return total

@@ -1,0 +1,187 @@
+"""Tests of the benchmark, on tiny random models and the CPU: what it counts, what it refuses."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import benchmark
+import benchmark_gpu
+import checkpoint.memory
+from command_line import run_script
+from decode import CpuDecoder
+from int8 import Int8Linear
+from model import PROJECTIONS, SITES, Config, KVCache
+from session import block_bytes
+
+TINY = Config(320, 64, 96, 2, 4, 2, 16, context=512)
+TIED = Config(320, 64, 96, 2, 4, 2, 16, context=512, tie_embeddings=True, sliding_window=8)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """A function that runs the command line on a CPU -> (exit code, stdout, stderr)."""
+    monkeypatch.setattr(benchmark, "KNOWN_MODELS", {"tiny": TINY, "tied": TIED})
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 1e9)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu", *arguments])
+        code = 0
+        try:
+            run_script(benchmark.main)
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capfd.readouterr()
+    return run
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["own head", "tied"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_random_models(config, quantize):
+    model = benchmark.random_model(config, torch.float32, "cpu", quantize)
+    assert all(isinstance(linear, Int8Linear) == (quantize is not None)
+               for linear in [*model.linears(), model.lm_head])
+    tokens = benchmark.random_tokens(model, 200)
+    hidden = model.forward(tokens)
+    assert hidden.isfinite().all() and model.logits(hidden).std() > 0.3  # not all tokens alike
+    for linear in model.linears():
+        weight = linear.weight(0, linear.ends[-1])
+        assert abs(weight.std() * linear.in_features ** 0.5 - 1) < 0.05
+    again = benchmark.random_model(config, torch.float32, "cpu", quantize)
+    assert torch.equal(hidden, again.forward(tokens))
+
+
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["own head", "tied"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_transformers_gets_the_same_weights(config, quantize):
+    model = benchmark.random_model(config, torch.float32, "cpu", quantize)
+    if model.embedding is not None and config.tie_embeddings:  # int8 rounded the head alone
+        model.embedding = model.lm_head.weight(0, config.vocab_size).T
+    tokens = benchmark.random_tokens(model, 7)  # within the sliding window
+    theirs = benchmark.to_transformers(model)(tokens[None]).logits[0]
+    torch.testing.assert_close(
+        model.logits(model.forward(tokens)), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_products_are_those_of_the_model():
+    model = benchmark.random_model(TINY, torch.float32, "cpu", None)
+    products = {site: (k, ends) for site, k, ends in benchmark_gpu.products(TINY)}
+    for site in SITES:
+        linear = getattr(model.blocks[0], site)
+        assert products.pop(site) == (linear.in_features, linear.ends)
+    assert products == {"lm_head": (model.lm_head.in_features, model.lm_head.ends)}
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+def test_bandwidth_is_plausible():
+    assert 1e8 < benchmark.read_bandwidth(torch.device("cpu")) < 1e13
+
+
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["own head", "tied"])
+def test_bytes_and_sparsity_are_counted(config):
+    model = benchmark.random_model(config, torch.bfloat16, "cpu", None)
+    decoder = CpuDecoder(model, KVCache(config, 64, torch.bfloat16), lambda x: x.argmax()[None])
+    shape = config.n_layers, len(PROJECTIONS)
+    thresholds = [torch.full(shape, t) for t in (-1.0, 0.3, torch.inf)]
+    order, set_thresholds = [], decoder.set_thresholds
+    decoder.set_thresholds = lambda t: order.append(t[0, 0].item()) or set_thresholds(t)
+    dense, some, none = benchmark.decode_speeds(
+        decoder, thresholds, torch.arange(5), context=30, n_tokens=10, runs=2)
+    assert order == [t[0, 0].item() for t in thresholds] * 3  # in turn, a round to warm up
+    assert dense[2] == 0 < some[2] < none[2] == 1 and min(dense[0], some[0], none[0]) > 0
+    seen = min(30, config.sliding_window or 30)  # tokens in the cache, on average
+    rest = (320 * 64 + seen * 2 * 2 * 2 * 16) * 2  # LM head, keys and values, in bytes
+    assert none[1] == rest and dense[1] == rest + block_bytes(model)
+    assert some[1] == pytest.approx(rest + (1 - some[2]) * block_bytes(model))
+    assert decoder.n_steps == 3 * 3 * 10 and decoder.position == 25 + 10
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["bfloat16", "int8"])
+def test_random_weights_on_a_cpu(run, tmp_path, quantize):
+    file = tmp_path / "new" / "speed.json"
+    code, out, err = run("--config", "tiny", "--sparsity", "0", "0.5", "--context", "80", "100",
+                         *quantize, "--json", str(file), "--compare", "transformers")
+    assert code == 0, err
+    assert "uniform from random tokens" in out and "read bandwidth 1 GB/s" in out
+    *rows, theirs = json.loads(file.read_text())
+    assert [(row["context"], row["sparsity"]) for row in rows] == [
+        (80, 0), (80, 0.5), (100, 0), (100, 0.5)]
+    for row in rows:
+        assert row["config"] == "tiny" and row["gpu"] is None and row["dtype"] == "bfloat16"
+        assert row["quantize"] == (quantize[-1] if quantize else None)
+        assert abs(row["realised_sparsity"] - row["sparsity"]) < 0.15
+        share = row["tokens_per_second"] * row["bytes_per_token"] / row["read_bandwidth"]
+        assert row["share_of_limit"] == pytest.approx(share)
+    assert theirs["engine"] == "transformers" and theirs["tokens_per_second"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Steps are not timed: the default model would need a minute on a busy machine."""
+    monkeypatch.setattr(benchmark, "decode_speeds", lambda _, thresholds, *rest: [
+        (10.0, 1e6, 0.5) for _ in thresholds])
+
+
+def test_a_dense_run_needs_no_calibration(run, measured, monkeypatch):
+    for module, name in ((benchmark.calibrate, "calibrate"), (benchmark, "find")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("calibrates"))
+    for model in (["--config", "tied"], []):  # the default model
+        code, out, err = run(*model, "--sparsity", "0")
+        assert code == 0 and "no thresholds" in out, err
+
+
+def test_the_default_model_uses_its_calibration(run, measured):
+    code, out, err = run("--sparsity", "0.5")
+    assert code == 0 and out.startswith("SmolLM2-135M-Instruct bfloat16 on CPU"), err
+    assert "fisher from self-written" in out and "10.0    0.001    1000       1%" in out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--kernels"], "--kernels needs a GPU, and cpu is no GPU"),
+    (["--timeline"], "--timeline needs a GPU, and cpu is no GPU"),
+    (["--model", "m", "--config", "tiny"], "name two models"),
+    (["--sparsity", "0", "0.96"], "'0.96' is not a number from 0 to 0.95"),
+    (["--context", "0"], "'0' is not a whole number from 1"),
+    (["--config", "huge"], "invalid choice: 'huge'"),
+    (["--config", "tiny", "--json", "FOLDER"], "is a folder"),
+    (["--config", "tiny", "--json", "FOLDER/file/speed.json"], "name another file with --json"),
+    (["--model", "/no/such/model"], "/no/such/model does not exist"),
+])
+def test_what_cannot_be_done_is_refused_at_once(run, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: pytest.fail("measures"))
+    (tmp_path / "file").write_text("")
+    code, out, err = run(*[text.replace("FOLDER", str(tmp_path)) for text in arguments])
+    assert code == 2 and out == "" and words in err, err
+    assert err.startswith("benchmark.py: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_large_model_meets_no_cpu_by_accident(monkeypatch, capfd):
+    for arguments in (["--config", "llama-2-7b"], ["--kernels"]):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            benchmark.parse_args()
+        err = capfd.readouterr().err
+        assert "no GPU" in err and err.count("\n") == 1
+
+
+def test_too_little_memory(run, monkeypatch):
+    monkeypatch.setattr(checkpoint.memory, "free_memory", lambda device: 1000)
+    code, _, err = run("--config", "tiny")
+    assert code == 2 and err.count("\n") == 1
+    assert "tiny in bfloat16 needs" in err and "--quantize int8 or a smaller --config" in err
+
+
+def test_interrupt(run, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(benchmark, "decode_speeds", interrupt)
+    code, _, err = run("--config", "tiny", "--sparsity", "0", "--json", str(tmp_path / "a.json"))
+    assert code == 130 and err == "" and list(tmp_path.iterdir()) == []

@@ -1,0 +1,117 @@
+"""Tests of what all scripts share: numbers, flags, and how a script ends."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import add_model_flags, make_parser, number, run_script
+
+HERE = Path(__file__).resolve().parent
+DOC = "What it does.\n\nWhy.\n\n    python script.py --model M"
+
+
+@pytest.fixture
+def ends(monkeypatch, capfd):
+    """A function: how a script called script.py ends -> (exit code, stdout, stderr)."""
+    def ends(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["/some/where/script.py", *arguments])
+        code = 0
+        try:
+            run_script(main)
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capfd.readouterr()
+    return ends
+
+
+def test_numbers():
+    assert number(int, 1, 5)("5") == 5 and number(float, 0, 0.95)("0.5") == 0.5
+    for kind, low, high, text, words in (
+            (int, 1, 5, "6", "'6' is not a whole number from 1 to 5"),
+            (int, 1, 5, "2.0", "'2.0' is not a whole number from 1 to 5"),
+            (float, 0, 1, "nan", "'nan' is not a number from 0 to 1"),
+            (float, 0, 1, "-0.1", "'-0.1' is not a number from 0 to 1"),
+            (float, 0, 1, "x", "'x' is not a number from 0 to 1")):
+        with pytest.raises(argparse.ArgumentTypeError, match=words):
+            number(kind, low, high)(text)
+
+
+def parse():
+    parser = make_parser(DOC)
+    add = add_model_flags(parser, dtype="bfloat16")
+    add("--more", action="store_true")
+    print(parser.parse_args())
+
+
+def test_help(ends):
+    code, out, err = ends(parse, "--help")
+    assert code == 0 and err == "" and "usage: script.py" in out and "What it does." in out
+    assert "Why" not in out and "examples:\n    python script.py --model M" in out
+    for flag in ("--model", "--dtype", "--quantize", "--device", "--more"):
+        assert flag in out
+
+
+def test_model_flags(ends):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert ends(parse)[1] == str(argparse.Namespace(
+        model=None, dtype="bfloat16", quantize=None, device=device, more=False)) + "\n"
+    for words, arguments in (
+            ("device 'abacus' is not available; try --device cpu", ("--device", "abacus")),
+            ("device 'cuda:99' is not available; try --device cpu", ("--device", "cuda:99")),
+            ("device 'meta' is not available; try --device cpu", ("--device", "meta")),
+            ("invalid choice: 'int3'", ("--dtype", "int3")),
+            ("unrecognized arguments: --les", ("--les",))):
+        code, out, err = ends(parse, *arguments)
+        assert code == 2 and out == "" and words in err, err
+        assert err.startswith("script.py: error: ") and err.count("\n") == 1
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+def test_endings(ends):
+    assert ends(lambda: print("done")) == (0, "done\n", "")
+    assert ends(raising(KeyboardInterrupt())) == (130, "", "")
+    for error in (ValueError("the text is empty"), OSError("the text is empty")):
+        assert ends(raising(error)) == (2, "", "script.py: error: the text is empty\n")
+    code, _, err = ends(raising(ModuleNotFoundError("No module named 'matplotlib'")))
+    assert code == 2 and err.count("\n") == 1 and "'matplotlib'; run pip install" in err
+    with pytest.raises(RuntimeError, match="a bug"):  # which nobody should hide
+        ends(raising(RuntimeError("a bug")))
+
+
+def test_out_of_memory_is_one_sentence(ends):
+    for main in (lambda: torch.empty(1 << 55), raising(MemoryError())):
+        code, _, err = ends(main)
+        assert code == 2 and err.count("\n") == 1 and "out of memory, with" in err
+        assert "GB free" in err and "--quantize int8" in err
+
+
+def script(tmp_path, line):
+    """The command of a script that is one line long."""
+    path = tmp_path / "script.py"
+    path.write_text(f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\n"
+                    f"from command_line import run_script\nrun_script(lambda: {line})\n")
+    return [sys.executable, str(path)]
+
+
+def test_a_reader_that_leaves_and_a_full_disk(tmp_path):
+    process = subprocess.Popen(script(tmp_path, "[print(i) for i in range(10**6)]"),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == b""
+    for line in ("print(1)", "print(1, flush=True)"):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(script(tmp_path, line), stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+        assert b"No space left" in done.stderr
+    done = subprocess.run(["bash", "-c", '"$@" >&-', "-", *script(tmp_path, "print(1)")])
+    assert done.returncode == 0

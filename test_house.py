@@ -1,0 +1,82 @@
+"""Tests of the code's shape: who imports whom, and how long lines and files are."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+FOLDERS = ("", "checkpoint", "calibrations", "figures")
+FILES = [file for folder in FOLDERS for file in sorted((HERE / folder).glob("*.py"))]
+
+
+def module_name(file):
+    """checkpoint/hub.py -> checkpoint.hub; checkpoint/__init__.py -> checkpoint"""
+    parts = file.relative_to(HERE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def imports(name):
+    """The project's modules that a module imports, those inside functions included.
+
+    Importing checkpoint.hub also runs checkpoint/__init__.py. That counts for everybody but the
+    modules of the package, whose parent is on its way already.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import; write the name out"
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"  # of from checkpoint import memory
+                found.add(module if module in MODULES else node.module)
+    package = name.partition(".")[0]
+    parents = {module.rpartition(".")[0] for module in found} - {package}
+    return {module for module in found | parents if module in MODULES} - {name}
+
+
+GRAPH = {name: imports(name) for name in MODULES}
+
+
+def test_the_graph_is_that_of_the_source():
+    assert {"model", "checkpoint", "checkpoint.hub", "generate", "test_house"} <= GRAPH.keys()
+    assert GRAPH["int8"] == {"model", "cpu_gemv"}
+    assert "checkpoint.hub" in GRAPH["checkpoint"] and "checkpoint" in GRAPH["command_line"]
+
+
+def test_no_circles():
+    list(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError and names it
+
+
+@pytest.mark.parametrize("name", ["model", "sparse_gemv", "cpu_gemv", "decode_attention"])
+def test_files_that_copy_alone(name):
+    assert GRAPH[name] == set()
+
+
+def test_nothing_but_tests_imports_tests():
+    for name, found in GRAPH.items():
+        if not name.startswith("test_"):
+            assert not any(other.startswith("test_") for other in found), name
+
+
+def test_lines_have_at_most_100_columns():
+    for file in FILES:
+        for i, line in enumerate(file.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{file.relative_to(HERE)}:{i} has {len(line)} columns"
+
+
+def test_the_course_is_short():
+    course = [HERE / f"{name}.py" for name in ("model", "sparse_gemv", "decode", "generate")]
+    lines = {file.name: len(file.read_text().splitlines()) for file in course}
+    assert max(lines.values()) <= 350 and lines["model.py"] <= 300, lines
+    assert sum(file.stat().st_size for file in course) <= 60_000
+
+
+def test_attention_comes_early():
+    lines = (HERE / "model.py").read_text().splitlines()
+    assert any(line.strip().startswith("def attention(") for line in lines[:150])

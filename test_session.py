@@ -1,0 +1,334 @@
+"""A session: the same tokens as transformers and as the plain forward pass, honest counts,
+sampling."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+import checkpoint
+from checkpoint.default_model import fetch
+from checkpoint.gguf_file import GGUFFile
+from checkpoint.tensors import put, tensor_shapes
+from decode import sample
+from generate import generate
+from model import Config, KVCache, Model, dense, masked
+from session import Session
+from test_decode import CONFIGS, DEVICE, random_model
+from thresholds import find
+
+PROMPTS = [
+    "Explain in one sentence why the sky is blue.",
+    "Write a haiku about rivers.",
+    "What is 17 plus 25?",
+    "def fibonacci(n):",
+    "Übersetze ins Englische: Der Hund schläft. 🐕",
+]
+
+
+def ask(tokenizer, question):
+    return tokenizer.chat([{"role": "user", "content": question}])
+
+
+# ---- tokens ------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_greedy_equals_transformers(smollm):
+    model, tokenizer = smollm
+    file = fetch()
+    config = GGUFFile(file).config() | {
+        "pad_token_id": 0,
+        "eos_token_id": sorted(tokenizer.eos_ids),
+    }
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).float().eval()
+    missing, unexpected = theirs.load_state_dict(
+        dict(checkpoint.open_checkpoint(file).tensors), strict=False
+    )
+    assert set(missing) <= {"lm_head.weight"} and not unexpected  # the head is tied
+    theirs.generation_config.eos_token_id = sorted(tokenizer.eos_ids)
+    for prompt in PROMPTS:
+        ids = ask(tokenizer, prompt)
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
+        if expected[-1] in tokenizer.eos_ids:
+            expected.pop()
+        assert list(generate(model, ids, 64, stop=tokenizer.eos_ids)) == expected
+
+
+def plain_tokens(model, prompt, n, thresholds=None):
+    """n greedy ids by `model.forward` alone, and the rows kept by the steps, int64 [n_layers,
+    7]."""
+    kept = torch.zeros(model.config.n_layers, 7, dtype=torch.int64)
+
+    def project(x, linear):
+        if thresholds is None:
+            return dense(x, linear)
+        for place in range(7)[linear.places]:
+            keep = ~(x.float().abs() <= thresholds[linear.layer, place])
+            kept[linear.layer, place] += keep.sum().item()
+        return masked(x, linear, thresholds[linear.layer, linear.places].to(x.device))
+
+    cache = KVCache(model.config, len(prompt) + n, model.dtype, model.device)
+    logits = model.logits(model.forward(torch.tensor(prompt, device=model.device), cache)[-1:])
+    tokens = [logits.argmax().item()]
+    while len(tokens) < n:
+        token = torch.tensor(tokens[-1:], device=model.device)
+        logits = model.logits(model.forward(token, cache, project))
+        tokens.append(logits.argmax().item())
+    return tokens, kept
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_session_equals_the_plain_forward_pass(name, sparsity):
+    """Prefill and steps of the device's own decoder give the tokens of `model.forward`."""
+    model = random_model(CONFIGS[name])
+    prompt = torch.randint(0, 101, (40,)).tolist()
+    thresholds = torch.full((2, 7), 0.3) if sparsity else None
+    tokens, kept = plain_tokens(model, prompt, 24, thresholds)
+    session = Session(model, thresholds)
+    assert list(session.generate(prompt, 24)) == tokens
+    if sparsity:
+        assert 0.05 < session.sparsity() < 0.8
+        if DEVICE == "cpu":  # a GPU is a step ahead
+            assert torch.equal(session.kept, kept)
+    else:
+        assert session.sparsity() == 0
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks into the decoder of a CPU")
+def test_sparse_steps_are_masked_products(smollm):
+    """Every product of a step is one with masked x; the rows counted are those that masks keep."""
+    model, tokenizer = smollm
+    thresholds = find(model).thresholds(0.5)
+    session, kept = Session(model, thresholds), torch.zeros(thresholds.shape, dtype=torch.int64)
+
+    def checked(linear, product):
+        def multiply(x):
+            y, at = product(x), (linear.layer, linear.places)
+            kept[at] += (x.abs() > thresholds[at][:, None]).sum(1)
+            expected = masked(x, linear, thresholds[at])
+            assert (y - expected).norm() <= 1e-5 * expected.norm()
+            return y
+        return multiply
+
+    products = session.decoder.products
+    products.update({linear: checked(linear, product) for linear, product in products.items()})
+    tokens = list(session.generate(ask(tokenizer, PROMPTS[0]), 16))
+    assert torch.equal(session.kept, kept)
+    assert tokens == list(generate(model, ask(tokenizer, PROMPTS[0]), 16, thresholds=thresholds))
+
+
+def test_realised_sparsity(smollm):
+    model, tokenizer = smollm
+    reached = []
+    for prompt in (PROMPTS[0], PROMPTS[1], "Explain how rain forms, step by step."):
+        session = Session(model, find(model).thresholds(0.4))
+        assert len(list(session.generate(ask(tokenizer, prompt), 128))) == 128
+        reached.append(session.sparsity())
+    assert 0.38 <= sum(reached) / len(reached) <= 0.42, reached
+
+
+def test_dense_reads_everything(smollm):
+    model, tokenizer = smollm
+    ids = ask(tokenizer, PROMPTS[1])
+    session = Session(model)
+    tokens = list(session.generate(ids, 5))
+    assert session.sparsity() == 0
+    assert list(Session(model, find(model).thresholds(0)).generate(ids, 5)) == tokens
+    weights = sum(linear.w_t.nbytes for linear in [*model.linears(), model.lm_head])
+    seen = [len(ids) + i for i in range(1, 5)]  # by each of the four decode steps
+    config = model.config
+    cache = sum(seen) / 4 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4
+    assert session.bytes_per_token() == weights + cache
+
+
+def test_generator(smollm):
+    model, tokenizer = smollm
+    ids = ask(tokenizer, PROMPTS[0])
+    tokens = generate(model, ids, 12)
+    first = [next(tokens) for _ in range(4)]  # one by one
+    tokens.close()
+    whole = list(generate(model, ids, 12))
+    assert (
+        whole[:4] == first and len(whole) == 12 and all(isinstance(token, int) for token in whole)
+    )
+    assert list(generate(model, ids, 12, stop=[whole[5]])) == whole[: whole.index(whole[5])]
+
+    session = Session(model, context=len(ids) + 3)
+    assert list(session.generate(ids, 12)) == whole[:3] and session.full
+    assert list(session.generate(ids, 3)) == whole[:3] and not session.full
+    with pytest.raises(
+        ValueError, match=f"has {len(ids) + 4} tokens, more than the context of {len(ids) + 3}"
+    ):
+        next(session.generate(ids + [1] * 4, 1))
+    with pytest.raises(ValueError, match="prompt is empty"):
+        next(session.generate([], 1))
+
+
+def test_same_seed_same_tokens(smollm):
+    model, tokenizer = smollm
+    ids = ask(tokenizer, PROMPTS[1])
+    options = dict(temperature=1.0, top_k=50, top_p=0.9)
+    runs = [list(generate(model, ids, 16, seed=seed, **options)) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_conversation_reuses_its_cache(smollm):
+    model, tokenizer = smollm
+    session, messages = Session(model, context=512, stop=tokenizer.eos_ids), []
+    for question in ("Name a colour.", "And another one, please?", "Which of them is darker?"):
+        messages.append({"role": "user", "content": question})
+        ids = tokenizer.chat(messages)
+        before = session.stats.prompt_tokens
+        tokens = list(session.generate(ids, 24))
+        assert tokens == list(generate(model, ids, 24, stop=tokenizer.eos_ids))
+        if len(messages) > 1:
+            assert session.stats.prompt_tokens - before < len(ids) / 2
+        messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})
+    other = ask(
+        tokenizer, "Something else entirely."
+    )  # shares only a beginning with what the cache holds
+    assert list(session.generate(other, 12)) == list(
+        generate(model, other, 12, stop=tokenizer.eos_ids)
+    )
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+
+def draws(logits, n, **options):
+    generator = torch.Generator().manual_seed(1)
+    return torch.cat([sample(logits, generator=generator, **options) for _ in range(n)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 7},
+        {"top_p": 0.8},
+        {"top_k": 12, "top_p": 0.7},
+        {"top_k": 1000},
+        {"temperature": 1.7, "top_p": 0.5},
+    ],
+)
+def test_sample_probabilities(options):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
+    # By the definition, one token at a time.
+    exact = [math.exp(logit / options.get("temperature", 1)) for logit in logits.tolist()]
+    order = sorted(range(40), key=lambda i: -exact[i])[: options.get("top_k", 40)]
+    total, reached, kept = sum(exact[i] for i in order), 0.0, []
+    for i in order:
+        if reached / total >= options.get("top_p", 1):
+            break
+        kept.append(i)
+        reached += exact[i]
+    expected = torch.zeros(40, dtype=torch.float64)
+    expected[kept] = torch.tensor([exact[i] / reached for i in kept], dtype=torch.float64)
+
+    n = 20_000
+    counts = torch.bincount(draws(logits, n, **options), minlength=40)
+    assert counts[expected == 0].sum() == 0
+    likely = expected * n >= 5  # where the chi-square statistic is one
+    chi_square = ((counts - expected * n) ** 2 / (expected * n))[likely].sum().item()
+    freedom = likely.sum().item()
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_sample_corners():
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    best = logits.argmax().item()
+    for options in (
+        {"temperature": 0},
+        {"temperature": 1e-30},
+        {"top_k": 1},
+        {"top_p": 0},
+        {"top_p": 1e-9},
+    ):
+        assert set(draws(logits, 20, **options).tolist()) == {best}
+    assert sample(torch.zeros(5), temperature=0).shape == (1,)
+    ties = torch.tensor([0.0, 1, 1, 1])
+    assert set(draws(ties, 50, top_p=0.5).tolist()) == {1, 2}  # of equals the first ones
+    masked = torch.tensor([0.0, -math.inf, 0, -math.inf])
+    assert set(draws(masked, 100).tolist()) == {0, 2}
+    half = draws(logits.bfloat16(), 50, top_k=3)
+    assert set(half.tolist()) <= set(logits.bfloat16().topk(3).indices.tolist())
+
+
+# ---- numbers that are none ---------------------------------------------------------------------
+
+
+def overflowing(dtype, spoil):
+    """A model of random weights, spoilt by a function of it."""
+    config = Config(64, 32, 48, 3, 4, 2, 8, context=32)
+    model, generator = Model(config, dtype), torch.Generator().manual_seed(0)
+    for name, shape in tensor_shapes(config).items():
+        put(model, name, torch.randn(shape, generator=generator) * 0.2)
+    spoil(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda model: model.blocks[1].down.w_t.mul_(6e5), "the output of down in layer 1"),
+        (lambda model: model.blocks[1].attn_norm.fill_(6e4), "the input of q/k/v in layer 1"),
+        (lambda model: model.blocks[2].gate_up.w_t.mul_(1e3), "the input of down in layer 2"),
+        (lambda model: model.norm.fill_(6e4), "the input of the LM head"),
+        (lambda model: model.lm_head.w_t.fill_(math.nan), "the output of the LM head"),
+    ],
+)
+def test_infinite_numbers_are_named(spoil, words):
+    with pytest.raises(
+        ValueError,
+        match=f"{words} is infinite or NaN at token 3 of the text; float16 ends at 65504, "
+        "so try --dtype bfloat16",
+    ):
+        list(generate(overflowing(torch.float16, spoil), [1, 2, 3], 4))
+
+
+def test_infinite_numbers_while_decoding():
+    model = overflowing(torch.float32, lambda model: None)
+    session = Session(model)
+    tokens = session.generate([1, 2, 3], 8)
+    next(tokens)
+    session.cache.k[1, :, 2] = math.nan
+    with pytest.raises(
+        ValueError, match="the input of o in layer 1 is infinite or NaN at token 4 of the text"
+    ):
+        next(tokens)
+
+
+# ---- limits ------------------------------------------------------------------------------------
+
+
+def test_prompts_around_the_context():
+    model = overflowing(torch.float32, lambda model: None)  # a sound one, with a context of 32
+    for n, new in (
+        (30, 2),
+        (31, 1),
+        (32, 1),
+    ):  # a prompt as long as the context still gets one token
+        session = Session(model)
+        assert len(list(session.generate([1] * n, 10))) == new and session.full
+    with pytest.raises(ValueError, match="has 33 tokens, more than the context of 32"):
+        next(Session(model).generate([1] * 33, 10))
+
+
+def test_weights_beyond_the_type():
+    model = Model(Config(64, 32, 48, 1, 4, 2, 8), torch.float16)
+    norm = torch.ones(32)
+    norm[3] = 7e4
+    with pytest.raises(
+        ValueError, match="model.norm.weight .* torch.float16 ends at 65504; try --dtype bfloat16"
+    ):
+        put(model, "model.norm.weight", norm)
+    norm[3] = math.nan
+    with pytest.raises(ValueError, match="model.norm.weight .* get a sound checkpoint"):
+        put(model, "model.norm.weight", norm)

@@ -1,0 +1,224 @@
+"""Tests of thresholds.py: the calibration's file and its look-up, and the files shipped."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import calibrate
+from calibrate import BINS, byte_shares, quantile
+from calibrations import convert
+from model import SITES, Config
+from test_calibrate import CONFIG, run_in_process, tiny
+from thresholds import (
+    ALLOCATIONS,
+    GRID,
+    Calibration,
+    CalibrationError,
+    cache_path,
+    candidates,
+    find,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def calibration(model):
+    tokens = torch.randint(CONFIG.vocab_size, (256,), generator=torch.Generator().manual_seed(1))
+    return calibrate.calibrate(model, tokens, 64, "fisher", source="noise")
+
+
+def test_thresholds_of_a_calibration(calibration):
+    assert (calibration.thresholds(0) == -1).all() and (calibration.thresholds(0.0) == -1).all()
+    torch.testing.assert_close(calibration.thresholds(0.5), calibration.table[..., 50])
+    between = calibration.table[..., 94:].mean(-1)
+    torch.testing.assert_close(calibration.thresholds(0.945), between)
+    torch.testing.assert_close(calibration.thresholds(0.95), calibration.table[..., 95])
+    shares = byte_shares(CONFIG).float()
+    for sparsity in (0.1, 0.345, 0.95):
+        reached = (calibration.expected(sparsity).mean(0) @ shares).item()
+        assert reached == pytest.approx(sparsity, abs=1e-4)
+    for sparsity in (-0.01, 0.951, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="from 0 to 0.95"):
+            calibration.thresholds(sparsity)
+
+
+def test_a_file_gives_back_what_was_saved(calibration, tmp_path):
+    file = tmp_path / "new" / "c.safetensors"
+    calibration.save(file)
+    loaded = Calibration.load(file, CONFIG)
+    assert torch.equal(loaded.table, calibration.table)
+    assert torch.equal(loaded.sparsities, calibration.sparsities)
+    assert loaded.metadata == calibration.metadata and loaded.metadata["allocation"] == "fisher"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_file_has_the_usual_permissions(calibration, tmp_path):
+    umask = os.umask(0o022)
+    try:
+        calibration.save(tmp_path / "c.safetensors")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "c.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypatch):
+    """The file is there whole or not at all."""
+    file = tmp_path / "c.safetensors"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(CalibrationError, match="cannot write .*No space left"):
+            calibration.save(file)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("files.os.replace", lambda *_: os._exit(9))
+        if (child := os.fork()) == 0:
+            calibration.save(file)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not file.exists()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(calibration.save, [file] * 32))
+    assert torch.equal(Calibration.load(file, CONFIG).table, calibration.table)
+    assert len(list(tmp_path.iterdir())) == 2  # and what the killed process left
+
+
+def damaged(calibration, **changes):
+    """The calibration's tensors and metadata with some of them replaced; None removes."""
+    tensors = {"sparsity_grid": GRID, "thresholds": calibration.table,
+               "sparsities": calibration.sparsities}
+    metadata = dict(calibration.metadata)
+    for name, value in changes.items():
+        kind = metadata if name in metadata else tensors
+        kind.pop(name) if value is None else kind.update({name: value})
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format)
+               for name, tensor in tensors.items()}
+    return tensors, metadata
+
+
+def test_hostile_files_are_refused(calibration, tmp_path):
+    nan, falling = calibration.table.clone(), calibration.table.clone()
+    nan[1, 2, 3], falling[0, 0, 50] = float("nan"), 1e9
+    file = tmp_path / "c.safetensors"
+    for changes, sentence in (
+            ({"thresholds": nan}, "must be finite"),
+            ({"thresholds": falling}, "must be finite"),
+            ({"thresholds": -calibration.table - 1}, "must be finite"),
+            ({"thresholds": None}, "thresholds"),
+            ({"thresholds": calibration.table[:1]}, "expected F32"),
+            ({"thresholds": calibration.table.double()}, "expected F32"),
+            ({"sparsities": calibration.sparsities * 2}, "must lie in"),
+            ({"sparsity_grid": GRID / 2}, "must lie in"),
+            ({"format": "2"}, "format"), ({"format": None}, "format"),
+            ({"fingerprint": "{}"}, "another model"),
+            ({"allocation": None}, "names 'None' as its allocation"),
+            ({"allocation": "best"}, "names 'best' as its allocation")):
+        tensors, metadata = damaged(calibration, **changes)
+        save_file(tensors, file, metadata)
+        with pytest.raises(CalibrationError, match=sentence) as raised:
+            Calibration.load(file, CONFIG)
+        assert "\n" not in str(raised.value)
+    calibration.save(file)
+    for content in (b"", b"hello", file.read_bytes()[:-8], b"\xff" * 8 + file.read_bytes()[8:]):
+        file.write_bytes(content)
+        with pytest.raises(CalibrationError, match="cannot read"):
+            Calibration.load(file, CONFIG)
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(CalibrationError, match="cannot read"):
+            Calibration.load(path, CONFIG)
+
+
+def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert find(model) is None
+    calibration.metadata["source"] = "cache"
+    calibration.save(cache_path(model))
+    assert find(model).metadata["source"] == "cache"
+    assert find(model, folder=tmp_path).metadata["source"] == "cache"
+    assert find(tiny(seed=1)) is None  # a fine-tune of the same shape
+    calibration.metadata["source"] = "beside"
+    calibration.save(tmp_path / "calibration.safetensors")
+    assert find(model, folder=tmp_path).metadata["source"] == "beside"
+    with pytest.raises(CalibrationError, match="cannot read"):
+        find(model, path=tmp_path / "nowhere")
+
+
+def test_every_calibration_of_the_repository_loads():
+    files = sorted(Path(convert.__file__).parent.glob("*.safetensors"))
+    assert files
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        numbers = json.loads(metadata["fingerprint"])
+        config = Config(**numbers)
+        calibration = Calibration.load(file, config)
+        assert metadata["allocation"] in ALLOCATIONS and metadata["source"]
+        for sparsity in (0.2, 0.5, 0.9):
+            reached = calibration.expected(sparsity).mean(0).double() @ byte_shares(config)
+            assert reached.item() == pytest.approx(sparsity, abs=0.001)
+
+
+def test_the_default_allocation_comes_first():
+    """Of the two calibrations shipped for SmolLM2's shapes."""
+    config = Config(vocab_size=49152, hidden_size=576, intermediate_size=1536, n_layers=30,
+                    n_heads=9, n_kv_heads=3, head_dim=64)
+    model = tiny()
+    model.config = config
+    found = [calibration.metadata["allocation"] for calibration in candidates(model)]
+    assert found == ["fisher", "uniform"]
+
+
+# ---- the tables published with TEAL ------------------------------------------------------------
+
+def test_teal_tables(tmp_path):
+    """Thresholds read from quantiles are those that our code finds in a histogram."""
+    file = tmp_path / "Llama-2-7B.npz"
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([[1.0], [0.1], [0.5], [0.02]])
+    samples = torch.randn(4, 50_000, generator=generator).abs() * scales
+    quantiles = torch.quantile(samples, GRID, dim=1).T  # [4, 96]
+    targets = np.arange(1, 19) / 20
+    greedy = np.broadcast_to(targets[:, None], (32, 18, 7)).copy()
+    greedy[:, :, 1] = 9.0  # as published for k of Llama-3-70B
+    np.savez(file, sparsity_grid=GRID, magnitude_quantiles=quantiles.expand(32, -1, -1),
+             target_grid=targets, greedy_sparsity=greedy.astype(np.float32))
+    samples = samples[[i for i, names in enumerate(SITES.values()) for _ in names]]  # [7, 50000]
+    counts = torch.stack([torch.bincount(row.view(torch.int32) >> 16, minlength=BINS)
+                          for row in samples])
+    for allocation in ("uniform", "greedy"):
+        calibration = convert.convert(file, allocation)
+        ours = quantile(counts, calibration.sparsities[5])
+        reached = [(samples[:, None] <= thresholds[:, ::19, None]).float().mean(-1)  # [7, 6]
+                   for thresholds in (ours, calibration.table[5])]
+        assert (reached[0] - reached[1]).abs().max() < 1e-3
+    assert calibration.sparsities.max() <= 0.95
+    assert "FasterDecoding" in calibration.metadata["licence"]
+
+
+def test_the_shipped_calibrations_are_those_of_the_shipped_tables(tmp_path):
+    paths = list(convert.convert_all(tmp_path))
+    assert len({path.name for path in paths}) == 12
+    for path in paths:
+        there = convert.FOLDER / path.name
+        with safe_open(path, "pt") as made, safe_open(there, "pt") as shipped:
+            assert made.metadata() == shipped.metadata() and {*made.keys()} == {*shipped.keys()}
+            for name in made.keys():
+                assert torch.equal(made.get_tensor(name), shipped.get_tensor(name)), path.name
+
+
+def test_asking_the_converter_for_help_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(convert, "convert_all", None)
+    code, out, err = run_in_process(convert.main, ["convert.py", "--help"], monkeypatch, capsys)
+    assert code == 0 and "python -m calibrations.convert" in out and not err
