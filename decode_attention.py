@@ -154,12 +154,12 @@ def _combine(sums_ptr, stats_ptr, out_ptr, head, n_chunks, GROUP: tl.constexpr,
     y = tl.zeros([MEMBERS, DIM_PADDED], tl.float32)
     for i0 in tl.range(0, n_chunks, CHUNKS_AT_ONCE):
         i = i0 + tl.arange(0, CHUNKS_AT_ONCE)
-        slots = (head * SPLITS + i)[:, None] * GROUP + member[None, :]
-        used = (i < n_chunks)[:, None] & (member < GROUP)[None, :]
-        biggest = tl.load(stats_ptr + slots * 2, mask=used, other=float("-inf"),
+        at = (head * SPLITS + i)[:, None] * GROUP + member[None, :]
+        held = (i < n_chunks)[:, None] & (member < GROUP)[None, :]
+        biggest = tl.load(stats_ptr + at * 2, mask=held, other=float("-inf"),
                           cache_modifier=".cg")
-        sums = tl.load(sums_ptr + slots[:, :, None] * HEAD_DIM + dim[None, None, :],
-                       mask=used[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0,
+        sums = tl.load(sums_ptr + at[:, :, None] * HEAD_DIM + dim[None, None, :],
+                       mask=held[:, :, None] & (dim < HEAD_DIM)[None, None, :], other=0.0,
                        cache_modifier=".cg")
         y += tl.sum(sums * tl.exp(biggest - highest[None, :])[:, :, None], axis=0)
     out = out_ptr + (head * GROUP + member)[:, None] * HEAD_DIM + dim[None, :]

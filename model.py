@@ -117,9 +117,7 @@ def masked(x, linear, thresholds):
 
 def rms_norm(x, weight, eps):
     """x [..., C] scaled to a root mean square of 1, times weight [C]."""
-    # the LayerNorm of (x, -x), whose mean is 0
-    twice = F.layer_norm(torch.cat((x, -x), -1), (2 * x.shape[-1],), eps=eps)
-    return twice[..., :x.shape[-1]] * weight
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def apply_rope(x, cos, sin):
@@ -127,9 +125,8 @@ def apply_rope(x, cos, sin):
 
     cos and sin are float32 [T, 1, head_dim / 2]. The rotation is computed in float32.
     """
-    x32, half = x.float(), x.shape[-1] // 2
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-    return torch.addcmul(x32 * cos, x32.roll(half, dims=-1), sin).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 # ---- the block ---------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import default_model
+from checkpoint.default_model import fetch
 from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
-from checkpoint.gguf_file import open_gguf
 from checkpoint.hub import download
 from checkpoint.memory import require_memory
 from checkpoint.opened import Checkpoint, CheckpointError, blame
@@ -62,8 +61,13 @@ def open_checkpoint(model=None):
 
     Raises CheckpointError if it is none of these or damaged. The weights' values are not read.
     """
+    def open_gguf(file):
+        from checkpoint.gguf_file import open_gguf  # folders load without the package gguf
+
+        return open_gguf(file)
+
     if model is None:
-        return open_gguf(default_model.fetch())
+        return open_gguf(fetch())
     path = Path(model)
     if path.is_dir():
         return open_folder(path)

@@ -8,7 +8,7 @@ it in a panic. Whatever goes wrong becomes a TokenizerError of one sentence.
 
 from tokenizers.decoders import DecodeStream
 
-from checkpoint import chat_template
+from checkpoint.chat_template import render
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>",
                "</s>")
@@ -73,7 +73,7 @@ class Tokenizer:
             raise TokenizerError("this checkpoint has no chat template; give it plain text to "
                                  "continue instead")
         try:
-            text = chat_template.render(
+            text = render(
                 self.template, messages=messages, tools=None, documents=None,
                 add_generation_prompt=add_generation_prompt, **self.special)
         except ValueError as error:
