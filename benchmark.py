@@ -35,6 +35,15 @@ from files import write_whole
 from int8 import Int8Linear
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
 from session import block_bytes
+from tensor_parallel import (
+    all_reduce,
+    connect,
+    from_first,
+    mean,
+    rank_config,
+    start,
+    world_size,
+)
 from thresholds import find
 
 TEXT = "It was a bright cold day in April."  # what a real model continues
@@ -93,10 +102,12 @@ def make_model(args):
         ids = tokenizer.encode(TEXT)
         return args.model or "SmolLM2-135M-Instruct", model, torch.tensor(ids, device=args.device)
     config, dtype = KNOWN_MODELS[args.config], getattr(torch, args.dtype)
-    require_memory(weight_bytes(config, dtype, args.quantize), args.device,
+    args.device, part = start(args.device), rank_config(config, world_size())
+    require_memory(weight_bytes(part, dtype, args.quantize), args.device,
                    f"{args.config} in {args.quantize or args.dtype}",
                    "try --quantize int8 or a smaller --config")
-    model = random_model(config, dtype, args.device, args.quantize)
+    model = random_model(part, dtype, args.device, args.quantize)
+    connect(model, config)
     return args.config, model, random_tokens(model, 100)
 
 
@@ -125,7 +136,8 @@ def find_thresholds(model, args):
             model, random_tokens(model, n).cpu(), window, "uniform", source="random tokens")
     origin = (f"thresholds by {calibration.metadata['allocation']} from "
               f"{calibration.metadata.get('source') or 'a file'}")
-    return [calibration.thresholds(s) if s else dense for s in args.sparsity], origin
+    thresholds = [calibration.thresholds(s) if s else dense for s in args.sparsity]
+    return from_first(thresholds), origin
 
 
 # ---- measuring ---------------------------------------------------------------------------------
@@ -159,11 +171,27 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
                 pass
             if run > 0:  # the first round warms up
                 times[i].append(time.perf_counter() - start)
-            blocks[i] = block_bytes(model, decoder.kept) / n_tokens
+            blocks[i] = mean(block_bytes(model, decoder.kept) / n_tokens)
     seen = min(first + n_tokens / 2, config.sliding_window or float("inf"))  # by attention
     rest = model.lm_head.w_t.nbytes + seen * KVCache.bytes_per_token(config, model.dtype)
     return [(n_tokens / sorted(t)[runs // 2], read + rest, 1 - read / block_bytes(model))
             for t, read in zip(times, blocks)]
+
+
+def reduce_seconds(decoder, repeats=20):
+    """Seconds that the all-reduces of one layer take under torchrun, one after the other."""
+    x = torch.zeros(decoder.model.config.hidden_size, dtype=decoder.model.dtype,
+                    device=decoder.model.device)
+
+    def run():
+        for _ in range(2 * repeats):
+            all_reduce(x)
+
+    if x.is_cuda:
+        return gpu.seconds(gpu.graph_of(run)) / repeats
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) / repeats
 
 
 # ---- transformers ------------------------------------------------------------------------------
@@ -186,9 +214,9 @@ def to_transformers(model):
         for site, names in SITES.items():
             linear = getattr(block, site)
             module = layer.self_attn if site in ("qkv", "o") else layer.mlp
-            for name, start, end in zip(names, linear.starts, linear.ends):
+            for name, first, end in zip(names, linear.starts, linear.ends):
                 weight = getattr(module, name + "_proj").weight
-                weight.data.copy_(linear.weight(start, end).T)
+                weight.data.copy_(linear.weight(first, end).T)
         layer.input_layernorm.weight.data.copy_(block.attn_norm)
         layer.post_attention_layernorm.weight.data.copy_(block.mlp_norm)
     llama.model.norm.weight.data.copy_(model.norm)
@@ -266,6 +294,9 @@ def run(args):
                   f"{size / 1e9:>8.3f} {limit:>7.0f} {speed / limit:>8.0%}", flush=True)
         if args.timeline:
             gpu.print_timeline(decoder)  # of the last sparsity
+    if world_size() > 1:
+        print(f"{world_size()} ranks, bytes and limit of each; "
+              f"{reduce_seconds(decoder) * 1e6:.1f} us a layer in all-reduces, timed alone")
     if on_gpu:
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     if args.compare:

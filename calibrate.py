@@ -27,6 +27,7 @@ from tqdm import tqdm
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from model import PROJECTIONS, SITES, KVCache, dense, masked, rms_norm
 from session import Session
+from tensor_parallel import refuse
 from thresholds import (
     ALLOCATIONS,
     FORMAT,
@@ -382,6 +383,7 @@ def main():
         help="how layers and projections share out the sparsity (default: %(default)s)")
     add("--out", metavar="FILE", help="file to write (default: one in the user's cache)")
     args = parser.parse_args()
+    refuse("calibrating")
     model, tokenizer = load_model(args)
     if not SINKS < args.window <= model.config.context:
         raise CalibrationError(

@@ -9,6 +9,7 @@ import argparse
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from checkpoint import load
 from checkpoint.memory import free_memory
 from files import one_line
+from tensor_parallel import rank, start, stop, world_size
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,8 +99,9 @@ def load_model(args, context=None):
     """Load what the flags of `add_model_flags` name -> (Model, Tokenizer).
 
     context: the longest text, in tokens; None for the model's own limit
-    Raises ValueError (often CheckpointError) and OSError.
+    Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
+    args.device = start(args.device)
     return load(args.model, dtype=getattr(torch, args.dtype), device=args.device,
                 quantize=args.quantize, context=context)
 
@@ -109,6 +112,7 @@ def run_script(main):
     """Run main() and end the process as a command-line tool should (see the top of this file)."""
     try:
         main()
+        stop()
         if sys.stdout is not None:  # it is None if the caller closed it
             sys.stdout.flush()  # a full disk shows here at the latest
     except KeyboardInterrupt:
@@ -132,5 +136,12 @@ def run_script(main):
 
 def fail(message):
     """Exit with code 2 after one line on standard error."""
-    print(f"{script_name()}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    if world_size() == 1:
+        print(f"{script_name()}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    where = ""
+    if rank() > 0:
+        where = f" on rank {rank()}"
+        time.sleep(3)  # torchrun ends this rank meanwhile if the first one says the same
+    print(f"{script_name()}: error{where}: {message}", file=sys.__stderr__, flush=True)
+    os._exit(2)  # at once: a farewell could wait for ranks that never answer

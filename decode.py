@@ -100,9 +100,9 @@ class CpuDecoder:
             y = F.scaled_dot_product_attention(
                 qk[:, :-n_kv].view(1, n_kv, -1, config.head_dim),
                 cache.k[None, block.i, :, start:end], cache.v[None, block.i, :, start:end])
-            x = x + products[block.o](y.view(1, -1))
+            x = x + block.reduce(products[block.o](y.view(1, -1)))
             gate, up = products[block.gate_up](self.norm(x, block.mlp_norm)).chunk(2, dim=-1)
-            x = x + products[block.down](F.silu(gate) * up)
+            x = x + block.reduce(products[block.down](F.silu(gate) * up))
         self.token = self.choose(self.lm_head(self.norm(x, model.norm))[0])
         self.position = end
         self.kept += self.counts
@@ -192,9 +192,12 @@ class GpuDecoder:
             decode_attention(self.qkv, cache.k[block.i], cache.v[block.i], self.cos, self.sin,
                              self.position, self.workspace, self.attention,
                              model.config.sliding_window, supports_pdl(model.device))
-            self.project(self.attention, block.o, x, residual=x)
+            residual = x if block.adds_residual else None  # the first of several GPUs adds it
+            self.project(self.attention, block.o, x, residual=residual)
+            block.reduce(x)
             self.project(x, block.gate_up, self.gate_up, norm=(block.mlp_norm, eps))
-            self.project(self.gate_up, block.down, x, swiglu=True, residual=x)
+            self.project(self.gate_up, block.down, x, swiglu=True, residual=residual)
+            block.reduce(x)
         sparse_gemv(x, model.lm_head.w_t, self.dense, scale=model.lm_head.scale, out=self.logits,
                     norm=(model.norm, eps))
         self.token.copy_(self.choose(self.logits))

@@ -25,6 +25,7 @@ from checkpoint import default_model
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from files import one_line, write_whole
 from model import PROJECTIONS, KVCache
+from tensor_parallel import refuse
 from thresholds import ALLOCATIONS, Calibration, candidates
 
 # What was measured: rows of --json that agree in all of these are the same measurement.
@@ -214,6 +215,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    refuse("evaluating")
     model, tokenizer = load_model(args)
     if not 4 <= args.window <= model.config.context:
         raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this "

@@ -26,6 +26,7 @@ from checkpoint.tokenizer import TextStream
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from model import KVCache
 from session import Session
+from tensor_parallel import from_first, rank, refuse
 from thresholds import CalibrationError, cache_path, find
 
 
@@ -53,6 +54,7 @@ def find_thresholds(model, tokenizer, args, sparsity):
     folder = args.model if args.model and os.path.isdir(args.model) else None
     calibration = find(model, path=args.calibration, folder=folder)
     if calibration is None:
+        refuse("the calibration of a new model")
         path = cache_path(model)
         print(f"no calibration for this model yet; making one, once, into {path}", file=sys.stderr)
         text = calibrate.write_text(model, tokenizer, n_tokens=8192)
@@ -91,9 +93,11 @@ def chat(session, tokenizer, max_new_tokens, question, set_sparsity):
     while not session.full:
         if question is None:
             try:
-                question = input("> " if sys.stdin.isatty() else "")
+                question = input("> " if sys.stdin.isatty() else "") if rank() == 0 else None
             except (EOFError, KeyboardInterrupt):
                 print()
+            question = from_first(question)
+            if question is None:
                 return
         if question.startswith("/sparsity"):
             try:
@@ -180,8 +184,11 @@ def parse_args():
 def main():
     """Load, generate, and say on standard error how it went."""
     args = parse_args()
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.read() if rank() == 0 else None
     model, tokenizer = load_model(args, context=args.context)
+    prompt, args.seed = from_first((prompt, args.seed))
     context, ids = model.config.context, []
     if not args.chat:
         if tokenizer.has_chat_template and not args.raw:

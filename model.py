@@ -134,6 +134,9 @@ def apply_rope(x, cos, sin):
 class Block:
     """One transformer block: attention, then the MLP, each added to the residual stream."""
 
+    adds_residual = True
+    reduce = staticmethod(lambda y: y)  # where several GPUs share a model, it adds up their y
+
     def __init__(self, i, config, dtype, device, linear):
         def make(site, has_bias=False):
             return linear(i, site, *config.linear_shape(site), has_bias, dtype, device)
@@ -169,8 +172,9 @@ class Block:
     def __call__(self, x, rope, cache=None, project=dense):
         """x [T, hidden_size] -> [T, hidden_size]. Without a cache, x is the whole text."""
         eps = self.config.norm_eps
-        x = x + self.attention(rms_norm(x, self.attn_norm, eps), rope, cache, project)
-        return x + self.mlp(rms_norm(x, self.mlp_norm, eps), project)
+        h = self.attention(rms_norm(x, self.attn_norm, eps), rope, cache, project)
+        x = x + self.reduce(h)
+        return x + self.reduce(self.mlp(rms_norm(x, self.mlp_norm, eps), project))
 
 
 def causal_mask(n_tokens, n_keys, window, device):
@@ -239,6 +243,7 @@ class Model:
 
     def __init__(self, config, dtype=torch.float32, device="cpu", linear=Linear):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.whole_config = config  # differs where several GPUs share the model
         self.blocks = [Block(i, config, dtype, device, linear) for i in range(config.n_layers)]
         self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         vocab_size, hidden_size = config.vocab_size, config.hidden_size

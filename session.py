@@ -14,6 +14,7 @@ import torch
 
 from decode import CpuDecoder, GpuDecoder, sample
 from model import PROJECTIONS, KVCache, dense, masked
+from tensor_parallel import mean
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once, so memory stays bounded
 
@@ -168,7 +169,7 @@ class Session:
     def sparsity(self):
         """The share of the blocks' weights that a decode step does not read, on average."""
         read = block_bytes(self.model, self.kept) / self.decoder.n_steps
-        return 1 - read / block_bytes(self.model)
+        return 1 - mean(read / block_bytes(self.model))
 
     def bytes_per_token(self):
         """Bytes that a decode step reads, on average: weights of blocks and LM head, keys,

@@ -45,7 +45,7 @@ def weights_digest(model):
     """16 hex digits of the final norm's weights in bfloat16. They tell fine-tunes of one
     architecture apart."""
     norm = model.norm.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy()
-    digest = hashlib.sha256(fingerprint(model.config).encode() + norm.tobytes())
+    digest = hashlib.sha256(fingerprint(model.whole_config).encode() + norm.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -160,13 +160,13 @@ def candidates(model, folder=None):
     beside = [Path(folder) / "calibration.safetensors"] if folder else []
     for path in (*beside, cache_path(model)):
         if path.is_file():
-            yield Calibration.load(path, model.config)
+            yield Calibration.load(path, model.whole_config)
     shipped = []
     for path in sorted((Path(__file__).parent / "calibrations").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        if metadata.get("fingerprint") == fingerprint(model.config):
-            shipped.append(Calibration.load(path, model.config))
+        if metadata.get("fingerprint") == fingerprint(model.whole_config):
+            shipped.append(Calibration.load(path, model.whole_config))
     yield from sorted(shipped, key=lambda c: ALLOCATIONS.index(c.metadata["allocation"]))
 
 
@@ -176,5 +176,5 @@ def find(model, path=None, folder=None):
     Raises CalibrationError if that file is unfit for use with this model.
     """
     if path is not None:
-        return Calibration.load(path, model.config)
+        return Calibration.load(path, model.whole_config)
     return next(candidates(model, folder), None)

@@ -24,6 +24,7 @@ from checkpoint.opened import Checkpoint, CheckpointError, blame
 from checkpoint.tensors import put, weight_bytes
 from int8 import Int8Linear
 from model import Linear, Model
+from tensor_parallel import connect, rank_config, world_size
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint"]
 
@@ -43,6 +44,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
             raise CheckpointError(f"context {context} is outside 1 to {config.context}, the "
                                   "longest of this model")
         config = dataclasses.replace(config, context=context)
+    whole, config = config, rank_config(config, world_size())
     advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
     kind = "int8" if quantized else str(dtype).removeprefix("torch.")
     require_memory(weight_bytes(config, dtype, quantized), device, f"the model in {kind}",
@@ -53,6 +55,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     with blame(checkpoint.files[0]):  # weights may be no numbers, or the file may have changed
         for name, tensor in progress:
             put(network, name, tensor)
+    connect(network, whole)
     return network, checkpoint.tokenizer
 
 

@@ -44,10 +44,10 @@ def open_folder(folder):
                                       "holds too")
             found[name] = shard, shape, dtype
 
-    def read(name):
+    def read(name, part=...):
         # An open file keeps every page that was read in this process's memory, so open it anew.
         with safe_open(found[name][0], framework="pt") as f:
-            return f.get_tensor(name)
+            return f.get_slice(name)[part]
 
     with blame(folder):
         shapes = check_shapes(config, {name: s for name, (_, s, _) in found.items()}, quantized)

@@ -237,24 +237,24 @@ class GGUFFile:
         return {hf: self.tensors[name][0] for hf, name in self.names.items()
                 if name != "rope_freqs.weight"}
 
-    def read(self, hf):
-        """A weight by its Hugging Face name: float32 [out_features, in_features] on the CPU."""
+    def read(self, hf, part=...):
+        """A weight, or slices of it, by its Hugging Face name: float32 [out, in] on the CPU."""
         name = self.names[hf]
         shape, quant, offset = self.tensors[name]
         block, block_bytes = GGML_QUANT_SIZES[quant]
         n_bytes = math.prod(shape) // block * block_bytes
         raw = np.fromfile(self.path, np.uint8, n_bytes, offset=offset)
-        part = name.split(".")[-2]
-        if self.arch == "llama" and part in ("attn_q", "attn_k"):
+        kind = name.split(".")[-2]
+        if self.arch == "llama" and kind in ("attn_q", "attn_k"):
             # llama.cpp rotates neighbours (2i, 2i + 1), where Hugging Face rotates the pairs
             # (i, i + head_dim / 2). So it reorders the rows of q and k (of a bias, its elements).
             # Put them back while they are still small.
             n_heads = self.metadata["llama.attention.head_count"]
-            if part == "attn_k":
+            if kind == "attn_k":
                 n_heads = self.metadata.get("llama.attention.head_count_kv", n_heads)
             row_bytes = len(raw) // shape[0]
             raw = raw.reshape(n_heads, -1, 2, row_bytes).swapaxes(1, 2)
-        return to_float(shape, quant, raw)
+        return to_float(shape, quant, raw)[part]
 
 
 def llama3_scaling(divisors, config):

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from checkpoint.tokenizer import Tokenizer
 from files import one_line
 from model import Config
+from tensor_parallel import cut
 
 
 class CheckpointError(ValueError):
@@ -25,14 +26,14 @@ class Checkpoint:
     tokenizer: Tokenizer
     files: list[Path]  # all that it consists of
     shapes: dict[str, tuple]  # Hugging Face tensor name -> shape, exactly those the model needs
-    read: Callable[[str], torch.Tensor]  # name -> tensor on the CPU: floats, or int8 if quantized
+    read: Callable[..., torch.Tensor]  # name, slices -> tensor on the CPU; int8 if quantized
     config_json: dict  # what `config` was made from
     quantized: bool = False  # quantize.py wrote it
 
     @property
     def tensors(self):
-        """Every (name, tensor), each read when it is asked for."""
-        return ((name, self.read(name)) for name in self.shapes)
+        """Every (name, tensor), each read when it is asked for; this rank's slice of it."""
+        return ((name, self.read(name, cut(name, shape))) for name, shape in self.shapes.items())
 
 
 @contextlib.contextmanager

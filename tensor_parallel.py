@@ -1,0 +1,141 @@
+"""One model on several GPUs or processes: every rank holds a slice of every large matrix.
+
+q, k, v, gate and up are split by output: a rank computes its own heads and MLP channels from the
+whole x. o and down are split by input: a rank multiplies with its own heads' or channels' rows,
+and one all-reduce behind each of them adds up the ranks' results. That makes two all-reduces of
+one hidden state a layer, and nothing else is exchanged. Embedding and LM head are whole on every
+rank. The head is 1.5% of a 70B model's weights, and this way all ranks choose the same token by
+themselves.
+
+A rank's model is an ordinary `Model` of a slimmer Config, so sparsity, int8, the KV cache and the
+CUDA graph work as they are. q ... up drop the same x everywhere; o and down choose from their
+slices.
+
+    torchrun --nproc-per-node 2 generate.py --model M --sparsity 0.5 --prompt "Name three rivers."
+
+Source: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053), section 3. Works with torch alone.
+"""
+
+import dataclasses
+import datetime
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 600  # a rank that waits longer for the others gives up; a rank that dies is seen at once
+
+
+def rank():
+    """This process's number among those that torchrun started, from 0; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """How many processes torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device):
+    """Meet the other ranks: NCCL between GPUs, gloo between CPUs. Returns this rank's device, a
+    str.
+
+    Does nothing without torchrun. Raises ValueError if there are fewer GPUs than ranks.
+    """
+    if world_size() == 1 or dist.is_initialized():
+        return device
+    backend = "gloo"
+    if device.startswith("cuda"):
+        local, held = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= held:
+            raise ValueError(f"there are {held} GPUs for rank {local} of this machine; start at "
+                             "most one process for each GPU, or use --device cpu")
+        device, backend = f"cuda:{local}", "nccl"
+        torch.cuda.set_device(local)
+    if rank() > 0:  # only the first rank prints
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=SECONDS))
+    return device
+
+
+def stop():
+    """Wait for the other ranks and part from them; the last thing that a rank does."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def refuse(what):
+    """Raise ValueError under torchrun, for what is made by one process alone."""
+    if world_size() > 1:
+        raise ValueError(f"{what} takes one process; run it without torchrun first")
+
+
+def from_first(value):
+    """The first rank's value on every rank: a prompt, a seed, a line of a conversation."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def mean(value):
+    """The mean of a float over all ranks. Every rank must call it."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item() / world_size()
+
+
+# ---- a rank's slice ----------------------------------------------------------------------------
+
+def rank_config(config, size):
+    """The Config of one of `size` ranks. Raises ValueError if heads or channels do not divide."""
+    for name in ("n_kv_heads", "n_heads", "intermediate_size"):
+        if getattr(config, name) % size:
+            raise ValueError(f"{size} ranks cannot share the model's {getattr(config, name)} "
+                             f"{name}; start a number of processes that divides it")
+    return dataclasses.replace(
+        config, n_heads=config.n_heads // size, n_kv_heads=config.n_kv_heads // size,
+        intermediate_size=config.intermediate_size // size)
+
+
+def split_dim(name):
+    """Along which dimension the tensor of this Hugging Face name is split; None if it is whole."""
+    module, _, kind = name.rpartition(".")
+    part = module.rpartition(".")[2]
+    if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+        return 0
+    return 1 if part in ("o_proj", "down_proj") and kind == "weight" else None
+
+
+def cut(name, shape):
+    """What this rank keeps of a tensor [out_features, in_features] or [out_features], as slices."""
+    dim = split_dim(name)
+    if dim is None:
+        return (slice(None),) * len(shape)
+    width = shape[dim] // world_size()
+    mine = slice(rank() * width, (rank() + 1) * width)
+    return tuple(mine if d == dim else slice(None) for d in range(len(shape)))
+
+
+def connect(model, config):
+    """Let a rank's Model add up o and down over all ranks. config: that of the whole model."""
+    model.whole_config = config
+    if not dist.is_initialized():
+        return
+    for block in model.blocks:
+        block.reduce, block.adds_residual = all_reduce, rank() == 0
+        for linear in (block.o, block.down):
+            if linear.bias is not None and rank() > 0:
+                linear.bias.zero_()  # the first rank adds it
+
+
+def all_reduce(x):
+    """Add up a tensor over all ranks, in place; returns it."""
+    dist.all_reduce(x)
+    return x

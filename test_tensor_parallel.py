@@ -1,0 +1,155 @@
+"""Tensor parallel on CPUs with gloo: two and four processes give the logits and tokens of one.
+
+The tests start torchrun with this very file, whose `main` is what a rank does.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import checkpoint
+import tensor_parallel
+from session import Session
+
+HERE = Path(__file__).resolve().parent
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model with 8 query heads, 4 key heads and biases, whose text is bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=128,
+        attention_bias=True, bos_token_id=None, eos_token_id=None, initializer_range=0.2,
+        architectures=["LlamaForCausalLM"])
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    torch.manual_seed(0)
+    weights = transformers.LlamaForCausalLM(config).state_dict()
+    for name in weights:
+        if name.endswith("bias"):
+            weights[name].normal_(0, 0.2)
+    save_file({name: t.clone() for name, t in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def results(folder, quantize=None):
+    """Logits of the prompt, and 24 greedy ids and the sparsity reached, dense and sparse."""
+    model, _ = checkpoint.load(folder, quantize=quantize)
+    with torch.inference_mode():
+        logits = model.logits(model.forward(torch.tensor(PROMPT)))
+    found = {"logits": logits.tolist()}
+    for name, thresholds in (("dense", None), ("sparse", torch.full((3, 7), 0.4))):
+        session = Session(model, thresholds)
+        ids = list(session.generate(PROMPT, 24))
+        found[name] = ids, session.sparsity()
+    return found
+
+
+def main(folder, out, quantize):
+    """What one rank does: the first one writes the results."""
+    tensor_parallel.start("cpu")
+    found = results(Path(folder), quantize or None)
+    if tensor_parallel.rank() == 0:
+        Path(out).write_text(json.dumps(found))
+    tensor_parallel.stop()
+
+
+def torchrun(n, *words):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
+            *map(str, words)]
+
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("n, quantize", [("2", ""), ("4", ""), ("2", "int8")])
+def test_ranks_give_what_one_process_gives(n, quantize, folder, tmp_path):
+    out = tmp_path / "out.json"
+    done = subprocess.run(torchrun(n, __file__, folder, out, quantize), cwd=HERE, env=ENV,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ours, expected = json.loads(out.read_text()), results(folder, quantize or None)
+    # int8 rounds o and down by their slices, which have scales of their own
+    off = (torch.tensor(ours["logits"]) - torch.tensor(expected["logits"])).abs().max()
+    assert off <= (0.2 if quantize else 1e-4)
+    if not quantize:
+        assert ours["dense"][0] == expected["dense"][0]
+        assert ours["sparse"][0] == expected["sparse"][0]
+    assert ours["dense"][1] == 0
+    tolerance = 0.02 if quantize else 1e-3
+    assert ours["sparse"][1] == pytest.approx(expected["sparse"][1], abs=tolerance)
+    assert 0.05 < ours["sparse"][1] < 0.9
+
+
+def test_generate_prints_once(folder):
+    words = ["generate.py", "--model", folder, "--raw", "--prompt", "-", "--dtype", "float32",
+             "--device", "cpu", "--max-new-tokens", "20", "--temperature", "0.8", "--seed", "3"]
+    one = subprocess.run([sys.executable, *map(str, words)], cwd=HERE, input="abc", env=ENV,
+                         capture_output=True, text=True, timeout=300)
+    two = subprocess.run(torchrun("2", *words), cwd=HERE, input="abc", env=ENV,
+                         capture_output=True, text=True, timeout=300)
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert two.stdout == one.stdout
+    assert two.stderr.count("new 20 tokens") == 1
+
+
+@pytest.mark.parametrize("n, words", [
+    ("8", "8 ranks cannot share the model's 4 n_kv_heads; start a number of processes"),
+    ("3", "3 ranks cannot share the model's 4 n_kv_heads")])
+def test_heads_that_do_not_divide_are_refused(n, words, folder):
+    done = subprocess.run(
+        torchrun(n, "generate.py", "--model", folder, "--prompt", "x", "--device", "cpu"),
+        cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count(f"generate.py: error: {words}") == 1
+
+
+def test_no_calibration_is_refused(folder, tmp_path):
+    done = subprocess.run(
+        torchrun("2", "generate.py", "--model", folder, "--raw", "--prompt", "x", "--sparsity",
+                 "0.5", "--device", "cpu"), cwd=HERE,
+        env=ENV | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "takes one process; run it without torchrun first" in done.stderr
+
+
+def test_a_rank_that_dies_ends_the_others(folder):
+    words = torchrun("2", "generate.py", "--model", folder, "--chat", "--device", "cpu")
+    ranks = subprocess.Popen(words, cwd=HERE, env=ENV, stdin=subprocess.PIPE,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        children, deadline = [], time.time() + 200
+        while len(children) < 2 and time.time() < deadline:
+            listed = subprocess.run(["ps", "--ppid", str(ranks.pid), "-o", "pid="],
+                                    capture_output=True, text=True).stdout
+            children = listed.split()
+            time.sleep(0.2)
+        assert len(children) == 2
+        os.kill(int(children[1]), signal.SIGKILL)
+        start = time.time()
+        ranks.wait(30)
+        assert ranks.returncode != 0 and time.time() - start < 10
+    finally:
+        ranks.kill()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
