@@ -134,9 +134,6 @@ def apply_rope(x, cos, sin):
 class Block:
     """One transformer block: attention, then the MLP, each added to the residual stream."""
 
-    adds_residual = True
-    reduce = staticmethod(lambda y: y)  # where several GPUs share a model, it adds up their y
-
     def __init__(self, i, config, dtype, device, linear):
         def make(site, has_bias=False):
             return linear(i, site, *config.linear_shape(site), has_bias, dtype, device)
@@ -168,6 +165,10 @@ class Block:
         """SwiGLU: silu(gate) decides how much of each of up's channels goes on to down."""
         gate, up = project(x, self.gate_up).chunk(2, dim=-1)
         return project(F.silu(gate) * up, self.down)
+
+    # Where several GPUs share a model, `reduce` adds up their y, and one adds the residual.
+    reduce = staticmethod(lambda y: y)
+    adds_residual = True
 
     def __call__(self, x, rope, cache=None, project=dense):
         """x [T, hidden_size] -> [T, hidden_size]. Without a cache, x is the whole text."""
