@@ -111,6 +111,24 @@ def test_generate_prints_once(folder):
     assert two.stderr.count("new 20 tokens") == 1
 
 
+def test_benchmark_counts_a_rank(folder):
+    """The bytes of one of two ranks: half of the blocks, the whole LM head."""
+    words = ["benchmark.py", "--model", folder, "--device", "cpu", "--sparsity", "0", "0.5",
+             "--context", "70", "--dtype", "float32", "--json"]
+    rows = []
+    for command in ([sys.executable, *words], torchrun("2", *words)):
+        file = folder / f"{len(rows)}.json"
+        done = subprocess.run([*map(str, command), str(file)], cwd=HERE, env=ENV,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads(file.read_text()))
+    assert "2 ranks, bytes and limit of each" in done.stdout and "us a layer" in done.stdout
+    head, cache = 64 * 256 * 4, 70 * 2 * 3 * 4 * 8 * 4
+    one, two = (row[0]["bytes_per_token"] for row in rows)
+    assert two == pytest.approx((one - head - cache) / 2 + head + cache / 2)
+    assert rows[1][1]["realised_sparsity"] == pytest.approx(0.5, abs=0.1)
+
+
 @pytest.mark.parametrize("n, words", [
     ("8", "8 ranks cannot share the model's 4 n_kv_heads; start a number of processes"),
     ("3", "3 ranks cannot share the model's 4 n_kv_heads")])

@@ -175,7 +175,7 @@ def test_the_default_allocation_comes_first():
     config = Config(vocab_size=49152, hidden_size=576, intermediate_size=1536, n_layers=30,
                     n_heads=9, n_kv_heads=3, head_dim=64)
     model = tiny()
-    model.config = config
+    model.config = model.whole_config = config
     found = [calibration.metadata["allocation"] for calibration in candidates(model)]
     assert found == ["fisher", "uniform"]
 
