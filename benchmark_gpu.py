@@ -33,7 +33,7 @@ def graph_of(run):
     """run(), captured in a CUDA graph, as a function that replays it."""
     run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as in decode.py
         run()
     return graph.replay
 

@@ -215,7 +215,8 @@ class GpuDecoder:
             self.position.fill_(last)
             self.step()
             self.position.fill_(last)
-            with torch.cuda.graph(graph, stream=stream):
+            # "thread_local": NCCL's own thread may look at the GPU meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
         for generator, state in zip(generators, states):

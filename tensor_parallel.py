@@ -45,7 +45,7 @@ def start(device):
     """
     if world_size() == 1 or dist.is_initialized():
         return device
-    backend = "gloo"
+    backend, options = "gloo", {}
     if device.startswith("cuda"):
         local, held = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= held:
@@ -53,9 +53,10 @@ def start(device):
                              "most one process for each GPU, or use --device cpu")
         device, backend = f"cuda:{local}", "nccl"
         torch.cuda.set_device(local)
+        options["device_id"] = torch.device(device)
     if rank() > 0:  # only the first rank prints
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=SECONDS))
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=SECONDS), **options)
     return device
 
 

@@ -1,4 +1,6 @@
-"""Tensor parallel on CPUs with gloo: two and four processes give the logits and tokens of one.
+"""Tensor parallel: two and four processes give the logits and tokens of one.
+
+On CPUs with gloo; on a machine with as many GPUs as processes, there with NCCL.
 
 The tests start torchrun with this very file, whose `main` is what a rank does.
 """
@@ -50,23 +52,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def results(folder, quantize=None):
-    """Logits of the prompt, and 24 greedy ids and the sparsity reached, dense and sparse."""
-    model, _ = checkpoint.load(folder, quantize=quantize)
+def results(folder, device, quantize=None):
+    """Logits of the prompt, and 64 greedy ids and the sparsity reached, dense and sparse."""
+    device = tensor_parallel.start(device)
+    model, _ = checkpoint.load(folder, device=device, quantize=quantize)
     with torch.inference_mode():
-        logits = model.logits(model.forward(torch.tensor(PROMPT)))
+        logits = model.logits(model.forward(torch.tensor(PROMPT, device=device)))
     found = {"logits": logits.tolist()}
     for name, thresholds in (("dense", None), ("sparse", torch.full((3, 7), 0.4))):
         session = Session(model, thresholds)
-        ids = list(session.generate(PROMPT, 24))
+        ids = list(session.generate(PROMPT, 64))
         found[name] = ids, session.sparsity()
     return found
 
 
-def main(folder, out, quantize):
+def main(folder, out, device, quantize):
     """What one rank does: the first one writes the results."""
-    tensor_parallel.start("cpu")
-    found = results(Path(folder), quantize or None)
+    found = results(Path(folder), device, quantize or None)
     if tensor_parallel.rank() == 0:
         Path(out).write_text(json.dumps(found))
     tensor_parallel.stop()
@@ -82,11 +84,13 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 @pytest.mark.parametrize("n, quantize", [("2", ""), ("4", ""), ("2", "int8")])
 def test_ranks_give_what_one_process_gives(n, quantize, folder, tmp_path):
-    out = tmp_path / "out.json"
-    done = subprocess.run(torchrun(n, __file__, folder, out, quantize), cwd=HERE, env=ENV,
+    out, device = tmp_path / "out.json", "cpu"
+    if torch.cuda.device_count() >= int(n):
+        device = "cuda"
+    done = subprocess.run(torchrun(n, __file__, folder, out, device, quantize), cwd=HERE, env=ENV,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    ours, expected = json.loads(out.read_text()), results(folder, quantize or None)
+    ours, expected = json.loads(out.read_text()), results(folder, device, quantize or None)
     # int8 rounds o and down by their slices, which have scales of their own
     off = (torch.tensor(ours["logits"]) - torch.tensor(expected["logits"])).abs().max()
     assert off <= (0.2 if quantize else 1e-4)
