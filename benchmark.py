@@ -181,8 +181,9 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
 
 def reduce_seconds(decoder, repeats=20):
     """Seconds that the all-reduces of one layer take under torchrun, one after the other."""
-    x = torch.zeros(decoder.model.config.hidden_size, dtype=decoder.model.dtype,
-                    device=decoder.model.device)
+    model = decoder.model
+    x = model.residual_stream(model.config.hidden_size, dtype=model.dtype, device=model.device)
+    x.zero_()
 
     def run():
         for _ in range(2 * repeats):

@@ -8,6 +8,8 @@ Method: Liu et al., "TEAL" (arXiv:2408.14690). The CUDA graph is gpt-fast's idea
 "Accelerating Generative AI with PyTorch II", 2023).
 """
 
+import gc
+
 import torch
 import torch.nn.functional as F
 
@@ -155,7 +157,7 @@ class GpuDecoder:
             return torch.empty(size, dtype=model.dtype, device=device)
 
         block = model.blocks[0]
-        self.x = buffer(config.hidden_size)
+        self.x = model.residual_stream(config.hidden_size, dtype=model.dtype, device=device)
         self.qkv = buffer(block.qkv.ends[-1])
         self.attention = buffer(block.o.in_features)
         self.gate_up = buffer(block.gate_up.ends[-1])
@@ -210,6 +212,7 @@ class GpuDecoder:
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
+        gc.collect()  # an earlier decoder's graph must not be destroyed while this one is captured
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.position.fill_(last)

@@ -242,6 +242,8 @@ class Model:
     linear: the class of its matrices, `Linear` or one with the same methods
     """
 
+    residual_stream = staticmethod(torch.empty)  # makes a decoder's hidden state
+
     def __init__(self, config, dtype=torch.float32, device="cpu", linear=Linear):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.whole_config = config  # differs where several GPUs share the model

@@ -23,6 +23,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 
 SECONDS = 600  # a rank that waits longer for the others gives up; a rank that dies is seen at once
 
@@ -129,6 +130,8 @@ def connect(model, config):
     model.whole_config = config
     if not dist.is_initialized():
         return
+    if model.device.type == "cuda":
+        model.residual_stream = shared_empty
     for block in model.blocks:
         block.reduce, block.adds_residual = all_reduce, rank() == 0
         for linear in (block.o, block.down):
@@ -138,5 +141,16 @@ def connect(model, config):
 
 def all_reduce(x):
     """Add up a tensor over all ranks, in place; returns it."""
-    dist.all_reduce(x)
+    if getattr(x, "is_shared_by_gpus", False):
+        torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", dist.group.WORLD.group_name)
+    else:
+        dist.all_reduce(x)
+    return x
+
+
+def shared_empty(size, dtype, device):
+    """A tensor that all GPUs of this machine can read: its all-reduce needs one kernel, no NCCL."""
+    x = symm_mem.empty(size, dtype=dtype, device=device)
+    symm_mem.rendezvous(x, dist.group.WORLD)
+    x.is_shared_by_gpus = True  # `all_reduce` takes the short way for it
     return x

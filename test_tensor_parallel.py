@@ -14,9 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-import transformers
 from safetensors.torch import save_file
 
 import checkpoint
@@ -30,6 +28,9 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model with 8 query heads, 4 key heads and biases, whose text is bytes."""
+    import tokenizers
+    import transformers
+
     folder = tmp_path_factory.mktemp("model")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate(alphabet)}
