@@ -1,0 +1,126 @@
+"""SparseLinear and calibrate_module, alone and in transformers' models. Run on a GPU if there is
+one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_gemv import SparseLinear, replace_linears
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+
+def linear(k=96, n=160, bias=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Linear(k, n, bias, device=DEVICE, dtype=dtype).requires_grad_(False)
+
+
+def tokens(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def close(y, expected, dtype):
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+    assert y.dtype == dtype and y.shape == expected.shape
+    assert (y.double() - expected).norm() <= tolerance * expected.norm()
+
+
+# ---- SparseLinear ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("k, n", [(96, 160), (577, 33), (1, 1)])
+def test_one_token_is_sparse_and_more_are_dense(k, n, bias, dtype):
+    old = linear(k, n, bias, dtype)
+    new, double = SparseLinear.from_linear(old, 0.6), copy.deepcopy(old).double()
+    for shape in ((k,), (1, k), (1, 1, k)):
+        x = tokens(*shape, dtype=dtype)
+        close(new(x), double(torch.where(x.float().abs() <= 0.6, 0, x).double()), dtype)
+    x = tokens(2, 3, k, dtype=dtype)
+    close(new(x), double(x.double()), dtype)
+    new.threshold.fill_(-1)
+    close(new(x[:1, :1]), double(x[:1, :1].double()), dtype)
+    new.threshold.fill_(1e9)
+    assert torch.equal(new(x[0, 0]), old.bias if bias else torch.zeros_like(new(x[0, 0])))
+
+
+def test_the_weight_is_stored_once():
+    new = SparseLinear.from_linear(linear(96, 160))
+    assert sum(t.numel() for t in (*new.parameters(), *new.buffers())) == 96 * 160 + 160 + 1
+
+
+def test_state_dict_goes_around():
+    old = SparseLinear.from_linear(linear(), 0.3)
+    new = SparseLinear(96, 160, device=DEVICE)
+    new.load_state_dict(old.state_dict())
+    x = tokens(1, 96)
+    assert torch.equal(new(x), old(x)) and new.threshold.item() == old.threshold.item()
+    assert list(old.state_dict()) == ["w_t", "bias", "threshold"]
+
+
+def test_other_dtypes_do_not_round_the_threshold():
+    new = SparseLinear.from_linear(linear(), 0.3).bfloat16()
+    assert new.w_t.dtype == torch.bfloat16 and torch.equal(
+        new.threshold, torch.tensor([0.3], device=DEVICE))
+
+
+def test_compiled_whole_and_thresholds_change():
+    model = nn.Sequential(SparseLinear.from_linear(linear(96, 160), 0.5), nn.SiLU(),
+                          SparseLinear.from_linear(linear(160, 96), 0.05))
+    mode = "reduce-overhead" if DEVICE == "cuda" else "default"
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    with torch.no_grad():
+        for threshold in (0.5, -1.0, 0.9, 1e9):
+            model[0].threshold.fill_(threshold)
+            for _ in range(3):  # warm-up, capture, replay
+                x = tokens(1, 1, 96)
+                torch.testing.assert_close(compiled(x), model(x))
+        x = tokens(1, 5, 96)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_captured_in_a_cuda_graph():
+    new, x = SparseLinear.from_linear(linear(), 0.5), tokens(1, 96)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = new(x)
+    for threshold in (0.5, 1.0, -1.0):
+        new.threshold.fill_(threshold)
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, new(x))
+
+
+def quantized():
+    layer = linear()
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    return layer
+
+
+def odd():
+    layer = linear()
+    layer.weight = nn.Parameter(layer.weight[:, :95])
+    return layer
+
+
+@pytest.mark.parametrize("make, threshold, message", [
+    (lambda: nn.Linear(4, 5, device="meta"), -1, "meta device"), (quantized, -1, "quantized"),
+    (odd, -1, "shape"), (linear, float("nan"), "NaN")])
+def test_bad_linears_are_named(make, threshold, message):
+    with pytest.raises(ValueError, match=message):
+        SparseLinear.from_linear(make(), threshold)
+
+
+def test_thresholds_of_another_model_are_refused_whole():
+    model = nn.Sequential(linear(), nn.ReLU())
+    for other in ("1", "2", "layers.0.q_proj"):
+        with pytest.raises(ValueError, match=f"'{other}' is no Linear of this module"):
+            replace_linears(model, {"0": 0.5, other: 0.5})
+        assert isinstance(model[0], nn.Linear)
+    replace_linears(model, {"0": 0.5})
+    replace_linears(model, {"0": 0.7})
+    assert abs(model[0].threshold.item() - 0.7) < 1e-6
