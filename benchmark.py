@@ -32,6 +32,7 @@ from checkpoint.tensors import weight_bytes
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from decode import CpuDecoder, GpuDecoder
 from files import write_whole
+from int4 import Int4Linear, int4_linear
 from int8 import Int8Linear
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
 from session import block_bytes
@@ -74,11 +75,17 @@ def read_bandwidth(device):
 
 def random_model(config, dtype, device, quantize):
     """A Model of this Config with random weights that keep the size of the hidden states."""
-    model = Model(config, dtype, device, Int8Linear if quantize else Linear)
+    kind = {"int8": Int8Linear, "int4": int4_linear, None: Linear}[quantize]
+    model = Model(config, dtype, device, kind)
     generator = torch.Generator(model.device).manual_seed(0)
     options = {"device": model.device, "generator": generator}
     for linear in [*model.linears(), model.lm_head]:
         size = linear.in_features ** -0.5  # the standard deviation of a weight
+        if isinstance(linear, Int4Linear):
+            linear.w_t.random_(generator=generator)
+            linear.scale[..., 0] = size / 4.6  # the standard deviation of 0 ... 15
+            linear.scale[..., 1] = -7.5 * size / 4.6
+            continue
         for i, width in enumerate(linear.widths):
             shape = width, linear.in_features
             if quantize:

@@ -72,7 +72,8 @@ def print_prefill(model):
     tokens = torch.randint(model.config.vocab_size, (2048,), device=model.device)
     with torch.inference_mode():
         time = seconds(lambda: model.logits(model.forward(tokens)[-1:]))
-    flops = 2 * 2048 * sum(linear.w_t.numel() for linear in model.linears())
+    flops = 2 * 2048 * sum(
+        linear.in_features * linear.ends[-1] for linear in model.linears())
     rate = matmul_rate(model.dtype)
     print(f"prefill of 2048 tokens: {2048 / time:.0f} tok/s, {flops / time / 1e12:.0f} TFLOP/s "
           f"in the projections, {flops / time / rate:.0%} of the {rate / 1e12:.0f} that one "

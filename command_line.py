@@ -74,8 +74,8 @@ def add_model_flags(parser, dtype="float32"):
     add = add_model_flag(parser)
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype,
         help="of weights and arithmetic (default: %(default)s)")
-    add("--quantize", choices=("int8",),
-        help="hold the weights as int8: half the bytes of bfloat16")
+    add("--quantize", choices=("int8", "int4"),
+        help="hold the weights as int8, half the bytes of bfloat16, or on a GPU as int4, a third")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     return add
@@ -102,6 +102,9 @@ def load_model(args, context=None):
     Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
     args.device = start(args.device)
+    if args.quantize == "int4" and args.device == "cpu" and rank() == 0:
+        print("int4 runs on a GPU; on this CPU the int4-rounded weights run as int8",
+              file=sys.stderr)
     return load(args.model, dtype=getattr(torch, args.dtype), device=args.device,
                 quantize=args.quantize, context=context)
 

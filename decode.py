@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from cpu_gemv import CpuGemv
 from decode_attention import Workspace, decode_attention
+from int4_gemv import int4_gemv
 from model import PROJECTIONS
 from sparse_gemv import sparse_gemv, supports_pdl
 
@@ -180,8 +181,9 @@ class GpuDecoder:
         """x times a matrix into `out`, each projection with its threshold, counting the rows
         read."""
         at = linear.layer, linear.places
-        sparse_gemv(x, linear.w_t, self.thresholds[at], ends=linear.ends, kept=self.kept[at],
-                    scale=linear.scale, bias=linear.bias, out=out, **fused)
+        gemv = int4_gemv if linear.w_t.dtype == torch.uint8 else sparse_gemv
+        gemv(x, linear.w_t, self.thresholds[at], ends=linear.ends, kept=self.kept[at],
+             scale=linear.scale, bias=linear.bias, out=out, **fused)
 
     def step(self):
         """One token: `token` at `position` in; the next ones out, in the same tensors."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from decode import CpuDecoder, GpuDecoder, sample
+from int4 import Int4Linear
 from model import PROJECTIONS, KVCache, dense, masked
 from tensor_parallel import mean
 
@@ -178,6 +179,11 @@ class Session:
         return self.model.lm_head.w_t.nbytes + blocks + self.stats.cache_bytes / self.stats.steps
 
 
+def bytes_per_weight(linear):
+    """Bytes that decoding reads for one weight; int4 keeps 4 bytes of scales for 32 (int4.py)."""
+    return 5 / 8 if isinstance(linear, Int4Linear) else linear.w_t.element_size()
+
+
 def block_bytes(model, kept=None):
     """Bytes of the blocks' weights, or of `kept` rows of every projection, int64 [n_layers, 7]."""
     total = 0
@@ -185,5 +191,5 @@ def block_bytes(model, kept=None):
         rows = [linear.in_features] * len(linear.widths)
         if kept is not None:
             rows = kept[linear.layer, linear.places].tolist()
-        total += sum(n * width for n, width in zip(rows, linear.widths)) * linear.w_t.element_size()
+        total += sum(n * width for n, width in zip(rows, linear.widths)) * bytes_per_weight(linear)
     return total

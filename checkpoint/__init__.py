@@ -22,6 +22,7 @@ from checkpoint.hub import download
 from checkpoint.memory import require_memory
 from checkpoint.opened import Checkpoint, CheckpointError, blame
 from checkpoint.tensors import put, weight_bytes
+from int4 import int4_linear
 from int8 import Int8Linear
 from model import Linear, Model
 from tensor_parallel import connect, rank_config, world_size
@@ -32,13 +33,14 @@ __all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint"]
 def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None):
     """A checkpoint (see `open_checkpoint`) -> (Model, Tokenizer), weights in `dtype` on `device`.
 
-    quantize: "int8" makes the large matrices int8; those that quantize.py wrote are so already
+    quantize: "int8" or "int4" makes the large matrices so (int4.py says what a CPU does with
+        int4); those that quantize.py wrote are int8 already
     context: replaces the model's longest context, which it cannot exceed
     Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
     memory, both before memory is allocated. Infinite or NaN weights are found while loading.
     """
     checkpoint = open_checkpoint(model)
-    config, quantized = checkpoint.config, checkpoint.quantized or quantize == "int8"
+    config, quantized = checkpoint.config, "int8" if checkpoint.quantized else quantize
     if context is not None:
         if not 1 <= context <= config.context:
             raise CheckpointError(f"context {context} is outside 1 to {config.context}, the "
@@ -46,10 +48,12 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
         config = dataclasses.replace(config, context=context)
     whole, config = config, rank_config(config, world_size())
     advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
-    kind = "int8" if quantized else str(dtype).removeprefix("torch.")
-    require_memory(weight_bytes(config, dtype, quantized), device, f"the model in {kind}",
+    kind = quantized or str(dtype).removeprefix("torch.")
+    stored = "int8" if quantized and torch.device(device).type == "cpu" else quantized
+    require_memory(weight_bytes(config, dtype, stored), device, f"the model in {kind}",
                    f"try {' or '.join([*advice, 'a smaller model'])}")
-    network = Model(config, dtype, device, Int8Linear if quantized else Linear)
+    linear = {"int8": Int8Linear, "int4": int4_linear, None: Linear}[quantized]
+    network = Model(config, dtype, device, linear)
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor",
                     leave=False, delay=1, disable=None)
     with blame(checkpoint.files[0]):  # weights may be no numbers, or the file may have changed

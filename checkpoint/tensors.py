@@ -65,10 +65,15 @@ def check_shapes(config, found, quantized=False):
 
 
 def weight_bytes(config, dtype, quantized=False):
-    """Bytes of memory that the weights of a Model take."""
-    sizes = {name: math.prod(s) for name, s in tensor_shapes(config, quantized).items()}
+    """Bytes of memory that the weights of a Model take; quantized: None, "int8" or "int4"."""
+    shapes = tensor_shapes(config, quantized)
+    sizes = {name: math.prod(s) for name, s in shapes.items()}
     if quantized:  # a head of its own, even if the embedding is tied
         sizes["lm_head.weight"] = config.vocab_size * config.hidden_size
+    if quantized == "int4":  # 4 bits, and 32 for 32 columns; never the head (int4.py)
+        for name, shape in shapes.items():
+            if name.endswith("_proj.weight") and shape[0] % 32 == 0:
+                sizes[name] = sizes[name] * 5 // 8
     return sum(n if quantized and is_quantized(name) else n * dtype.itemsize
                for name, n in sizes.items())
 

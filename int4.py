@@ -1,0 +1,124 @@
+"""4-bit weights that multiply with sparsity: 5 bits a weight, scales included.
+
+A group is 32 output columns of one input channel. So it lies inside one row of w_t, and a dropped
+row takes its scales with it. Each group stores a scale s and a minimum m in bfloat16 and 32
+numbers q from 0 to 15; a weight is s * q + m.
+
+Rounding searches s and m for the least squared error: it starts from several ranges, the widest
+from the smallest to the largest weight, rounds, fits s and m to the rounded numbers by least
+squares, rounds again, and keeps the best. On a CPU, and where a projection's columns are no
+multiple of 32, the matrix is int8; the LM head always is.
+"""
+
+import torch
+
+from int4_gemv import GROUP
+from int8 import FLOATS, PIECE, Int8Linear
+from model import Linear
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of a group's range, around its middle
+
+
+def quantize_int4(weight, name="weight"):
+    """A float matrix [N, K], N a multiple of 32 -> (uint8 [K, N / 2], bfloat16 [K, N / 32, 2]).
+
+    Byte j of a group holds its column j, and column j + 16 in the high four bits. The second
+    tensor holds scale and minimum. Raises ValueError, naming the tensor, if a weight is infinite
+    or NaN.
+    """
+    n, k = weight.shape
+    packed = torch.empty(k, n // 2, dtype=torch.uint8, device=weight.device)
+    groups = torch.empty(k, n // GROUP, 2, dtype=torch.bfloat16, device=weight.device)
+    for i in range(0, k, step := max(1, PIECE // n)):
+        w = weight[:, i:i + step].T.float().reshape(-1, n // GROUP, GROUP)
+        if not w.isfinite().all():
+            raise ValueError(f"tensor {name} holds infinite or NaN weights, which cannot be "
+                             "quantized; get a sound checkpoint")
+        q, groups[i:i + step] = search(w)
+        low, high = q.to(torch.uint8).chunk(2, dim=-1)
+        packed[i:i + step] = (low | high << 4).flatten(1)
+    return packed, groups
+
+
+def search(w):
+    """Groups of weights [..., 32] -> (q [..., 32], scale and minimum bfloat16 [..., 2])."""
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    best = None
+    for share in SHARES:
+        scale = (high - low) * share / 15
+        minimum = (high + low) / 2 - 7.5 * scale
+        q = nearest(w, scale, minimum)
+        # The line through (q, w) with the least squared error.
+        q_mean, w_mean = q.mean(-1, keepdim=True), w.mean(-1, keepdim=True)
+        spread = (q - q_mean).square().sum(-1, keepdim=True)
+        slope = ((q - q_mean) * (w - w_mean)).sum(-1, keepdim=True) / spread
+        slope = torch.where(spread > 0, slope, 0)
+        scale = slope.bfloat16().float()
+        # The minimum rounds too; what is lost there moves the whole group by less than 1 / 256.
+        minimum = (w_mean - scale * q_mean).bfloat16().float()
+        q = nearest(w, scale, minimum)
+        error = (q * scale + minimum - w).square().sum(-1, keepdim=True)
+        found = q, torch.cat((scale, minimum), -1), error
+        if best is None:
+            best = found
+        else:
+            better = error < best[2]
+            best = tuple(torch.where(better, new, old) for new, old in zip(found, best))
+    return best[0], best[1].bfloat16()
+
+
+def nearest(w, scale, minimum):
+    """The numbers from 0 to 15 whose scale * q + minimum are closest to w."""
+    tiny = torch.finfo(torch.float32).tiny  # a group of equal weights: 0 / tiny is 0
+    return ((w - minimum) / scale.clamp(min=tiny)).round().clamp(0, 15)
+
+
+def dequantize(packed, groups, dtype=torch.float32):
+    """What `quantize_int4` returns, or some of its groups -> floats [K, N]."""
+    q = packed.view(len(packed), -1, GROUP // 2)
+    q = torch.cat((q & 15, q >> 4), -1)
+    scale, minimum = groups.float().split(1, -1)
+    return torch.addcmul(minimum, q.float(), scale).to(dtype).flatten(1)
+
+
+def int4_linear(layer, site, in_features, widths, has_bias, dtype, device):
+    """A matrix for `Model`: int4 where that is possible, else int8 (see the top of this file)."""
+    if site == "lm_head" or any(width % GROUP for width in widths):
+        kind = Int8Linear
+    else:
+        kind = Int4OnCPU if torch.device(device).type == "cpu" else Int4Linear
+    return kind(layer, site, in_features, widths, has_bias, dtype, device)
+
+
+class Int4OnCPU(Int8Linear):
+    """An `Int8Linear` of the weights that int4 rounds to."""
+
+    def load_weight(self, i, weight):
+        super().load_weight(i, dequantize(*quantize_int4(weight)).T)
+
+
+class Int4Linear(Linear):
+    """A `Linear` with int4 weights on a GPU: w_t is uint8 [K, N / 2], scale bfloat16
+    [K, N / 32, 2]."""
+
+    def allocate(self, device):
+        k, n = self.in_features, self.ends[-1]
+        self.w_t = torch.empty(k, n // 2, dtype=torch.uint8, device=device)
+        self.scale = torch.empty(k, n // GROUP, 2, dtype=torch.bfloat16, device=device)
+
+    def load_weight(self, i, weight):
+        start, end = self.starts[i], self.ends[i]
+        packed, groups = quantize_int4(weight)
+        self.w_t[:, start // 2:end // 2] = packed
+        self.scale[:, start // GROUP:end // GROUP] = groups
+
+    def weight(self, start, end):
+        """Columns start ... end - 1, multiples of 32, as the floats they stand for."""
+        groups = self.scale[:, start // GROUP:end // GROUP]
+        return dequantize(self.w_t[:, start // 2:end // 2].contiguous(), groups, self.dtype)
+
+    def __call__(self, x):
+        step = max(1, FLOATS // (self.in_features * GROUP)) * GROUP
+        n = self.ends[-1]
+        y = torch.cat([x @ self.weight(i, min(i + step, n)) for i in range(0, n, step)], dim=-1)
+        return y if self.bias is None else y + self.bias
