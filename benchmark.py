@@ -135,8 +135,7 @@ def find_thresholds(model, args):
         return [dense for _ in args.sparsity], "no thresholds"
     calibration = None
     if args.config is None:
-        is_folder = args.model is not None and os.path.isdir(args.model)
-        calibration = find(model, folder=args.model if is_folder else None)
+        calibration = find(model)
     if calibration is None:
         n = 1024 if model.device.type == "cuda" else 256  # a CPU would need minutes for more
         window = min(n // 2, model.config.context)

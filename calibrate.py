@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from command_line import add_model_flags, load_model, make_parser, number, run_script
+from digest import weights_digest
 from model import PROJECTIONS, SITES, KVCache, dense, masked, rms_norm
 from session import Session
 from tensor_parallel import refuse
@@ -36,7 +37,6 @@ from thresholds import (
     CalibrationError,
     cache_path,
     fingerprint,
-    weights_digest,
 )
 
 SINKS = 8  # a window's first tokens draw attention and have huge activations: they do not count

@@ -23,14 +23,15 @@ from tqdm import tqdm
 from calibrate import byte_shares, masked_and_counted
 from checkpoint import default_model
 from command_line import add_model_flags, load_model, make_parser, number, run_script
+from digest import weights_digest
 from files import one_line, write_whole
 from model import PROJECTIONS, KVCache
 from tensor_parallel import refuse
 from thresholds import ALLOCATIONS, Calibration, candidates
 
 # What was measured: rows of --json that agree in all of these are the same measurement.
-SETTINGS = ("model", "dtype", "quantize", "text", "window", "offset", "windows", "all_sparse",
-            "allocation", "calibrated_on", "sparsity")
+SETTINGS = ("model", "weights", "dtype", "quantize", "text", "window", "offset", "windows",
+            "all_sparse", "allocation", "calibrated_on", "sparsity")
 RESULTS = ("realised_sparsity", "perplexity", "kl", "top1", "projections")
 
 
@@ -234,9 +235,9 @@ def main():
     for (allocation, sparsity, source, _), result in zip(tasks, results):
         dropped = result["sparsity"].mean(0)  # [7]: a projection has one size in all layers
         rows.append({
-            "model": args.model or default_model.NAME, "dtype": args.dtype,
-            "quantize": args.quantize, "text": Path(args.text).name, "window": args.window,
-            "offset": args.offset, "windows": len(windows), "all_sparse": args.all_sparse,
+            "model": args.model or default_model.NAME, "weights": weights_digest(model),
+            "dtype": args.dtype, "quantize": args.quantize, "text": Path(args.text).name,
+            "window": args.window, "offset": args.offset, "windows": len(windows), "all_sparse": args.all_sparse,
             "allocation": allocation, "calibrated_on": source, "sparsity": sparsity,
             "realised_sparsity": (dropped @ shares).item(), "perplexity": result["perplexity"],
             "kl": result["kl"], "top1": result["top1"],

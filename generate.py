@@ -25,7 +25,7 @@ from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import TextStream
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from model import KVCache
-from session import Session
+from session import Session, SparsityWatch
 from tensor_parallel import from_first, rank, refuse
 from thresholds import CalibrationError, cache_path, find
 
@@ -51,8 +51,11 @@ def find_thresholds(model, tokenizer, args, sparsity):
     dense."""
     if sparsity == 0:
         return None
-    folder = args.model if args.model and os.path.isdir(args.model) else None
-    calibration = find(model, path=args.calibration, folder=folder)
+    calibration = find(model, path=args.calibration)
+    if calibration is not None and not calibration.is_own(model):
+        own = "calibrate.py" + (f" --model {args.model}" if args.model else "")
+        print(f"thresholds: {calibration.origin()}, made for other weights of this shape; "
+              f"python {own} makes this model's own", file=sys.stderr)
     if calibration is None:
         refuse("the calibration of a new model")
         path = cache_path(model)
@@ -84,7 +87,7 @@ def write(ids, tokenizer):
     return text
 
 
-def chat(session, tokenizer, max_new_tokens, question, set_sparsity):
+def chat(session, tokenizer, respond, question, set_sparsity):
     """Answer `question`, if not None, then line after line of standard input.
 
     The conversation stays in the cache. A line "/sparsity 0.5" changes the sparsity instead.
@@ -111,9 +114,15 @@ def chat(session, tokenizer, max_new_tokens, question, set_sparsity):
         if len(ids) > session.cache.context:
             session.full = True
             return
-        answer = write(session.generate(ids, max_new_tokens), tokenizer)
+        answer = respond(ids)
         messages.append({"role": "assistant", "content": answer})
         question = None
+
+
+def warn_of_sparsity(asked, reached):
+    print(f"\nwarning: sparsity {asked:g} was asked, and the last {SparsityWatch.STEPS} tokens "
+          f"reached {reached:.3f}; the calibration does not fit these weights or this text",
+          file=sys.stderr)
 
 
 def summary(session, args):
@@ -209,10 +218,16 @@ def main():
         session.set_thresholds(find_thresholds(model, tokenizer, args, sparsity))
         args.sparsity = sparsity  # what the summary says was asked
 
+    watch = SparsityWatch(session, warn_of_sparsity)
+
+    def respond(ids):
+        ids = session.generate(ids, args.max_new_tokens)
+        return write(watch.watch(ids, args.sparsity), tokenizer)
+
     if args.chat:
-        chat(session, tokenizer, args.max_new_tokens, prompt, set_sparsity)
+        chat(session, tokenizer, respond, prompt, set_sparsity)
     else:
-        write(session.generate(ids, args.max_new_tokens), tokenizer)
+        respond(ids)
     if session.full:
         print(f"the context of {context} tokens is full, so the text ends here", file=sys.stderr)
     print(summary(session, args), file=sys.stderr)

@@ -243,6 +243,7 @@ class Model:
     """
 
     residual_stream = staticmethod(torch.empty)  # makes a decoder's hidden state
+    digest = folder = None  # which checkpoint these weights are from; `checkpoint.load` says
 
     def __init__(self, config, dtype=torch.float32, device="cpu", linear=Linear):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)

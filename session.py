@@ -184,12 +184,48 @@ def bytes_per_weight(linear):
     return 5 / 8 if isinstance(linear, Int4Linear) else linear.w_t.element_size()
 
 
+class SparsityWatch:
+    """Compares the sparsity that a session reaches with the one asked for, 64 steps at a time.
+
+    Thresholds that were found on other weights or other text may drop far more or far less.
+    """
+
+    STEPS, TOLERANCE = 64, 0.05
+
+    def __init__(self, session, warn):
+        """warn: a function of the sparsities asked and reached; called once at most"""
+        self.session, self.warn = session, warn
+        self.asked = None
+
+    def begin(self, asked):
+        """From here on, `asked` is the sparsity of the session's thresholds."""
+        self.asked, session = asked, self.session
+        self.read, self.n_steps = block_bytes(session.model, session.kept), session.decoder.n_steps
+
+    def watch(self, ids, asked):
+        """Pass on ids, those of the session's `generate`, decoded with this sparsity."""
+        if asked != self.asked:
+            self.begin(asked)
+        for id in ids:
+            yield id
+            steps = self.session.decoder.n_steps - self.n_steps
+            if self.warn is None or asked == 0 or steps < self.STEPS:
+                continue
+            model = self.session.model
+            read = block_bytes(model, self.session.kept) - self.read
+            reached = 1 - mean(read / steps / block_bytes(model))
+            if abs(reached - asked) > self.TOLERANCE:
+                self.warn(asked, reached)
+                self.warn = None
+            self.begin(asked)
+
+
 def block_bytes(model, kept=None):
     """Bytes of the blocks' weights, or of `kept` rows of every projection, int64 [n_layers, 7]."""
-    total = 0
+    total, kept = 0, None if kept is None else kept.tolist()  # one wait for a GPU, not hundreds
     for linear in model.linears():
         rows = [linear.in_features] * len(linear.widths)
         if kept is not None:
-            rows = kept[linear.layer, linear.places].tolist()
+            rows = kept[linear.layer][linear.places]
         total += sum(n * width for n, width in zip(rows, linear.widths)) * bytes_per_weight(linear)
     return total

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import calibrate
 import checkpoint
@@ -226,6 +226,41 @@ def test_first_sparse_run_calibrates(tiny, tmp_path, monkeypatch):
     one, two = run(*arguments), run(*arguments)
     assert one.returncode == two.returncode == 0 and one.stdout == two.stdout
     assert "no calibration" in one.stderr.decode() and "no calibration" not in two.stderr.decode()
+
+
+def test_thresholds_of_other_weights_are_named_and_watched(tiny, tmp_path, monkeypatch, capsys):
+    """The folder's own calibration is used in silence. On an equivalent model, norms doubled and
+    their readers halved, it drops less than asked: both are said, once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    model, _ = checkpoint.load(folder)
+    tokens = torch.randint(256, (512,), generator=torch.Generator().manual_seed(0))
+    calibration = calibrate.calibrate(model, tokens, 256, "uniform", source="noise")
+    calibration.save(folder / "calibration.safetensors")
+
+    def run():
+        arguments = ["--model", folder, "--raw", "--prompt", "abc", "--sparsity", 0.5, "--seed", 1,
+                     "--temperature", 5, "--top-k", 0, "--max-new-tokens", 200]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        generate_module.main()
+        return capsys.readouterr()
+
+    own = run()
+    assert "thresholds:" not in own.err and "warning" not in own.err
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "layernorm" in name:
+            tensor *= 2
+        elif any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate", "up_proj")):
+            tensor /= 2
+    save_file(tensors, folder / "model.safetensors")
+    other = run()
+    assert other.err.count("thresholds: ") == 1 and other.err.count("warning: ") == 1
+    assert f"{folder}/calibration.safetensors (uniform, from noise), made for other" in other.err
+    assert f"python calibrate.py --model {folder} makes this model's own" in other.err
+    assert "sparsity 0.5 was asked, and the last 64 tokens reached 0." in other.err
 
 
 def test_reader_leaves():

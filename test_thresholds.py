@@ -24,6 +24,7 @@ from thresholds import (
     cache_path,
     candidates,
     find,
+    places,
 )
 
 
@@ -146,11 +147,19 @@ def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
     calibration.metadata["source"] = "cache"
     calibration.save(cache_path(model))
     assert find(model).metadata["source"] == "cache"
-    assert find(model, folder=tmp_path).metadata["source"] == "cache"
-    assert find(tiny(seed=1)) is None  # a fine-tune of the same shape
-    calibration.metadata["source"] = "beside"
-    calibration.save(tmp_path / "calibration.safetensors")
-    assert find(model, folder=tmp_path).metadata["source"] == "beside"
+    monkeypatch.setattr(model, "folder", tmp_path)
+    assert find(model).metadata["source"] == "cache"
+    tune = tiny(seed=1)  # a fine-tune of the same shape
+    assert find(tune) is None
+    beside = Calibration(calibration.table, calibration.sparsities,
+                         calibration.metadata | {"source": "beside"})
+    beside.save(tmp_path / "calibration.safetensors")
+    assert find(model).metadata["source"] == "beside" and find(model).is_own(model)
+    tune.folder = tmp_path
+    assert find(tune).metadata["source"] == "beside" and not find(tune).is_own(tune)
+    beside.metadata["weights"] = "0" * 16  # of others: the model's own one in the cache is better
+    beside.save(tmp_path / "calibration.safetensors")
+    assert [c.metadata["source"] for c in candidates(model)] == ["cache", "beside"]
     with pytest.raises(CalibrationError, match="cannot read"):
         find(model, path=tmp_path / "nowhere")
 
@@ -172,12 +181,20 @@ def test_every_calibration_of_the_repository_loads():
 
 def test_the_default_allocation_comes_first():
     """Of the two calibrations shipped for SmolLM2's shapes."""
+    assert ALLOCATIONS.index("fisher") < ALLOCATIONS.index("uniform")
     config = Config(vocab_size=49152, hidden_size=576, intermediate_size=1536, n_layers=30,
                     n_heads=9, n_kv_heads=3, head_dim=64)
     model = tiny()
     model.config = model.whole_config = config
     found = [calibration.metadata["allocation"] for calibration in candidates(model)]
     assert found == ["fisher", "uniform"]
+
+
+def test_the_shipped_calibrations_are_those_of_the_default_models_weights(smollm):
+    found = list(places(smollm[0]))
+    assert [path.parent.name for path in found[-2:]] == ["calibrations"] * 2
+    for path in found[-2:]:
+        assert Calibration.load(path, smollm[0].config).is_own(smollm[0])
 
 
 # ---- the tables published with TEAL ------------------------------------------------------------

@@ -7,7 +7,6 @@ for every layer, every projection and the sparsities 0, 0.01, ... 0.95. The file
 so loading checks everything in it.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from digest import weights_digest
 from files import cache_folder, one_line, write_whole
 from model import PROJECTIONS
 
@@ -41,14 +41,6 @@ def fingerprint(config):
     return json.dumps({name: getattr(config, name) for name in names})
 
 
-def weights_digest(model):
-    """16 hex digits of the final norm's weights in bfloat16. They tell fine-tunes of one
-    architecture apart."""
-    norm = model.norm.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy()
-    digest = hashlib.sha256(fingerprint(model.whole_config).encode() + norm.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def cache_path(model):
     """Where this machine keeps the model's own calibration."""
     return cache_folder() / f"calibration-{weights_digest(model)}.safetensors"
@@ -60,11 +52,21 @@ class Calibration:
     """Two tables, float32 [n_layers, 7, 96]: thresholds, and the sparsities that they reach.
 
     The axes are the layer, the projection (in the order of PROJECTIONS) and GRID. The metadata,
-    a dict of strings, say how the tables were made.
+    a dict of strings, say how the tables were made. `path` is the file they are from, if any.
     """
 
-    def __init__(self, thresholds, sparsities, metadata):
+    def __init__(self, thresholds, sparsities, metadata, path=None):
         self.table, self.sparsities, self.metadata = thresholds, sparsities, metadata
+        self.path = path
+
+    def is_own(self, model):
+        """Whether the thresholds were found on exactly this model's weights."""
+        return self.metadata.get("weights") == weights_digest(model)
+
+    def origin(self):
+        """One line for people: the file, and what its thresholds were made from."""
+        source = self.metadata.get("source") or "an unnamed text"
+        return f"{self.path} ({self.metadata['allocation']}, from {source})"
 
     def thresholds(self, sparsity):
         """Thresholds float32 [n_layers, 7] for a sparsity of the whole model.
@@ -130,7 +132,7 @@ class Calibration:
         if not (torch.equal(grid, GRID) and ((sparsities >= 0) & (sparsities <= 1)).all()):
             raise CalibrationError(f"{path}: sparsities must lie in [0, 1], on a grid of 0, "
                                    f"0.01 ... 0.95; {again}")
-        return cls(table, sparsities, metadata)
+        return cls(table, sparsities, metadata, path)
 
 
 def check_metadata(path, metadata, config):
@@ -150,31 +152,42 @@ def check_metadata(path, metadata, config):
 
 # ---- look-up -----------------------------------------------------------------------------------
 
-def candidates(model, folder=None):
+def candidates(model):
     """Yield the calibrations for this model, best first.
 
-    Its own come first: `folder`/calibration.safetensors, then the one in the user's cache. Those
-    under calibrations/ follow, if they were made for a model with the same fingerprint. Raises
-    CalibrationError if one of them is unfit for use.
+    Those found on exactly its weights precede those found on others of the same shapes. Of each
+    kind, calibration.safetensors in the model's folder comes first, then the one in the user's
+    cache, then those under calibrations/. Raises CalibrationError if one of them is unfit for
+    use.
     """
-    beside = [Path(folder) / "calibration.safetensors"] if folder else []
-    for path in (*beside, cache_path(model)):
-        if path.is_file():
-            yield Calibration.load(path, model.whole_config)
+    others = []
+    for path in places(model):
+        calibration = Calibration.load(path, model.whole_config)
+        if calibration.is_own(model):
+            yield calibration
+        else:
+            others.append(calibration)
+    yield from others
+
+
+def places(model):
+    """Yield the paths of the files for a model of these shapes, in the order of `candidates`."""
+    folder = [] if model.folder is None else [model.folder / "calibration.safetensors"]
+    yield from filter(Path.is_file, [*folder, cache_path(model)])
     shipped = []
     for path in sorted((Path(__file__).parent / "calibrations").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         if metadata.get("fingerprint") == fingerprint(model.whole_config):
-            shipped.append(Calibration.load(path, model.whole_config))
-    yield from sorted(shipped, key=lambda c: ALLOCATIONS.index(c.metadata["allocation"]))
+            shipped.append((ALLOCATIONS.index(metadata["allocation"]), path))
+    yield from (path for _, path in sorted(shipped))
 
 
-def find(model, path=None, folder=None):
+def find(model, path=None):
     """The Calibration at `path`; without a path the best there is (see `candidates`), or None.
 
     Raises CalibrationError if that file is unfit for use with this model.
     """
     if path is not None:
         return Calibration.load(path, model.whole_config)
-    return next(candidates(model, folder), None)
+    return next(candidates(model), None)

@@ -22,6 +22,7 @@ from checkpoint.hub import download
 from checkpoint.memory import require_memory
 from checkpoint.opened import Checkpoint, CheckpointError, blame
 from checkpoint.tensors import put, weight_bytes
+from digest import Digest
 from int4 import int4_linear
 from int8 import Int8Linear
 from model import Linear, Model
@@ -54,11 +55,16 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
                    f"try {' or '.join([*advice, 'a smaller model'])}")
     linear = {"int8": Int8Linear, "int4": int4_linear, None: Linear}[quantized]
     network = Model(config, dtype, device, linear)
+    digest = Digest()
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor",
                     leave=False, delay=1, disable=None)
     with blame(checkpoint.files[0]):  # weights may be no numbers, or the file may have changed
         for name, tensor in progress:
             put(network, name, tensor)
+            # Of several ranks, each holds slices, but all of them name the whole model.
+            digest.add(name, tensor if world_size() == 1 else checkpoint.read(name))
+    network.digest = digest.hexdigest()
+    network.folder = checkpoint.folder
     connect(network, whole)
     return network, checkpoint.tokenizer
 

@@ -89,13 +89,13 @@ def parse_rope(config):
     if not isinstance(rope, dict) or any(isinstance(v, (dict, list)) for v in rope.values()):
         raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
                          "all layers")
-    config = config | rope
-    theta = number(config, "rope_theta", 10000.0, 1.0, 1e12, float)
+    holder = rope if rope.get("rope_theta") is not None else config
+    theta = number(holder, "rope_theta", 10000.0, 1.0, 1e12, float)
     rope_type = str(rope.get("rope_type", rope.get("type", "default")))
     if rope_type not in ROPE_SETTINGS:
         raise ValueError(f"rope scaling type {rope_type!r} is not supported; supported are "
                          f"{', '.join(ROPE_SETTINGS)}")
-    scaling = {key: number(config, key, None, 1e-3, 1e8, float)
+    scaling = {key: number(rope, key, None, 1e-3, 1e8, float)
                for key in ROPE_SETTINGS[rope_type]}
     if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(f"config value low_freq_factor is {scaling['low_freq_factor']}; it must "

@@ -59,7 +59,7 @@ def open_folder(folder):
                                  "tie_word_embeddings in config.json says so; set it to false")
     tokenizer, files = open_tokenizer(folder, config_json, config.vocab_size)
     files = [config_file, *shards, *files]
-    return Checkpoint(config, tokenizer, files, shapes, read, config_json, quantized)
+    return Checkpoint(config, tokenizer, files, shapes, read, config_json, quantized, folder)
 
 
 def weight_files(folder):
