@@ -237,7 +237,8 @@ def main():
         rows.append({
             "model": args.model or default_model.NAME, "weights": weights_digest(model),
             "dtype": args.dtype, "quantize": args.quantize, "text": Path(args.text).name,
-            "window": args.window, "offset": args.offset, "windows": len(windows), "all_sparse": args.all_sparse,
+            "window": args.window, "offset": args.offset, "windows": len(windows),
+            "all_sparse": args.all_sparse,
             "allocation": allocation, "calibrated_on": source, "sparsity": sparsity,
             "realised_sparsity": (dropped @ shares).item(), "perplexity": result["perplexity"],
             "kl": result["kl"], "top1": result["top1"],
