@@ -37,7 +37,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits, ids = logits.sort(descending=True, stable=True)
     # Subtract the maximum so that a tiny temperature cannot overflow. Many tiny probabilities need
     # float64 to add up right.
-    scores = (logits - logits.amax()) / temperature
+    scores = (logits - logits.amax()).double() / temperature  # as a float32, 1e-46 would be 0
     probabilities = scores.softmax(-1, dtype=torch.float64)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens together

@@ -53,6 +53,15 @@ def test_config_errors(change, words):
     assert "\n" not in str(error.value)
 
 
+def test_ropes_settings_are_read_from_rope_alone():
+    """A key of rope_scaling is no setting of the model, and one of the model none of RoPE."""
+    plain = parse_config(LLAMA)
+    assert parse_config(LLAMA | {"rope_scaling": {
+        "rope_type": "default", "hidden_size": 64, "num_hidden_layers": 9}}) == plain
+    with pytest.raises(ValueError, match="factor is None"):
+        parse_config(LLAMA | {"factor": 4.0, "rope_scaling": {"rope_type": "linear"}})
+
+
 def test_put_errors():
     model = Model(parse_config(LLAMA))
     with pytest.raises(ValueError, match="q_proj.*shape"):

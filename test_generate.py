@@ -263,6 +263,30 @@ def test_thresholds_of_other_weights_are_named_and_watched(tiny, tmp_path, monke
     assert "sparsity 0.5 was asked, and the last 64 tokens reached 0." in other.err
 
 
+def test_what_the_command_line_passes_on(tiny, monkeypatch, capsys):
+    """Every flag of sampling and the model's stop tokens reach the session; the summary names the
+    sparsity that was counted."""
+    made = []
+
+    class Watched(generate_module.Session):
+        def __init__(self, *arguments, **options):
+            made.append(options)
+            super().__init__(*arguments, **options)
+
+        def sparsity(self, *arguments):
+            return 0.123
+
+    monkeypatch.setattr(generate_module, "Session", Watched)
+    arguments = ["--model", str(tiny), "--prompt", "abc", "--top-k", "7", "--top-p", "0.6",
+                 "--temperature", "0.9", "--seed", "11", "--max-new-tokens", "5"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    generate_module.main()
+    passed, = made
+    assert passed["stop"] == {255} and passed["top_k"] == 7 and passed["top_p"] == 0.6
+    assert passed["temperature"] == 0.9 and passed["seed"] == 11
+    assert "0.123 realised" in capsys.readouterr().err
+
+
 def test_reader_leaves():
     process = subprocess.Popen(
         command("--prompt", PROMPTS[1], "--max-new-tokens", "2000"),

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import checkpoint
+import session as session_module
 from checkpoint.default_model import fetch
 from checkpoint.gguf_file import GGUFFile
 from checkpoint.tensors import put, tensor_shapes
@@ -247,6 +248,8 @@ def test_sample_corners():
     for options in (
         {"temperature": 0},
         {"temperature": 1e-30},
+        {"temperature": 1e-46},
+        {"temperature": 5e-324, "top_k": 9},
         {"top_k": 1},
         {"top_p": 0},
         {"top_p": 1e-9},
@@ -303,6 +306,31 @@ def test_infinite_numbers_while_decoding():
         ValueError, match="the input of o in layer 1 is infinite or NaN at token 4 of the text"
     ):
         next(tokens)
+
+
+# ---- what is read -----------------------------------------------------------------------------
+
+
+def test_long_prompts_are_read_whole(monkeypatch):
+    """A prompt of several chunks gives what it gives in one."""
+    model = random_model(CONFIGS["llama"])
+    prompt = torch.randint(0, 101, (100,)).tolist()
+    expected, _ = plain_tokens(model, prompt, 8)
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 16)
+    session = Session(model)
+    assert list(session.generate(prompt, 8)) == expected
+    assert session.cache.length == len(session.tokens) == 107
+    assert session.stats.prompt_tokens == 100
+
+
+def test_bytes_read_stop_at_the_sliding_window():
+    model = random_model(CONFIGS["mistral"])  # a window of 20
+    session = Session(model)
+    assert len(list(session.generate([1] * 15, 11))) == 11
+    seen = [16, 17, 18, 19, 20, 20, 20, 20, 20, 20]  # by each of the ten steps
+    token = 2 * 2 * 4 * 16 * 4  # keys and values of one, in bytes
+    weights = sum(linear.w_t.nbytes for linear in [*model.linears(), model.lm_head])
+    assert session.bytes_per_token() == weights + sum(seen) / 10 * token
 
 
 # ---- limits ------------------------------------------------------------------------------------
