@@ -47,6 +47,7 @@ from tensor_parallel import (
     world_size,
 )
 from thresholds import find
+from token_kernels import likeliest
 
 TEXT = "It was a bright cold day in April."  # what a real model continues
 
@@ -270,8 +271,7 @@ def run(args):
     loading = process_seconds() - start
     n_tokens, runs = (200, 3) if on_gpu else (128, 5)
     cache = KVCache(model.config, max(args.context) + n_tokens, model.dtype, model.device)
-    decoder = (GpuDecoder if on_gpu else CpuDecoder)(
-        model, cache, lambda logits: logits.argmax(-1, keepdim=True))
+    decoder = (GpuDecoder if on_gpu else CpuDecoder)(model, cache, likeliest)
     fill(model, cache, prompt, 100)
     decoder.start(1, 100)
     next(decoder.tokens(1))

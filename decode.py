@@ -15,9 +15,11 @@ import torch.nn.functional as F
 
 from cpu_gemv import CpuGemv
 from decode_attention import Workspace, decode_attention
+from dense_gemv import dense_gemv
 from int4_gemv import int4_gemv
 from model import PROJECTIONS
 from sparse_gemv import sparse_gemv, supports_pdl
+from token_kernels import embed
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -128,14 +130,16 @@ class CpuDecoder:
 # ---- one step on a GPU -------------------------------------------------------------------------
 
 class GpuDecoder:
-    """Runs decode steps of a model on its GPU over a KV cache, captured once as a CUDA graph.
+    """Runs decode steps of a model on its GPU over a KV cache, captured as a CUDA graph.
 
     A step reads weights for a few milliseconds. Hundreds of small kernels, launched one by one
-    from Python, would cost as much again in gaps. So a layer is nine kernels: RMSNorm + q|k|v,
+    from Python, would cost as much again in gaps. So a layer is five operations: RMSNorm + q|k|v,
     attention with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down +
-    residual; each product is two (sparse_gemv.py). Whatever changes from token to token lives in
-    GPU memory: the token, its position, thresholds, random state. So the graph is captured once,
-    and the host only asks for the next replay and fetches the token that came out.
+    residual. A product is one kernel if all rows are read (dense_gemv.py), else two
+    (sparse_gemv.py). Whatever changes from token to token lives in GPU memory: the token, its
+    position, thresholds, random state. So each of the two kinds of step is captured once, when it
+    is first asked for, and the host only asks for the next replay and fetches the token that
+    came out.
 
     choose:     a function of logits [V] that returns a token id, int64 [1], by GPU operations alone
     generators: the torch.Generators that `choose` draws from
@@ -148,10 +152,9 @@ class GpuDecoder:
         config, device = model.config, model.device
         self.model, self.cache, self.choose = model, cache, choose
         self.thresholds = torch.full((config.n_layers, len(PROJECTIONS)), -1.0, device=device)
-        self.dense = torch.full((1,), -1.0, device=device)
         self.kept = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
         self.cos, self.sin = model.rope(0, cache.context)  # float32 [context, 1, head_dim / 2]
 
         def buffer(size):
@@ -164,33 +167,49 @@ class GpuDecoder:
         self.gate_up = buffer(block.gate_up.ends[-1])
         self.logits = buffer(config.vocab_size)
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
-        self.n_steps = 0
-        with torch.cuda.device_of(self.x):
-            self.graph = self.capture(generators) if graph else None
+        self.n_steps, self.generators = 0, generators
+        # Fewer bits cost instructions as much as bytes, and dense_gemv saves none: it is slower.
+        self.few_bits = block.qkv.w_t.dtype != model.dtype
+        self.sparse = self.few_bits
+        self.graphs = {} if graph else None  # whether sparse -> the captured step
 
     def set_thresholds(self, thresholds):
         """Decode with thresholds float32 [n_layers, 7] from now on; -1 keeps everything."""
         self.thresholds.copy_(thresholds)
+        self.sparse = self.few_bits or bool((thresholds >= 0).any())
+        self.prepare()
 
     def start(self, token, position):
         """Make `token`, an id, the input of the next step, at `position` in the text."""
+        self.prepare()
         self.token.fill_(token)
-        self.position.fill_(position)
+        self.position.fill_(position - 1)
+
+    def prepare(self):
+        """Capture the present kind of step, unless that is done."""
+        if self.graphs is not None and self.sparse not in self.graphs:
+            with torch.cuda.device_of(self.x):
+                self.graphs[self.sparse] = self.capture()
 
     def project(self, x, linear, out, **fused):
         """x times a matrix into `out`, each projection with its threshold, counting the rows
         read."""
         at = linear.layer, linear.places
-        gemv = int4_gemv if linear.w_t.dtype == torch.uint8 else sparse_gemv
-        gemv(x, linear.w_t, self.thresholds[at], ends=linear.ends, kept=self.kept[at],
-             scale=linear.scale, bias=linear.bias, out=out, **fused)
+        options = fused | {"ends": linear.ends, "kept": self.kept[at], "scale": linear.scale,
+                           "bias": linear.bias, "out": out}
+        if self.sparse:
+            gemv = int4_gemv if linear.w_t.dtype == torch.uint8 else sparse_gemv
+            gemv(x, linear.w_t, self.thresholds[at], **options)
+        else:
+            dense_gemv(x, linear.w_t, **options)
 
     def step(self):
-        """One token: `token` at `position` in; the next ones out, in the same tensors."""
+        """One token: `token` in, at the position behind `position`; the next one out, in the same
+        tensor."""
         model, cache, eps = self.model, self.cache, self.model.config.norm_eps
         x = self.x
         # -1 marks logits that are not numbers; the step already on its way takes token 0 instead
-        x.copy_(model.embed(self.token.clamp(min=0))[0])
+        embed(model, self.token, self.position, x)
         for block in model.blocks:
             self.project(x, block.qkv, self.qkv, norm=(block.attn_norm, eps))
             decode_attention(self.qkv, cache.k[block.i], cache.v[block.i], self.cos, self.sin,
@@ -202,40 +221,41 @@ class GpuDecoder:
             self.project(x, block.gate_up, self.gate_up, norm=(block.mlp_norm, eps))
             self.project(self.gate_up, block.down, x, swiglu=True, residual=residual)
             block.reduce(x)
-        sparse_gemv(x, model.lm_head.w_t, self.dense, scale=model.lm_head.scale, out=self.logits,
-                    norm=(model.norm, eps))
+        dense_gemv(x, model.lm_head.w_t, self.logits, scale=model.lm_head.scale,
+                   norm=(model.norm, eps))
         self.token.copy_(self.choose(self.logits))
-        self.position += 1
 
-    def capture(self, generators):
-        """Compile the kernels and capture one step. Whatever the trial steps change is put back."""
-        states = [generator.get_state() for generator in generators]
-        last = self.cache.context - 1  # the trial steps write this row, which is free until the end
+    def capture(self):
+        """Compile the kernels and capture one step. Whatever the trial step changes is put back."""
+        states = [generator.get_state() for generator in self.generators]
+        changed = self.token, self.position, self.kept
+        before = [tensor.clone() for tensor in changed]
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        for generator in generators:
+        for generator in self.generators:
             graph.register_generator_state(generator)
         gc.collect()  # an earlier decoder's graph must not be destroyed while this one is captured
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.position.fill_(last)
+            # The trial step writes the cache's last row, which is free until the end.
+            self.position.fill_(self.cache.context - 2)
             self.step()
-            self.position.fill_(last)
             # "thread_local": NCCL's own thread may look at the GPU meanwhile
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
-        for generator, state in zip(generators, states):
+        for generator, state in zip(self.generators, states):
             generator.set_state(state)
-        self.kept.zero_()
+        for tensor, value in zip(changed, before):
+            tensor.copy_(value)
         return graph
 
     def advance(self):
         """Run one step without waiting for it."""
         self.n_steps += 1
-        if self.graph is None:
+        if self.graphs is None:
             self.step()
         else:
-            self.graph.replay()
+            self.graphs[self.sparse].replay()
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose; the GPU is one step ahead of the host."""

@@ -16,6 +16,7 @@ from decode import CpuDecoder, GpuDecoder, sample
 from int4 import Int4Linear
 from model import PROJECTIONS, KVCache, dense, masked
 from tensor_parallel import mean
+from token_kernels import likeliest
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once, so memory stays bounded
 
@@ -66,6 +67,8 @@ class Session:
     def choose(self, logits):
         """Logits [V] -> the next token's id, int64 [1]; -1, for the host to see, if not all are
         finite."""
+        if self.sampling[0] == 0:
+            return likeliest(logits)
         low, high = logits.aminmax()  # NaN if one of them is
         finite = high.float() - low.float() < math.inf
         return sample(logits, *self.sampling).masked_fill(~finite, -1)

@@ -182,13 +182,13 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
 def _launch_shape(k, n):
     """(BLOCK_N, BLOCK_K, SPLITS) for w_t [k, n].
 
-    A tile of 64 columns reads whole sectors of a row, even in int8. With 128 rows, each of 64
-    threads loads 128 weights at once, enough to hide the latency. K is split until each of some
-    130 multiprocessors has about six programs. Chosen by timing whole layers of 7B and 8B models.
+    A tile of 64 columns reads whole sectors of a row, even in int8. With 64 rows, each of 64
+    threads loads 64 weights at once. K is split until each of some 130 multiprocessors has about
+    eight programs: enough to hide the latency. Chosen by timing whole 1B and 7B models.
     """
     block_n = min(64, max(16, triton.next_power_of_2(n)))
-    splits = max(1, min(8, round(768 / triton.cdiv(n, block_n)), k // 256))
-    block_k = min(128, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))
+    splits = max(1, min(16, round(1024 / triton.cdiv(n, block_n)), k // 128))
+    block_k = min(64, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))
     return block_n, block_k, splits
 
 
