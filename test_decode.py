@@ -9,9 +9,11 @@ import torch
 
 from decode import CpuDecoder, GpuDecoder, sample
 from decode_attention import Workspace, decode_attention, decode_attention_reference
+from dense_gemv import dense_gemv
 from int8 import Int8Linear
 from model import Config, KVCache, Linear, Model, masked
 from sparse_gemv import INTERPRETED
+from token_kernels import likeliest
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 KERNELS = DEVICE == "cuda" or INTERPRETED
@@ -43,6 +45,38 @@ def test_attention(n_heads, n_kv_heads, head_dim, context, window):
             decode_attention(qkv, k, v, angles.cos(), angles.sin(), at, workspace, out, window)
             assert (out - expected).abs().max() <= 2e-5
         assert torch.allclose(k, k_expected, atol=1e-6) and torch.equal(v, v_expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_likeliest(dtype):
+    """argmax over one chunk and many: the first of equals; -1 if a logit is infinite or NaN."""
+    for n in (5, 1024, 3000):
+        logits = torch.randn(n, device=DEVICE).to(dtype)
+        for places in ((n - 1,), (n // 2, n - 1), (0, n // 2)):
+            tied = logits.clone()
+            tied[list(places)] = 9
+            assert [likeliest(tied).item() for _ in range(2)] == [places[0]] * 2
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            for place in (0, n - 1):
+                spoilt = logits.clone()
+                spoilt[place] = bad
+                assert likeliest(spoilt).tolist() == [-1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("k, n", [(48, 80), (600, 200), (2300, 70)])
+def test_dense_gemv(k, n):
+    """One tile and many, whole ones and parts, with RMSNorm, bias and residual; the same bits."""
+    x, w_t = torch.randn(k, device=DEVICE), torch.randn(k, n, device=DEVICE)
+    norm, bias, residual = (torch.randn(size, device=DEVICE) for size in (k, n, n))
+    expected = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5) @ w_t + bias + residual
+    outs = []
+    for _ in range(2):
+        outs.append(torch.full((n,), float("nan"), device=DEVICE))
+        kept = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        dense_gemv(x, w_t, outs[-1], norm=(norm, 1e-5), bias=bias, residual=residual, kept=kept)
+        assert (outs[-1] - expected).norm() <= 1e-5 * expected.norm() and kept.item() == k
+    assert torch.equal(*outs)
 
 
 def random_model(config, linear=Linear, device=DEVICE):
