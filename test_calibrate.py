@@ -363,6 +363,13 @@ def test_calibrating_on_what_the_model_writes(run, model):
     assert len(texts[0]) == 100
 
 
+def test_a_written_text_ends_at_a_stop_token(model):
+    tokenizer = Letters()
+    tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset(range(1, 64, 2))
+    text = calibrate.write_text(model, tokenizer, 100)
+    assert not (text % 2).any() and (text == 0).sum() > 5  # half of the tokens end a text
+
+
 def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
     tokenizer = Letters()
     tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset({5})

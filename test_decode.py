@@ -4,9 +4,13 @@ interpreter.
 test_sparse_gemv.py starts this file in the interpreter.
 """
 
+import contextlib
+
 import pytest
 import torch
 
+import decode_attention as decode_attention_module
+import sparse_gemv as sparse_gemv_module
 from decode import CpuDecoder, GpuDecoder, sample
 from decode_attention import Workspace, decode_attention, decode_attention_reference
 from dense_gemv import dense_gemv
@@ -77,6 +81,43 @@ def test_dense_gemv(k, n):
         dense_gemv(x, w_t, outs[-1], norm=(norm, 1e-5), bias=bias, residual=residual, kept=kept)
         assert (outs[-1] - expected).norm() <= 1e-5 * expected.norm() and kept.item() == k
     assert torch.equal(*outs)
+
+
+class Launch:
+    """In a kernel's place: notes at each launch whether the device of its tensors was current."""
+
+    def __init__(self, guarded, seen):
+        self.guarded, self.seen = guarded, seen
+
+    def __getitem__(self, grid):
+        return lambda *tensors, **options: self.seen.append([*self.guarded])
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors (cuda:1)."""
+    guarded, seen = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        guarded.append(tensor)
+        yield
+        guarded.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(sparse_gemv_module, "supports_pdl", lambda device: False)
+    monkeypatch.setattr(sparse_gemv_module, "_select_kernel", Launch(guarded, seen))
+    monkeypatch.setattr(sparse_gemv_module, "_sum_rows_kernel", Launch(guarded, seen))
+    monkeypatch.setattr(sparse_gemv_module, "INTERPRETED", True)  # takes the GPU's way
+    x = torch.randn(64)
+    sparse_gemv_module.sparse_gemv(x, torch.randn(64, 32), 0.1)
+    assert len(seen) == 2 and all(held[0].data_ptr() == x.data_ptr() for held in seen)
+
+    monkeypatch.setattr(decode_attention_module, "_decode_attention_kernel",
+                        Launch(guarded, seen))
+    qkv, cache, out = torch.randn(3 * 16), torch.zeros(1, 8, 16), torch.empty(16)
+    decode_attention(qkv, cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8),
+                     torch.tensor([0]), Workspace(1, 1, 16, "cpu"), out)
+    assert len(seen) == 3 and seen[2][0] is qkv and not guarded
 
 
 def random_model(config, linear=Linear, device=DEVICE):

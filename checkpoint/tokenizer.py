@@ -48,12 +48,14 @@ class Tokenizer:
         nothing = guard("not a sound tokenizer", tokenizer.encode, "").ids  # some errors need use
         self.bos_id = next((i for i in nothing if i < vocab_size), None)
 
-    def encode(self, text, bos=True):
+    def encode(self, text, bos=True, special=True):
         """str -> list of ids, `bos_id` first if there is one and `bos` is true.
 
-        The text may hold special tokens.
+        special: whether "<|im_end|>" and its like in the text become the control tokens of that
+        name. False reads them as plain text, for text of strangers.
         """
         text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
+        self.tokenizer.encode_special_tokens = not special
         ids = guard("the checkpoint's tokenizer cannot encode this text",
                     self.tokenizer.encode, text, add_special_tokens=bos).ids
         if ids and max(ids) >= self.vocab_size:
