@@ -13,6 +13,7 @@ and offset -128, so that byte b counts as b - 128. This file needs torch and num
 
 import functools
 import math
+import warnings
 
 import torch
 
@@ -67,8 +68,7 @@ class CpuGemv:
             for i, block in enumerate(self.first_blocks):
                 self.kept[i] += ends[block + 1] - ends[block]
         if self.packed:
-            y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-                self.table, rows, starts, per_sample_weights=values)
+            y = byte_bags()(self.table, rows, starts, per_sample_weights=values)
         else:
             y = torch.embedding_bag(self.table, rows, starts, False, 0, False, values)[0]
         y = y.view(1, self.n)
@@ -97,6 +97,25 @@ def bags(k, n_blocks, packed):
     if not packed:  # others row after row, so that the blocks alternate
         rows = rows.view(k, n_blocks).T.reshape(-1)
     return rows, torch.arange(0, n_blocks * k, k)
+
+
+@functools.lru_cache(maxsize=None)
+def byte_bags():
+    """PyTorch's operator that sums up packed rows; a plain one, with a warning, where it is gone.
+    """
+    try:
+        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+    except AttributeError:
+        warnings.warn("this PyTorch has no embedding_bag for bytes, so int8 is slow on the CPU; "
+                      "leave out --quantize, or install PyTorch 2.13", stacklevel=2)
+        return plain_byte_bags
+
+
+def plain_byte_bags(table, rows, starts, per_sample_weights):
+    """The same sums, float32 [number of bags, width], by a product for each bag."""
+    cuts = starts[1:]
+    bags = zip(rows.tensor_split(cuts), per_sample_weights.tensor_split(cuts))
+    return torch.stack([values @ (table[k, :-ROW_END].float() - 128) for k, values in bags])
 
 
 # ---- packed int8 -------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import calibrate
 import checkpoint
+import cpu_gemv
 import int8
 import quantize
 from checkpoint.config import parse_config
@@ -128,6 +129,23 @@ def test_packed_products(k, ends, narrow, monkeypatch):
                 assert y.dtype == dtype and y.shape == (1, ends[-1])
                 torch.testing.assert_close(y[0], wanted, rtol=rtol, atol=rtol * 127 * 5)
             assert torch.equal(counts[1], counts[0]) and torch.equal(counts[2], counts[0])
+
+
+def test_packed_products_without_the_operator(monkeypatch):
+    """A PyTorch without the quantized operator: one warning, the same sums."""
+    torch.manual_seed(0)
+    ends, x, counts = (32, 96), torch.randn(1, 16), torch.zeros(2, 2, dtype=torch.int64)
+    packed = empty_packed(16, ends)
+    for start, end in ((0, 32), (32, 96)):
+        pack(packed, start, torch.randint(-127, 128, (end - start, 16), dtype=torch.int8))
+    wanted = [CpuGemv(packed, ends, t, kept=counts[0])(x) for t in ([0.4, 0.9], [-1.0, -1.0])]
+    monkeypatch.setattr(torch.ops, "quantized", object())
+    cpu_gemv.byte_bags.cache_clear()
+    with pytest.warns(UserWarning, match="no embedding_bag for bytes") as caught:
+        found = [CpuGemv(packed, ends, t, kept=counts[1])(x) for t in ([0.4, 0.9], [-1.0, -1.0])]
+    cpu_gemv.byte_bags.cache_clear()
+    assert len(caught) == 1 and torch.equal(counts[0], counts[1])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_the_unprepared_product_refuses_packed_weights():
