@@ -2,7 +2,7 @@
 
 The command line and the Python API. The pieces behind them, in reading order: `model.py` (the
 forward pass and the idea), `sparse_gemv.py` (the kernel), `decode.py` (one step), `session.py`
-(one text).
+(one text), `chat.py` (a conversation).
 
 Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL,
 arXiv:2408.14690).
@@ -12,6 +12,7 @@ arXiv:2408.14690).
 """
 
 import argparse
+import json
 import os
 import secrets
 import sys
@@ -20,21 +21,56 @@ import sys
 # default, make decoding several times slower on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+import torch
+
 import calibrate
+from chat import Chat, edit_lines
 from checkpoint.memory import free_memory, require_memory
-from checkpoint.tokenizer import TextStream
+from checkpoint.tokenizer import text_pieces
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from model import KVCache
+from report import (
+    explain_end,
+    report,
+    say,
+    summary,
+    warn_of_broken_text,
+    warn_of_sparsity,
+)
 from session import Session, SparsityWatch
 from tensor_parallel import from_first, rank, refuse
 from thresholds import CalibrationError, cache_path, find
 
+# Of a model whose checkpoint recommends nothing.
+SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.0}
 
-def generate(model, prompt, max_new_tokens, **options):
-    """A generator of the ids that continue `prompt`, a list of ids; options as of `Session`."""
-    context = min(model.config.context, len(prompt) + max_new_tokens)
+
+# ---- the Python API ----------------------------------------------------------------------------
+
+def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, calibration=None,
+             stop=(), **options):
+    """A generator of the text that continues `prompt`, in pieces of about a word.
+
+    prompt:      text, or ids such as those of `tokenizer.chat`
+    sparsity:    share of the blocks' weights that decoding leaves unread, 0 to 0.95
+    calibration: a file of thresholds; None takes this model's, and makes them if need be
+    stop:        texts that end the answer, and are not part of it
+    options:     temperature and others, see `Session`
+
+    Raises ValueError, its message one sentence.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    thresholds = find_thresholds(model, tokenizer, sparsity, calibration)
+    ids = generate_tokens(model, ids, max_new_tokens, thresholds=thresholds,
+                          **{"stop": tokenizer.eos_ids} | options)
+    yield from text_pieces(ids, tokenizer, stop)
+
+
+def generate_tokens(model, ids, max_new_tokens, **options):
+    """A generator of the ids that continue `ids`, a list; options as of `Session`."""
+    context = min(model.config.context, len(ids) + max_new_tokens)
     session = open_session(model, **{"context": context} | options)
-    yield from session.generate(prompt, max_new_tokens)
+    yield from session.generate(ids, max_new_tokens)
 
 
 def open_session(model, thresholds=None, *, context, **options):
@@ -46,109 +82,62 @@ def open_session(model, thresholds=None, *, context, **options):
     return Session(model, thresholds, context=context, **options)
 
 
-def find_thresholds(model, tokenizer, args, sparsity):
-    """Thresholds [n_layers, 7] for a sparsity; calibrates a model that nobody has; None for
-    dense."""
+def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
+    """Thresholds [n_layers, 7] for a sparsity, None for dense.
+
+    They are those of the calibration file `path`, or of the best calibration there is (see
+    thresholds.py). A model without one is calibrated. `name` is what --model says.
+    """
     if sparsity == 0:
         return None
-    calibration = find(model, path=args.calibration)
+    calibration = find(model, path=path)
     if calibration is not None and not calibration.is_own(model):
-        own = "calibrate.py" + (f" --model {args.model}" if args.model else "")
-        print(f"thresholds: {calibration.origin()}, made for other weights of this shape; "
-              f"python {own} makes this model's own", file=sys.stderr)
+        own = "calibrate.py" + (f" --model {name}" if name else "")
+        say(f"thresholds: {calibration.origin()}, made for other weights of this shape; "
+            f"python {own} makes this model's own")
     if calibration is None:
         refuse("the calibration of a new model")
         path = cache_path(model)
-        print(f"no calibration for this model yet; making one, once, into {path}", file=sys.stderr)
+        say(f"no calibration for this model yet; making one, once, into {path}")
         text = calibrate.write_text(model, tokenizer, n_tokens=8192)
         window = min(1024, model.config.context)
         calibration = calibrate.calibrate(model, text, window, source="self-written, seed 0")
         try:
             calibration.save(path)
         except CalibrationError as error:
-            print(f"{error}; this run goes on, and the next one will calibrate again",
-                  file=sys.stderr)
+            say(f"{error}; this run goes on, and the next one will calibrate again")
     return calibration.thresholds(sparsity)
 
 
-# ---- printing and chat -------------------------------------------------------------------------
+# ---- printing ----------------------------------------------------------------------------------
 
-def write(ids, tokenizer):
+def write(ids, tokenizer, stop=()):
     """Print token ids as text while they come, until they end or Ctrl-C; returns the text."""
-    stream, text = TextStream(tokenizer), ""
+    text = ""
     try:
-        for id in ids:
-            text += (piece := stream.push(id))
+        for piece in text_pieces(ids, tokenizer, stop):
+            text += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         pass
-    text += (piece := stream.flush())
-    print(piece, flush=True)
+    print(flush=True)
     return text
-
-
-def chat(session, tokenizer, respond, question, set_sparsity):
-    """Answer `question`, if not None, then line after line of standard input.
-
-    The conversation stays in the cache. A line "/sparsity 0.5" changes the sparsity instead.
-    """
-    messages = []
-    while not session.full:
-        if question is None:
-            try:
-                question = input("> " if sys.stdin.isatty() else "") if rank() == 0 else None
-            except (EOFError, KeyboardInterrupt):
-                print()
-            question = from_first(question)
-            if question is None:
-                return
-        if question.startswith("/sparsity"):
-            try:
-                set_sparsity(number(float, 0, 0.95)(question.removeprefix("/sparsity").strip()))
-            except argparse.ArgumentTypeError as error:
-                print(error, file=sys.stderr)
-            question = None
-            continue
-        messages.append({"role": "user", "content": question})
-        ids = tokenizer.chat(messages)
-        if len(ids) > session.cache.context:
-            session.full = True
-            return
-        answer = respond(ids)
-        messages.append({"role": "assistant", "content": answer})
-        question = None
-
-
-def warn_of_sparsity(asked, reached):
-    print(f"\nwarning: sparsity {asked:g} was asked, and the last {SparsityWatch.STEPS} tokens "
-          f"reached {reached:.3f}; the calibration does not fit these weights or this text",
-          file=sys.stderr)
-
-
-def summary(session, args):
-    """What happened, in one line."""
-    stats = session.stats
-    prompt, new = f"prompt {stats.prompt_tokens} tokens", f"new {stats.new_tokens} tokens"
-    if stats.prompt_tokens:
-        prompt += f", {stats.prompt_tokens / stats.prefill_seconds:.1f} tok/s"
-    if stats.steps:
-        new += f", {stats.steps / stats.decode_seconds:.1f} tok/s"
-    parts = [prompt, new]
-    if stats.steps:
-        parts += [f"sparsity {args.sparsity:g} asked, {session.sparsity():.3f} realised",
-                  f"{session.bytes_per_token() / 1e6:.1f} MB read per token"]
-    if args.temperature > 0:
-        parts.append(f"seed {args.seed}")
-    return " | ".join(parts)
 
 
 # ---- the command line --------------------------------------------------------------------------
 
+def nonempty(text):
+    """An argparse type: text with at least one character."""
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty; give at least one character")
+    return text
+
+
 def parse_args():
     parser, many = make_parser(__doc__), 2**31 - 1
     add = add_model_flags(parser, dtype="bfloat16")
-    add("--no-graph", action="store_true",
-        help="on a GPU, launch the kernels one by one: the same text, slower")
+    add("--threads", type=number(int, 1, 4096), metavar="N",
+        help="on a CPU, how many cores to use (default: all)")
     add("--context", type=number(int, 1, many), metavar="N",
         help="longest text, prompt and answers, that memory is set aside for (default: the "
              "model's longest that fits)")
@@ -161,25 +150,36 @@ def parse_args():
     add = parser.add_argument_group("text").add_argument
     add("--prompt", metavar="TEXT", help="what to answer; - reads it from standard input")
     add("--chat", action="store_true",
-        help="hold a conversation: answer every line of standard input; the line /sparsity S "
-             "changes the sparsity")
+        help="hold a conversation: answer every line of standard input; /help lists commands")
+    add("--system", type=nonempty, metavar="TEXT", help="how the model should behave")
     add("--raw", action="store_true",
         help="continue the prompt as it is, without the model's chat template")
     add("--max-new-tokens", type=number(int, 1, many), default=256, metavar="N",
         help="for each answer (default: %(default)s)")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=number(float, 0, 100), default=0.7, metavar="T",
-        help="higher is more random, 0 takes the likeliest token (default: %(default)s)")
-    add("--top-k", type=number(int, 0, many), default=50, metavar="K",
-        help="choose among the K likeliest tokens, 0 for all (default: %(default)s)")
-    add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P",
-        help="choose among the likeliest tokens that together have probability P "
-             "(default: %(default)s)")
+    add("--stop", type=nonempty, action="append", default=[], metavar="TEXT",
+        help="end the answer before this text; may be given several times")
+    add = parser.add_argument_group(
+        "sampling (the defaults named here give way to those of the model's "
+        "generation_config.json)").add_argument
+    add("--temperature", type=number(float, 0, 100), metavar="T",
+        help="higher is more random, 0 takes the likeliest token (default: 0.7)")
+    add("--top-k", type=number(int, 0, many), metavar="K",
+        help="choose among the K likeliest tokens, 0 for all (default: 50)")
+    add("--top-p", type=number(float, 0, 1), metavar="P",
+        help="choose among the likeliest tokens that together have probability P (default: 0.95)")
+    add("--min-p", type=number(float, 0, 1), default=0.0, metavar="P",
+        help="leave out tokens less likely than P times the likeliest (default: %(default)s)")
+    add("--repetition-penalty", type=number(float, 0.01, 100), metavar="R",
+        help="above 1, make tokens of the text so far less likely (default: 1.0)")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
         help="same seed, same text (default: a new one, which the summary names)")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="write the summary as one line of JSON")
     args = parser.parse_args()
     if args.chat and args.raw:
-        parser.error("--chat needs the chat template that --raw switches off; give one of them")
+        parser.error("--chat needs the chat template that --raw leaves out; give one of them")
+    if args.system and args.raw:
+        parser.error("--system needs the chat template that --raw leaves out; give one of them")
     if args.prompt is None and not args.chat:
         parser.error("there is nothing to do; give --prompt TEXT, --prompt - to read standard "
                      "input, or --chat")
@@ -193,15 +193,23 @@ def parse_args():
 def main():
     """Load, generate, and say on standard error how it went."""
     args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     prompt = args.prompt
     if prompt == "-":
         prompt = sys.stdin.read() if rank() == 0 else None
     model, tokenizer = load_model(args, context=args.context)
     prompt, args.seed = from_first((prompt, args.seed))
+    sampling = {"min_p": args.min_p, "seed": args.seed}
+    for name, default in SAMPLING.items():
+        given = getattr(args, name)
+        sampling[name] = tokenizer.sampling.get(name, default) if given is None else given
+    seed = args.seed if sampling["temperature"] > 0 else None
     context, ids = model.config.context, []
     if not args.chat:
-        if tokenizer.has_chat_template and not args.raw:
-            ids = tokenizer.chat([{"role": "user", "content": prompt}])
+        if args.system or (tokenizer.has_chat_template and not args.raw):
+            system = [{"role": "system", "content": args.system}] if args.system else []
+            ids = tokenizer.chat(system + [{"role": "user", "content": prompt}])
         else:
             ids = tokenizer.encode(prompt)
         context = min(context, len(ids) + args.max_new_tokens)
@@ -209,28 +217,42 @@ def main():
         token = KVCache.bytes_per_token(model.config, model.dtype)
         fits = int(min(free_memory(model.device) / 2 / token, context))
         context = min(context, max(fits, 512))
-    session = open_session(
-        model, find_thresholds(model, tokenizer, args, args.sparsity), context=context,
-        seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        stop=tokenizer.eos_ids, graph=not args.no_graph)
 
-    def set_sparsity(sparsity):
-        session.set_thresholds(find_thresholds(model, tokenizer, args, sparsity))
-        args.sparsity = sparsity  # what the summary says was asked
+    def thresholds(sparsity):
+        warn_of_broken_text(model, sparsity)
+        found = find_thresholds(model, tokenizer, sparsity, args.calibration, args.model)
+        args.sparsity = sparsity  # what the watch compares with
+        return found
 
+    session = open_session(model, thresholds(args.sparsity), context=context,
+                           stop=tokenizer.eos_ids, **sampling)
     watch = SparsityWatch(session, warn_of_sparsity)
 
     def respond(ids):
-        ids = session.generate(ids, args.max_new_tokens)
-        return write(watch.watch(ids, args.sparsity), tokenizer)
+        ids = watch.watch(session.generate(ids, args.max_new_tokens), args.sparsity)
+        text = write(ids, tokenizer, args.stop)
+        explain_end(session, args.max_new_tokens)
+        return text
+
+    def describe(stats, sparsity):
+        numbers = report(session, stats, sparsity, seed)
+        return json.dumps(numbers) if args.json else summary(numbers)
 
     if args.chat:
-        chat(session, tokenizer, respond, prompt, set_sparsity)
+        chat = Chat(session, tokenizer, respond, thresholds, describe, sparsity=args.sparsity,
+                    system=args.system, answer_room=args.max_new_tokens)
+        if sys.stdin.isatty():
+            edit_lines()
+            say(f"{args.model or 'SmolLM2-135M-Instruct'}, {args.quantize or args.dtype}, "
+                f"{model.device}, sparsity {args.sparsity:g}, context {context} tokens\n"
+                "/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        chat.run(prompt)
+        used = chat.used
     else:
         respond(ids)
-    if session.full:
-        print(f"the context of {context} tokens is full, so the text ends here", file=sys.stderr)
-    print(summary(session, args), file=sys.stderr)
+        used = {args.sparsity: session.measured()}
+    for sparsity, stats in used.items():
+        say(describe(stats, sparsity))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def write_tokenizer(tokenizer, folder):
     """Write the tokenizer, its special tokens and its chat template."""
     tokenizer.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     write_json(folder / "tokenizer_config.json", tokenizer.special)
-    write_json(folder / "generation_config.json", {"eos_token_id": sorted(tokenizer.eos_ids)})
+    write_json(folder / "generation_config.json",
+               {"eos_token_id": sorted(tokenizer.eos_ids), **tokenizer.sampling})
     if tokenizer.has_chat_template:
         (folder / "chat_template.jinja").write_text(
             tokenizer.template, encoding="utf-8", errors="replace")

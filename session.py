@@ -8,17 +8,20 @@ never computed twice.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from decode import CpuDecoder, GpuDecoder, sample
+from decode import CpuDecoder, GpuDecoder, penalize, sample
 from int4 import Int4Linear
 from model import PROJECTIONS, KVCache, dense, masked
+from progress import Progress
 from tensor_parallel import mean
 from token_kernels import likeliest
 
-PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once, so memory stays bounded
+# Prompt tokens that go through the model at once: memory stays bounded, and a slow CPU can tell
+# how far it is.
+PREFILL_CHUNK = {"cuda": 2048, "cpu": 512}
 
 
 @dataclass
@@ -31,27 +34,39 @@ class Stats:
     steps: int = 0  # the first new token comes from prefill, every other one from a step
     decode_seconds: float = 0.0
     cache_bytes: int = 0  # keys and values read by the steps
+    kept: torch.Tensor | int = 0  # rows read by the decoder's steps, int64 [n_layers, 7]
+    decoder_steps: int = 0  # on a GPU, the decoder may be a step ahead
+
+    def __add__(self, other):
+        return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Stats)))
+
+    def __sub__(self, other):
+        return Stats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Stats)))
 
 
 class Session:
     """One growing text: a model, its KV cache and how to choose the next token.
 
     thresholds: float32 [n_layers, 7], one for each projection (order PROJECTIONS); None is dense
-    temperature, top_k, top_p: see `sample`
+    temperature, top_k, top_p, min_p: see `sample`
+    repetition_penalty: see `penalize`
     stop:       ids of the tokens that end a generation
     context:    tokens that the KV cache has room for; None for the model's longest
     graph:      on a GPU, capture the step as a CUDA graph; False gives the same tokens, slower
     """
 
-    def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0, seed=0,
-                 stop=(), context=None, graph=True):
+    def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0,
+                 min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), context=None, graph=True):
         self.model, self.stop = model, frozenset(stop)
         generator = torch.Generator(model.device).manual_seed(seed)
-        self.sampling = (temperature, top_k, top_p, generator)
+        self.sampling = (temperature, top_k, top_p, min_p, generator)
+        self.penalty = repetition_penalty
+        # The tokens of the text so far: on the device, so that a CUDA graph can add to them.
+        self.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
         context = context or model.config.context
         self.cache = KVCache(model.config, context, model.dtype, model.device)
         self.tokens = []  # those whose keys and values the cache holds
-        self.full = False  # whether the last generation ended because the context did
+        self.ended = None  # what ended the last generation: "stop", "length" or "context"
         self.stats = Stats()
         decoder = GpuDecoder if model.device.type == "cuda" else CpuDecoder
         self.decoder = decoder(model, self.cache, self.choose, [generator], graph)
@@ -71,14 +86,22 @@ class Session:
             return likeliest(logits)
         low, high = logits.aminmax()  # NaN if one of them is
         finite = high.float() - low.float() < math.inf
-        return sample(logits, *self.sampling).masked_fill(~finite, -1)
+        if self.penalty != 1:
+            logits = penalize(logits, self.seen, self.penalty)
+        token = sample(logits, *self.sampling)
+        if self.penalty != 1:
+            self.seen.index_fill_(0, token, True)
+        return token.masked_fill(~finite, -1)
 
     @torch.inference_mode()
     def prefill(self, tokens):
         """Run a list of ids through the model, dense, and return the id that follows them."""
-        start = self.cache.length
-        for chunk in torch.tensor(tokens, device=self.model.device).split(PREFILL_CHUNK):
+        start, device = self.cache.length, self.model.device
+        progress = Progress("reading the prompt", len(tokens), delay=2)
+        for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK[device.type]):
             hidden = self.model.forward(chunk, self.cache)
+            progress.update(len(chunk))
+        progress.close()
         token = self.choose(self.model.logits(hidden[-1:])[0]).item()
         if token < 0:
             self.diagnose(tokens, start, dense)
@@ -104,7 +127,8 @@ class Session:
             return y
 
         self.cache.length = start
-        for chunk in torch.tensor(tokens, device=model.device).split(PREFILL_CHUNK):
+        chunks = torch.tensor(tokens, device=model.device).split(PREFILL_CHUNK[model.device.type])
+        for chunk in chunks:
             hidden = model.forward(chunk, self.cache, watch)
         watch(hidden[-1:], model.lm_head)
         raise ValueError(f"a logit {end}")
@@ -124,7 +148,9 @@ class Session:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, more than the context of {context}; shorten "
                 "it, or raise --context where the model allows more")
-        self.full = False
+        self.ended = None
+        self.seen.zero_()
+        self.seen[prompt] = True
         same = 0
         while (same < min(len(self.tokens), len(prompt) - 1)
                and self.tokens[same] == prompt[same]):
@@ -139,13 +165,15 @@ class Session:
         steps = self.decoder.tokens(min(max_new_tokens, context - len(prompt)) - 1)
         for i in range(max_new_tokens):
             if token in self.stop:
+                self.ended = "stop"
                 return
             stats.new_tokens += 1
             yield token
             if i + 1 == max_new_tokens:
+                self.ended = "length"
                 return
-            self.full = len(prompt) + i + 1 >= context
-            if self.full:
+            if len(prompt) + i + 1 >= context:
+                self.ended = "context"
                 return
             start = time.perf_counter()
             following = next(steps)
@@ -170,16 +198,24 @@ class Session:
         """Rows read by all steps, int64 [n_layers, 7]."""
         return self.decoder.kept
 
-    def sparsity(self):
-        """The share of the blocks' weights that a decode step does not read, on average."""
-        read = block_bytes(self.model, self.kept) / self.decoder.n_steps
+    def measured(self):
+        """The `Stats` of everything so far. The difference of two is what happened between."""
+        return replace(self.stats, kept=self.kept.cpu().clone(),
+                       decoder_steps=self.decoder.n_steps)
+
+    def sparsity(self, stats=None):
+        """The share of the blocks' weights that a decode step does not read, on average over all
+        steps, or over those of `stats`."""
+        stats = stats or self.measured()
+        read = block_bytes(self.model, stats.kept) / stats.decoder_steps
         return 1 - mean(read / block_bytes(self.model))
 
-    def bytes_per_token(self):
+    def bytes_per_token(self, stats=None):
         """Bytes that a decode step reads, on average: weights of blocks and LM head, keys,
         values."""
-        blocks = block_bytes(self.model, self.kept) / self.decoder.n_steps
-        return self.model.lm_head.w_t.nbytes + blocks + self.stats.cache_bytes / self.stats.steps
+        stats = stats or self.measured()
+        blocks = block_bytes(self.model, stats.kept) / stats.decoder_steps
+        return self.model.lm_head.w_t.nbytes + blocks + stats.cache_bytes / stats.steps
 
 
 def bytes_per_weight(linear):

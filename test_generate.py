@@ -172,10 +172,37 @@ def test_one_command(smollm):
     assert one.returncode == 0 and one.stdout == two.stdout and b"blue" in one.stdout
     summary = one.stderr.decode().strip()
     assert (
-        "sparsity 0.4 asked, 0." in summary
+        "% of the blocks' 212.3 MB unread (40% asked)" in summary
         and "MB read per token" in summary
         and "seed" not in summary
     )
+
+
+def test_text_ends_before_a_stop_text(smollm):
+    _, tokenizer = smollm
+    ids = tokenizer.encode("One, two and three. Four")
+    for stop, text in (
+        (["three"], "One, two and "),
+        (["x", " Fo", "three. F"], "One, two and "),
+        ([" two", "ne,"], "O"),
+        (["Fourteen"], "One, two and three. Four"),
+    ):
+        pieces = list(generate_module.text_pieces(iter(ids), tokenizer, stop))
+        assert "".join(pieces) == text and len(pieces) > 1 - (text == "O")
+
+
+def test_options(tiny, tmp_path):
+    """generation_config.json's defaults, flags above them, JSON, and answers that are cut."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": 1, "top_p": "x"}))
+    words = ["--model", folder, "--raw", "--prompt", "abc", "--max-new-tokens", "9", "--threads", 1]
+    best, likeliest = run(*words), run(*words, "--temperature", "0")
+    assert best.stdout == likeliest.stdout != run(*words, "--top-k", 0, "--temperature", 50).stdout
+    assert b"(cut at 9 tokens" in best.stderr
+    numbers = json.loads(run(*words, "--json").stderr.splitlines()[-1])
+    assert numbers["new_tokens"] == 9 and numbers["ended"] == "length"
+    assert run(*words, "--system", "x").returncode == 2
 
 
 def test_seed_is_told(tiny):
@@ -198,7 +225,8 @@ def test_seed_is_told(tiny):
 
 def test_context_end(tiny):
     done = run("--model", tiny, "--raw", "--prompt", "abc", "--temperature", "0")
-    assert done.returncode == 0 and "context of 64 tokens is full" in done.stderr.decode()
+    assert done.returncode == 0
+    assert "(cut: the context of 64 tokens is full)" in done.stderr.decode()
     assert "new 61 tokens" in done.stderr.decode()
 
 
@@ -278,13 +306,13 @@ def test_what_the_command_line_passes_on(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(generate_module, "Session", Watched)
     arguments = ["--model", str(tiny), "--prompt", "abc", "--top-k", "7", "--top-p", "0.6",
-                 "--temperature", "0.9", "--seed", "11", "--max-new-tokens", "5"]
+                 "--temperature", "0.9", "--seed", "11", "--max-new-tokens", "5", "--json"]
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
     generate_module.main()
     passed, = made
     assert passed["stop"] == {255} and passed["top_k"] == 7 and passed["top_p"] == 0.6
     assert passed["temperature"] == 0.9 and passed["seed"] == 11
-    assert "0.123 realised" in capsys.readouterr().err
+    assert '"realised_sparsity": 0.123' in capsys.readouterr().err
 
 
 def test_reader_leaves():
@@ -349,7 +377,7 @@ def test_chat_context_that_fits(tiny, tmp_path, monkeypatch, capsys):
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
     contexts = []
     monkeypatch.setattr(
-        generate_module, "chat", lambda session, *_: contexts.append(session.cache.context)
+        generate_module.Chat, "run", lambda chat, _: contexts.append(chat.session.cache.context)
     )
     monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(folder), "--chat"])
     token = 2 * 2 * 2 * 16 * 2  # bytes: k and v, 2 layers, 2 heads of 16, bfloat16

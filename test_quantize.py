@@ -21,7 +21,7 @@ from checkpoint.config import parse_config
 from checkpoint.tensors import is_quantized, put, tensor_shapes
 from command_line import run_script
 from cpu_gemv import CpuGemv, empty_packed, pack, unpack
-from generate import generate
+from generate import generate_tokens
 from int8 import Int8Linear, quantize_tensor
 from model import PROJECTIONS, Linear, Model, dense, masked
 from sparse_gemv import sparse_gemv
@@ -204,7 +204,7 @@ def test_the_int8_model_is_a_model_with_rounded_weights(source):
                       for m in (model, wanted))
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     for thresholds in (None, ours):
-        ids, expected = (list(generate(m, tokens[:8].tolist(), 24, thresholds=thresholds))
+        ids, expected = (list(generate_tokens(m, tokens[:8].tolist(), 24, thresholds=thresholds))
                          for m in (model, wanted))
         assert ids == expected
 
@@ -235,7 +235,8 @@ def test_a_folder_is_the_same_model_as_quantizing_while_loading(
     wanted, theirs = checkpoint.load(source, dtype=dtype, quantize="int8")
     for ours, other in zip((model, *model.blocks), (wanted, *wanted.blocks)):
         same_tensors(ours, other)
-    assert list(generate(model, [1, 50, 60], 32)) == list(generate(wanted, [1, 50, 60], 32))
+    ours, theirs_too = (list(generate_tokens(m, [1, 50, 60], 32)) for m in (model, wanted))
+    assert ours == theirs_too
     assert tokenizer.eos_ids == theirs.eos_ids == {2, 5} and tokenizer.special == theirs.special
     messages = [{"role": "user", "content": "the"}]
     assert tokenizer.chat(messages) == theirs.chat(messages)

@@ -106,6 +106,8 @@ def test_benchmark_says_that_it_needs_a_gpu(command, folder):
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_example(example, monkeypatch):
+def test_example(example, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     exec(compile(example, "README.md", "exec"), {})
+    if "import generate" in example:
+        assert "Paris" in capsys.readouterr().out

@@ -12,8 +12,8 @@ import session as session_module
 from checkpoint.default_model import fetch
 from checkpoint.gguf_file import GGUFFile
 from checkpoint.tensors import put, tensor_shapes
-from decode import sample
-from generate import generate
+from decode import penalize, sample
+from generate import generate_tokens
 from model import Config, KVCache, Model, dense, masked
 from session import Session
 from test_decode import CONFIGS, DEVICE, random_model
@@ -56,7 +56,7 @@ def test_greedy_equals_transformers(smollm):
         ].tolist()
         if expected[-1] in tokenizer.eos_ids:
             expected.pop()
-        assert list(generate(model, ids, 64, stop=tokenizer.eos_ids)) == expected
+        assert list(generate_tokens(model, ids, 64, stop=tokenizer.eos_ids)) == expected
 
 
 def plain_tokens(model, prompt, n, thresholds=None):
@@ -121,7 +121,8 @@ def test_sparse_steps_are_masked_products(smollm):
     products.update({linear: checked(linear, product) for linear, product in products.items()})
     tokens = list(session.generate(ask(tokenizer, PROMPTS[0]), 16))
     assert torch.equal(session.kept, kept)
-    assert tokens == list(generate(model, ask(tokenizer, PROMPTS[0]), 16, thresholds=thresholds))
+    ids = ask(tokenizer, PROMPTS[0])
+    assert tokens == list(generate_tokens(model, ids, 16, thresholds=thresholds))
 
 
 def test_realised_sparsity(smollm):
@@ -151,18 +152,18 @@ def test_dense_reads_everything(smollm):
 def test_generator(smollm):
     model, tokenizer = smollm
     ids = ask(tokenizer, PROMPTS[0])
-    tokens = generate(model, ids, 12)
+    tokens = generate_tokens(model, ids, 12)
     first = [next(tokens) for _ in range(4)]  # one by one
     tokens.close()
-    whole = list(generate(model, ids, 12))
+    whole = list(generate_tokens(model, ids, 12))
     assert (
         whole[:4] == first and len(whole) == 12 and all(isinstance(token, int) for token in whole)
     )
-    assert list(generate(model, ids, 12, stop=[whole[5]])) == whole[: whole.index(whole[5])]
+    assert list(generate_tokens(model, ids, 12, stop=[whole[5]])) == whole[: whole.index(whole[5])]
 
     session = Session(model, context=len(ids) + 3)
-    assert list(session.generate(ids, 12)) == whole[:3] and session.full
-    assert list(session.generate(ids, 3)) == whole[:3] and not session.full
+    assert list(session.generate(ids, 12)) == whole[:3] and session.ended == "context"
+    assert list(session.generate(ids, 3)) == whole[:3] and session.ended == "length"
     with pytest.raises(
         ValueError, match=f"has {len(ids) + 4} tokens, more than the context of {len(ids) + 3}"
     ):
@@ -175,7 +176,7 @@ def test_same_seed_same_tokens(smollm):
     model, tokenizer = smollm
     ids = ask(tokenizer, PROMPTS[1])
     options = dict(temperature=1.0, top_k=50, top_p=0.9)
-    runs = [list(generate(model, ids, 16, seed=seed, **options)) for seed in (1, 1, 2)]
+    runs = [list(generate_tokens(model, ids, 16, seed=seed, **options)) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -187,7 +188,7 @@ def test_conversation_reuses_its_cache(smollm):
         ids = tokenizer.chat(messages)
         before = session.stats.prompt_tokens
         tokens = list(session.generate(ids, 24))
-        assert tokens == list(generate(model, ids, 24, stop=tokenizer.eos_ids))
+        assert tokens == list(generate_tokens(model, ids, 24, stop=tokenizer.eos_ids))
         if len(messages) > 1:
             assert session.stats.prompt_tokens - before < len(ids) / 2
         messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})
@@ -195,7 +196,7 @@ def test_conversation_reuses_its_cache(smollm):
         tokenizer, "Something else entirely."
     )  # shares only a beginning with what the cache holds
     assert list(session.generate(other, 12)) == list(
-        generate(model, other, 12, stop=tokenizer.eos_ids)
+        generate_tokens(model, other, 12, stop=tokenizer.eos_ids)
     )
 
 
@@ -293,7 +294,7 @@ def test_infinite_numbers_are_named(spoil, words):
         match=f"{words} is infinite or NaN at token 3 of the text; float16 ends at 65504, "
         "so try --dtype bfloat16",
     ):
-        list(generate(overflowing(torch.float16, spoil), [1, 2, 3], 4))
+        list(generate_tokens(overflowing(torch.float16, spoil), [1, 2, 3], 4))
 
 
 def test_infinite_numbers_while_decoding():
@@ -344,7 +345,7 @@ def test_prompts_around_the_context():
         (32, 1),
     ):  # a prompt as long as the context still gets one token
         session = Session(model)
-        assert len(list(session.generate([1] * n, 10))) == new and session.full
+        assert len(list(session.generate([1] * n, 10))) == new and session.ended == "context"
     with pytest.raises(ValueError, match="has 33 tokens, more than the context of 32"):
         next(Session(model).generate([1] * 33, 10))
 
@@ -360,3 +361,30 @@ def test_weights_beyond_the_type():
     norm[3] = math.nan
     with pytest.raises(ValueError, match="model.norm.weight .* get a sound checkpoint"):
         put(model, "model.norm.weight", norm)
+
+
+# ---- repetition penalty and min-p ---------------------------------------------------------------
+
+
+def test_penalty_and_min_p_are_those_of_transformers():
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(2)) * 3
+    ids = torch.tensor([[3, 5, 5, 17]])
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits[None].clone())[0]
+    seen = torch.zeros(60, dtype=torch.bool)
+    seen[ids[0]] = True
+    assert torch.equal(penalize(logits, seen, 1.3), expected)
+    kept = transformers.MinPLogitsWarper(0.05)(None, logits[None].clone())[0].isfinite()
+    drawn = torch.bincount(draws(logits, 5000, min_p=0.05), minlength=60) > 0
+    assert not (drawn & ~kept).any() and drawn.sum() >= kept.sum() - 2 > 0
+
+
+def test_repetition_penalty_over_a_text(smollm):
+    """Greedy with a penalty is transformers' definition, step by step, in the prompt too."""
+    model, tokenizer = smollm
+    ids = ask(tokenizer, PROMPTS[0])
+    text = list(ids)
+    while len(text) < len(ids) + 12:
+        logits = model.logits(model.forward(torch.tensor(text))[-1:])
+        processor = transformers.RepetitionPenaltyLogitsProcessor(1.5)
+        text.append(processor(torch.tensor([text]), logits)[0].argmax().item())
+    assert list(generate_tokens(model, ids, 12, repetition_penalty=1.5)) == text[len(ids):]

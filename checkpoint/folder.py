@@ -136,7 +136,8 @@ def open_tokenizer(folder, config_json, vocab_size):
     text = read_text(file)
     with blame(file):
         tokenizer = guard("not a sound tokenizer", tokenizers.Tokenizer.from_buffer, text)
-        return Tokenizer(tokenizer, vocab_size, special, eos, template), [file, *optional]
+        tokenizer = Tokenizer(tokenizer, vocab_size, special, eos, template, generation)
+        return tokenizer, [file, *optional]
 
 
 def read_text(file):

@@ -6,6 +6,8 @@ are still coming. The file is a stranger's, and the package is written in Rust: 
 it in a panic. Whatever goes wrong becomes a TokenizerError of one sentence.
 """
 
+import itertools
+
 from tokenizers.decoders import DecodeStream
 
 from checkpoint.chat_template import render
@@ -24,16 +26,25 @@ class Tokenizer:
     eos_ids: frozenset of the ids that end a turn
     bos_id: the id that `encode` puts first, or None
     has_chat_template: whether `chat` works
+    sampling: what the checkpoint recommends of temperature, top_k, top_p, repetition_penalty
     """
 
-    def __init__(self, tokenizer, vocab_size, special, eos, template):
+    def __init__(self, tokenizer, vocab_size, special, eos, template, generation=None):
         """
         tokenizer: a `tokenizers.Tokenizer`
         vocab_size: of the model
         special: {"bos_token": text or None, ...}, values unchecked
         eos: ids that end a turn, or lists of them, unchecked
         template: a chat template or None, unchecked
+        generation: the values of generation_config.json, unchecked
         """
+        kinds = {"temperature": (100, int, float), "top_k": (vocab_size, int),
+                 "top_p": (1, int, float), "repetition_penalty": (100, int, float)}
+        self.sampling = {}
+        for name, (most, *types) in kinds.items():
+            value = (generation or {}).get(name)
+            if type(value) in types and 1e-6 <= value <= most:
+                self.sampling[name] = value
         self.tokenizer, self.vocab_size, self.template = tokenizer, vocab_size, template
         tokenizer.no_truncation()  # a file may ask for both
         tokenizer.no_padding()
@@ -116,6 +127,27 @@ class TextStream:
     def flush(self):
         """The rest of the text, after the last id."""
         return self.tokenizer.decode(self.ids)[self.length:]
+
+
+def text_pieces(ids, tokenizer, stop=()):
+    """A generator of the text of token ids, in pieces, while they come.
+
+    It ends where one of the texts `stop` begins. What may be the beginning of one is held back.
+    """
+    stream, held = TextStream(tokenizer), ""
+    for piece in itertools.chain(map(stream.push, ids), map(lambda end: stream.flush(), [None])):
+        held += piece
+        found = [held.index(text) for text in stop if text in held]
+        if found:
+            yield held[:min(found)]
+            return
+        begun = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])),
+                    default=0)
+        if len(held) > begun:
+            yield held[:len(held) - begun]
+            held = held[len(held) - begun:]
+    if held:
+        yield held
 
 
 def guard(complaint, function, *arguments, **options):

@@ -1,0 +1,64 @@
+"""What the program says beside the text: numbers of a run, warnings, why an answer is cut."""
+
+import sys
+
+from session import SparsityWatch, block_bytes
+
+
+def say(text):
+    """Print what the program, not the model, has to say."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(session, stats, sparsity, seed):
+    """What happened, by name: the numbers of `summary` and --json."""
+    numbers = {"prompt_tokens": stats.prompt_tokens, "new_tokens": stats.new_tokens,
+               "prompt_tokens_per_second": None, "tokens_per_second": None, "sparsity": sparsity,
+               "realised_sparsity": None, "bytes_per_token": None,
+               "block_bytes": block_bytes(session.model), "seed": seed, "ended": session.ended}
+    if stats.prompt_tokens:
+        numbers["prompt_tokens_per_second"] = stats.prompt_tokens / stats.prefill_seconds
+    if stats.steps:
+        numbers |= {"tokens_per_second": stats.steps / stats.decode_seconds,
+                    "realised_sparsity": session.sparsity(stats),
+                    "bytes_per_token": session.bytes_per_token(stats)}
+    return numbers
+
+
+def summary(numbers):
+    """The numbers of `report` in one line, which ends with what sparsity saved."""
+    def speed(name):
+        return f", {numbers[name]:.1f} tok/s" if numbers[name] else ""
+
+    parts = [f"prompt {numbers['prompt_tokens']} tokens{speed('prompt_tokens_per_second')}",
+             f"new {numbers['new_tokens']} tokens{speed('tokens_per_second')}"]
+    if numbers["seed"] is not None:
+        parts.append(f"seed {numbers['seed']}")
+    if numbers["bytes_per_token"]:
+        parts.append(f"{numbers['bytes_per_token'] / 1e6:.1f} MB read per token")
+        if numbers["sparsity"]:
+            parts.append(f"{numbers['realised_sparsity']:.1%} of the blocks' "
+                         f"{numbers['block_bytes'] / 1e6:.1f} MB unread "
+                         f"({numbers['sparsity']:.0%} asked)")
+    return " | ".join(parts)
+
+
+def warn_of_sparsity(asked, reached):
+    say(f"\nwarning: sparsity {asked:g} was asked, and the last {SparsityWatch.STEPS} tokens "
+        f"reached {reached:.3f}; the calibration does not fit these weights or this text")
+
+
+def explain_end(session, max_new_tokens):
+    """Say why an answer is not complete, if it is not."""
+    if session.ended == "length":
+        say(f"(cut at {max_new_tokens} tokens; --max-new-tokens N allows more)")
+    elif session.ended == "context":
+        say(f"(cut: the context of {session.cache.context} tokens is full)")
+
+
+def warn_of_broken_text(model, sparsity):
+    """Say so where high sparsity leaves no sense in the text of a small model."""
+    parameters = sum(linear.w_t.numel() for linear in [*model.linears(), model.lm_head])
+    if sparsity > 0.7 and parameters < 3e9:
+        say(f"warning: sparsity {sparsity:g} breaks the text of a model of {parameters / 1e9:.1f} "
+            "billion weights; try 0.4 or 0.5")

@@ -1,0 +1,240 @@
+"""A conversation: in a pseudo-terminal as a person would use it, through pipes, and its parts."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import time
+
+import pytest
+
+from chat import Chat
+from checkpoint.tokenizer import TokenizerError
+from session import Session
+from test_generate import command, run, tiny  # noqa: F401  (tiny is a fixture)
+
+
+def own_terminal():
+    """Let Ctrl-C reach this process, even if it was started by a background job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.open(os.ttyname(0), os.O_RDWR)
+
+
+class Terminal:
+    """A program in a pseudo-terminal."""
+
+    def __init__(self, *arguments):
+        self.keyboard, side = pty.openpty()
+        self.process = subprocess.Popen(
+            command(*arguments), stdin=side, stdout=side, stderr=side, start_new_session=True,
+            preexec_fn=own_terminal, env=os.environ | {"TERM": "xterm"})
+        os.close(side)
+        self.screen = ""
+
+    def type(self, text):
+        os.write(self.keyboard, text.encode())
+
+    def wait_for(self, pattern, timeout=120):
+        """What is printed up to a pattern that begins after what was read before."""
+        end = time.monotonic() + timeout
+        while not (found := re.search(pattern, self.screen, re.DOTALL)):
+            ready, _, _ = select.select([self.keyboard], [], [], max(0, end - time.monotonic()))
+            assert ready, f"{pattern!r} did not come: {self.screen!r}"
+            try:
+                self.screen += os.read(self.keyboard, 4096).decode("utf-8", "replace")
+            except OSError:  # the program has ended
+                raise AssertionError(f"{pattern!r} did not come: {self.screen!r}") from None
+        text, self.screen = self.screen[:found.end()], self.screen[found.end():]
+        return text
+
+    def exit_code(self):
+        """Read what is left until the program ends; returns its exit code and that text."""
+        text = self.screen
+        try:
+            while piece := os.read(self.keyboard, 4096):
+                text += piece.decode("utf-8", "replace")
+        except OSError:
+            pass
+        os.close(self.keyboard)
+        return self.process.wait(120), text
+
+
+PROMPT = r"\n(\x1b\[\?2004h)?> "
+
+
+@pytest.fixture
+def terminal(tiny):  # noqa: F811
+    terminals = []
+
+    def open_terminal(*arguments):
+        terminals.append(Terminal("--model", tiny, "--chat", "--temperature", "0", *arguments))
+        return terminals[-1]
+
+    yield open_terminal
+    for one in terminals:
+        one.process.kill()
+
+
+def test_commands(terminal):
+    chat = terminal("--max-new-tokens", "5", "--sparsity", "0.5", "--calibration", "no-such-file")
+    code, text = chat.exit_code()
+    assert code == 2 and "no-such-file" in text
+
+    chat = terminal("--max-new-tokens", "5")
+    banner = chat.wait_for(PROMPT)
+    assert "sparsity 0, context 64 tokens" in banner and banner.count("\n") == 2
+    for line, answer in (
+            ("/help", "/sparsity S"), ("/stats", "there is no answer yet"),
+            ("/sparsity", "'' is not a number from 0 to 0.95"),
+            ("/sparsity 2", "'2' is not a number from 0 to 0.95"),
+            ("/nonsense 1", "there is no command /nonsense"),
+            ("/system Be brief.", "from now on"), ("/system", "no system prompt"),
+            ("/clear", "forgotten"), ("hi", r"\(cut at 5 tokens"),
+            ("/stats", r"last answer: prompt 4 tokens.*new 5 tokens.*all at 0: prompt 4 tokens")):
+        chat.type(line + "\n")
+        chat.wait_for(answer)
+        chat.wait_for(PROMPT)
+    chat.type("/exit\n")
+    code, text = chat.exit_code()
+    assert code == 0 and "new 5 tokens" in text
+
+
+def test_a_paste_is_one_message(terminal):
+    chat = terminal("--max-new-tokens", "5")
+    chat.wait_for(PROMPT)
+    chat.type("\x1b[200~one\ntwo\nthree\nfour\nfive\x1b[201~\n")
+    chat.wait_for("cut at 5 tokens")
+    chat.wait_for(PROMPT)
+    chat.type("/stats\n")
+    chat.wait_for("last answer: prompt 25 tokens")  # with the template's brackets
+    chat.wait_for(PROMPT)
+    chat.type("\x1b[A\x1b[A\n")  # the history: two lines up is the paste
+    chat.wait_for("cut at 5 tokens")
+
+
+def test_ctrl_c(terminal):
+    chat = terminal("--max-new-tokens", "5")
+    chat.wait_for(PROMPT)
+    chat.type("half a line\x03")
+    chat.wait_for("Ctrl-C again or Ctrl-D leaves")
+    chat.wait_for(PROMPT)
+    chat.type("hi\n")  # the line was cleared
+    chat.wait_for("cut at 5 tokens")
+    chat.wait_for(PROMPT)
+    chat.type("/stats\n")
+    chat.wait_for("last answer: prompt 4 tokens")
+    chat.wait_for(PROMPT)
+    chat.type("\x03")
+    chat.wait_for("again")
+    chat.wait_for(PROMPT)
+    chat.type("\x03")
+    code, text = chat.exit_code()
+    assert code == 0 and "new 5 tokens" in text and "Traceback" not in text
+
+
+def test_ctrl_d(terminal):
+    chat = terminal()
+    chat.wait_for(PROMPT)
+    chat.type("\x04")
+    assert chat.exit_code()[0] == 0
+
+
+def test_ctrl_c_stops_an_answer(smollm):
+    chat = Terminal("--chat", "--temperature", "0", "--max-new-tokens", "4000")
+    chat.wait_for(PROMPT)
+    chat.type("Write a long story about a city.\n")
+    chat.wait_for("Write a long story about a city.")
+    chat.wait_for(r"\w+ \w+ \w+")
+    chat.type("\x03")
+    chat.wait_for(PROMPT)
+    chat.type("/exit\n")
+    code, text = chat.exit_code()
+    assert code == 0 and "MB read per token" in text and "Traceback" not in text
+
+
+def test_piped_lines(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """Every line is answered; the numbers are those of each sparsity."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = run("--model", tiny, "--chat", "--max-new-tokens", "6", "--temperature", "0",
+               stdin="Hi\n\n/sparsity 0.5\nHo\n/sparsity 0\nHe\n")
+    assert done.returncode == 0, done.stderr
+    dense, sparse = done.stderr.decode().splitlines()[-2:]
+    assert "new 12 tokens" in dense and "unread" not in dense and "asked" not in dense
+    assert "new 6 tokens" in sparse and "of the blocks' 0.0 MB unread (50% asked)" in sparse
+    share = float(re.search(r"([\d.]+)% of the blocks", sparse)[1])
+    assert 20 < share < 80
+
+
+# ---- the conversation, without a model that means anything -------------------------------------
+
+
+class Letters:
+    """A tokenizer whose ids are code points below 100, with a template that may refuse."""
+
+    def chat(self, messages):
+        if any("refuse" in message["content"] for message in messages):
+            raise TokenizerError("the template refuses")
+        text = "".join(f"<{message['role'][0]}:{message['content']}>" for message in messages)
+        return [ord(letter) % 101 for letter in text]
+
+
+def conversation(context=64, **options):
+    """A Chat over a small random model, and the list of the prompts that it gives."""
+    from test_decode import CONFIGS, random_model
+
+    session, prompts = Session(random_model(next(iter(CONFIGS.values()))), context=context), []
+
+    def respond(ids):
+        prompts.append(ids)
+        return f"{len(list(session.generate(ids, 4)))} tokens"
+
+    options = {"sparsity": 0, "system": None, "answer_room": 8} | options
+    chat = Chat(session, Letters(), respond, lambda sparsity: None,
+                lambda stats, sparsity: f"{stats.new_tokens} new", **options)
+    return chat, prompts
+
+
+def test_answers_are_part_of_the_conversation():
+    chat, prompts = conversation(system="S")
+    chat.ask("one")
+    chat.ask("two")
+    assert prompts == [Letters().chat([{"role": "system", "content": "S"}, *messages])
+                       for messages in (chat.messages[:1], chat.messages[:3])]
+    assert chat.messages[1] == {"role": "assistant", "content": "4 tokens"}
+
+
+def test_a_template_error_leaves_the_chat_alive(capsys):
+    chat, prompts = conversation()
+    for question in ("one", "refuse", "two"):
+        chat.ask(question)
+    assert "the template refuses; this message is left out" in capsys.readouterr().err
+    assert len(prompts) == 2 and len(chat.messages) == 4
+
+
+def test_a_full_context_drops_the_oldest_turns(capsys):
+    chat, prompts = conversation(context=64)
+    for question in ("first question", "second question", "third question"):
+        chat.ask(question)
+    error = capsys.readouterr().err
+    assert "the context of 64 tokens is full; the oldest turn is forgotten" in error
+    assert len(prompts) == 3 and all(len(ids) <= 56 for ids in prompts)
+    assert [m["content"] for m in chat.messages[-2:]] == ["third question", "4 tokens"]
+    chat.ask("x" * 100)
+    assert "the message has 104 tokens, but the context has room for 56" in capsys.readouterr().err
+    chat.command("clear", "")
+    chat.ask("short")
+    assert len(prompts) == 4 and len(chat.messages) == 2
+
+
+def test_numbers_of_each_setting(capsys):
+    chat, _ = conversation()
+    chat.ask("one")
+    chat.command("sparsity", "0.3")
+    chat.ask("two")
+    chat.ask("three")
+    assert {sparsity: stats.new_tokens for sparsity, stats in chat.used.items()} == {0: 4, 0.3: 8}
+    chat.command("stats", "")
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        "last answer: 4 new", "all at 0: 4 new", "all at 0.3: 8 new"]
