@@ -89,13 +89,9 @@ def count(model, windows):
     counts = torch.zeros(shape, dtype=torch.int64, device=model.device)
 
     def record(x, linear):
-        bins = x[SINKS:].float().abs().view(torch.int32) >> 16
-        histogram = torch.bincount(bins.flatten(), minlength=BINS)
-        if len(histogram) > BINS:  # infinity and NaN have higher bits than any number
-            names = "/".join(SITES[linear.site])
-            raise CalibrationError(f"layer {linear.layer}: the input of {names} is not finite; "
-                                   "check the weights, or try --dtype float32")
-        counts[linear.layer, linear.places] += histogram
+        names = "/".join(SITES[linear.site])
+        counts[linear.layer, linear.places] += histogram(
+            x, f"layer {linear.layer}: the input of {names}")
         return dense(x, linear)
 
     for tokens in tqdm(windows, "activations", unit="window", disable=None):
@@ -112,6 +108,16 @@ def count(model, windows):
             f"layer {worst.layer}: {fullest(worst):.0%} of the inputs of "
             f"{'/'.join(SITES[worst.site])} have the same magnitude, so that no threshold "
             "reaches most sparsities; check the weights")
+    return counts
+
+
+def histogram(x, name):
+    """How many |x| of x [..., T, K] lie in each bin, int64 [BINS]; the first SINKS tokens do not
+    count. Raises CalibrationError, beginning with `name`, for an x that is not finite."""
+    bins = x[..., SINKS:, :].float().abs().view(torch.int32) >> 16
+    counts = torch.bincount(bins.flatten(), minlength=BINS)
+    if len(counts) > BINS:  # infinity and NaN have higher bits than any number
+        raise CalibrationError(f"{name} is not finite; check the weights, or try float32")
     return counts
 
 
@@ -319,23 +325,24 @@ def realised(model, windows, thresholds):
     return dropped.cpu() / len(windows)
 
 
-def correct(model, windows, calibration):
+def correct(calibration, shares, measure):
     """The calibration with its targets shifted to what they really reach.
 
     Dropping inputs shrinks the activations that follow, so thresholds found on the dense model
-    drop more than asked for. This measures the share dropped at a few targets, then reads the
-    table where it reaches each target.
+    drop more than asked for. `measure(thresholds)` gives the share that each projection drops;
+    `shares` of the bytes weigh them. The table is read where it reaches each target.
     """
     anchors = (0.2, 0.4, 0.6, 0.8, 0.95)
-    measured = [torch.zeros(calibration.table.shape[:2], dtype=torch.float64)]
+    measured = [torch.zeros(shares.shape, dtype=torch.float64)]
     for anchor in tqdm(anchors, "checking", unit="target", disable=None):
-        measured.append(realised(model, windows, calibration.thresholds(anchor)))
-    measured = torch.stack(measured)  # [6, n_layers, 7]
-    i, weight = locate((measured.mean(1) @ byte_shares(model.config)).cummax(0).values)
+        measured.append(measure(calibration.thresholds(anchor)))
+    measured = torch.stack(measured, -1)  # [..., 6], as the tables are [..., 96]
+    reached = (measured * shares[..., None]).flatten(end_dim=-2).sum(0)
+    i, weight = locate(reached.cummax(0).values)
     anchors = torch.tensor((0.0, *anchors), dtype=torch.float64)
     read_at = torch.lerp(anchors[i - 1], anchors[i], weight).tolist()
     table = torch.stack([calibration.at(calibration.table, s) for s in read_at], -1)
-    sparsities = torch.lerp(measured[i - 1], measured[i], weight[:, None, None]).permute(1, 2, 0)
+    sparsities = torch.lerp(measured[..., i - 1], measured[..., i], weight)
     return Calibration(table, sparsities.float(), calibration.metadata)
 
 
@@ -360,7 +367,81 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
                 "weights": weights_digest(model), "allocation": allocation,
                 "tokens": str(windows.numel()), "window": str(window), "source": source}
     calibration = Calibration(quantile(counts, sparsities), sparsities, metadata)
-    return correct(model, windows[:4], calibration)
+    shares = byte_shares(model.config).expand(model.config.n_layers, -1) / model.config.n_layers
+    return correct(calibration, shares, lambda t: realised(model, windows[:4], t))
+
+
+# ---- any nn.Module -----------------------------------------------------------------------------
+
+class ModuleCalibration:
+    """Thresholds of the Linears of any `nn.Module`, by name."""
+
+    def __init__(self, names, calibration):
+        self.names, self.calibration = names, calibration
+
+    def thresholds(self, sparsity):
+        """{name: threshold} for a sparsity from 0 to 0.95 of these Linears together; 0 gives -1.
+        Raises CalibrationError outside."""
+        return dict(zip(self.names, self.calibration.thresholds(sparsity).tolist()))
+
+
+@torch.no_grad()
+def calibrate_module(module, batches, linears=None):
+    """Thresholds for the Linears of any causal `nn.Module` -> ModuleCalibration.
+
+    module(batch) is called with each of `batches`, a list of token ids int64 [B, T], best as
+    long as the texts to come: attention's outputs shrink with the context. `linears` are the names of the Linears to count, by default those within a numbered list of layers: the
+    LM head stands outside. The allocation is uniform: all Linears get the same sparsity. Raises
+    CalibrationError for names that are no Linear and for inputs that are not finite or missing.
+    """
+    found = {name: linear for name, linear in module.named_modules()
+             if isinstance(linear, torch.nn.Linear)}
+    names = [name for name in found if any(part.isdigit() for part in name.split("."))]
+    names = names if linears is None else list(linears)
+    for name in names:
+        if name not in found:
+            raise CalibrationError(f"{name!r} is no Linear of this module; choose from "
+                                   "module.named_modules()")
+    if not names:
+        raise CalibrationError("the module has no Linear in a list of layers; name some")
+    counts = torch.zeros(len(names), BINS, dtype=torch.int64)
+
+    def run(batches, look):
+        """Call the module; look(i, x) sees Linear i's input first and may return another."""
+        hooks = [found[name].register_forward_pre_hook(lambda _, args, i=i: look(i, args[0]))
+                 for i, name in enumerate(names)]
+        try:
+            for batch in batches:
+                module(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def record(i, x):
+        counts[i] += histogram(x, f"the input of {names[i]}").cpu()
+
+    def measure(thresholds):
+        dropped, seen = (torch.zeros(len(names), dtype=torch.float64) for _ in range(2))
+
+        def mask(i, x):  # As in use, a prompt is dense: the first half of the tokens.
+            drop = x.float().abs() <= thresholds[i].item()
+            drop[..., :x.shape[-2] // 2, :] = False
+            dropped[i] += drop.sum().item()
+            seen[i] += drop[..., x.shape[-2] // 2:, :].numel()
+            return x.masked_fill(drop, 0)
+
+        run(batches[:4], mask)
+        return dropped / seen
+
+    run(batches, record)
+    for name, n in zip(names, counts.sum(-1)):
+        if n == 0:
+            raise CalibrationError(f"{name} saw nothing after the first {SINKS} tokens; give "
+                                   "longer batches, or leave it out")
+    sparsities = GRID.expand(len(names), -1)
+    calibration = Calibration(quantile(counts, sparsities), sparsities, {"allocation": "uniform"})
+    sizes = torch.tensor([found[name].weight.numel() for name in names], dtype=torch.float64)
+    return ModuleCalibration(names, correct(calibration, sizes / sizes.sum(), measure))
 
 
 # ---- the command line --------------------------------------------------------------------------

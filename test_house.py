@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FOLDERS = ("", "checkpoint", "calibrations", "figures")
+FOLDERS = ("", "checkpoint", "calibrations", "examples", "figures")
 FILES = [file for folder in FOLDERS for file in sorted((HERE / folder).glob("*.py"))]
 
 

@@ -2,11 +2,16 @@
 one."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from calibrate import CalibrationError, calibrate_module
 from sparse_gemv import SparseLinear, replace_linears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,3 +129,97 @@ def test_thresholds_of_another_model_are_refused_whole():
     replace_linears(model, {"0": 0.5})
     replace_linears(model, {"0": 0.7})
     assert abs(model[0].threshold.item() - 0.7) < 1e-6
+
+
+# ---- transformers' models ----------------------------------------------------------------------
+
+FAMILIES = {"Llama": {}, "Qwen3": {"head_dim": 32}, "Phi": {}}
+
+
+def random_model(family, **sizes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4} | FAMILIES[family] | sizes)
+    return getattr(transformers, f"{family}ForCausalLM")(config).to(DEVICE).eval()
+
+
+def text(*shape):
+    return torch.randint(512, shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_models(family):
+    """Dense at threshold -1 as before; at others the sparsity asked for, token by token."""
+    model = random_model(family)
+    # Texts as long as the one decoded: later tokens attend to more, and their inputs shrink.
+    calibration = calibrate_module(model, text(64, 48).split(16))
+    names, ids = calibration.names, text(1, 48)
+    linears = 6 if family == "Phi" else 7
+    assert len(names) == 2 * linears and not any("lm_head" in name for name in names)
+
+    def decode():
+        cache, logits = transformers.DynamicCache(config=model.config), []
+        model(ids[:, :16], past_key_values=cache)
+        for token in ids[0, 16:]:
+            logits.append(model(token.view(1, 1), past_key_values=cache).logits)
+        return torch.cat(logits)
+
+    before = decode()
+    replace_linears(model, calibration.thresholds(0))
+    torch.testing.assert_close(decode(), before, rtol=1e-5, atol=1e-5)
+
+    for sparsity in (0.3, 0.5):
+        replace_linears(model, calibration.thresholds(sparsity))
+        dropped, weights = 0, 0
+
+        def count(linear, args):
+            nonlocal dropped, weights
+            if args[0].numel() == linear.in_features:
+                drop = args[0].abs() <= linear.threshold
+                dropped += drop.sum().item() * linear.out_features
+                weights += linear.w_t.numel()
+
+        hooks = [model.get_submodule(name).register_forward_pre_hook(count) for name in names]
+        decode()
+        for hook in hooks:
+            hook.remove()
+        assert abs(dropped / weights - sparsity) <= 0.02
+
+
+def test_bad_calibrations_are_named():
+    model = random_model("Llama", num_hidden_layers=1)
+    with pytest.raises(CalibrationError, match="'model.norm' is no Linear"):
+        calibrate_module(model, [text(1, 16)], ["model.norm"])
+    with pytest.raises(CalibrationError, match="saw nothing after the first"):
+        calibrate_module(model, [text(1, 4)])
+    model.model.embed_tokens.weight.data.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match="q_proj is not finite"):
+        calibrate_module(model, [text(1, 16)])
+
+
+def run_example(*command):
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True,
+                          text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_transformers_example(tmp_path):
+    random_model("Llama").save_pretrained(tmp_path)
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"[UNK]": 0, "the": 1, "model": 2}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    printed = run_example("examples.transformers_model", tmp_path, "README.md")
+    assert "sparsity 0: " in printed and "sparsity 0.5: " in printed
+
+
+def test_the_idea_example(tmp_path):
+    short = tmp_path / "text"
+    short.write_text(Path(__file__).with_name("README.md").read_text()[:1500])
+    lines = run_example("examples.idea", short).splitlines()
+    perplexities = [float(line.split()[1]) for line in lines[1:]]
+    assert len(perplexities) == 7 and perplexities[-1] > 1.5 * perplexities[0] > 1

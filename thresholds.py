@@ -74,7 +74,7 @@ class Calibration:
         For 0 they are all -1, which is exactly dense. Raises CalibrationError outside [0, 0.95].
         """
         if sparsity == 0:
-            return torch.full(self.table.shape[:2], -1.0)
+            return torch.full(self.table.shape[:-1], -1.0)
         return self.at(self.table, sparsity)
 
     def expected(self, sparsity):

@@ -1,0 +1,45 @@
+"""TEAL from nothing: drop the small inputs of every product, and watch the perplexity.
+
+    python -m examples.idea             # reads README.md
+    python -m examples.idea wiki.test.raw
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from checkpoint import load
+
+model, tokenizer = load()
+text = Path(sys.argv[1] if len(sys.argv) > 1 else "README.md").read_text(encoding="utf-8")
+first, second = torch.tensor(tokenizer.encode(text)[:1024]).chunk(2)
+
+# Look at the inputs x of every product y = W x, on the first half of the text.
+magnitudes = {}
+
+
+def look(x, linear):
+    magnitudes[linear] = x.abs().flatten().sort().values
+    return linear(x)
+
+
+model.forward(first, project=look)
+
+
+# The threshold that drops a share s of the inputs is the s-quantile of |x|.
+def perplexity(sparsity):
+    """Of the second half, while every product drops its smallest inputs."""
+    def masked(x, linear):
+        sorted_x = magnitudes[linear]
+        threshold = sorted_x[int(sparsity * len(sorted_x))]
+        return linear(torch.where(x.abs() < threshold, 0, x))  # a zero needs no row of W
+
+    logits = model.logits(model.forward(second, project=masked))
+    return F.cross_entropy(logits[:-1].float(), second[1:]).exp().item()
+
+
+print("rows of W unread    perplexity")
+for sparsity in (0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8):
+    print(f"{sparsity:16.0%}    {perplexity(sparsity):10.1f}")
