@@ -390,8 +390,9 @@ def calibrate_module(module, batches, linears=None):
     """Thresholds for the Linears of any causal `nn.Module` -> ModuleCalibration.
 
     module(batch) is called with each of `batches`, a list of token ids int64 [B, T], best as
-    long as the texts to come: attention's outputs shrink with the context. `linears` are the names of the Linears to count, by default those within a numbered list of layers: the
-    LM head stands outside. The allocation is uniform: all Linears get the same sparsity. Raises
+    long as the texts to come: attention's outputs shrink with the context. `linears` are the
+    names of the Linears to count, by default those within a numbered list of layers: the LM head
+    stands outside. The allocation is uniform: all Linears get the same sparsity. Raises
     CalibrationError for names that are no Linear and for inputs that are not finite or missing.
     """
     found = {name: linear for name, linear in module.named_modules()

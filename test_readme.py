@@ -60,7 +60,7 @@ def shortened(command, folder):
 
 
 def test_the_readme_shows_something():
-    assert len(COMMANDS) >= 8 and len(EXAMPLES) == 2, (COMMANDS, EXAMPLES)
+    assert len(COMMANDS) >= 8 and len(EXAMPLES) == 3, (COMMANDS, EXAMPLES)
 
 
 @pytest.fixture(scope="module")
