@@ -75,7 +75,7 @@ def add_model_flags(parser, dtype="float32"):
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype,
         help="of weights and arithmetic (default: %(default)s)")
     add("--quantize", choices=("int8", "int4"),
-        help="int8: half the bytes of bfloat16; int4, on a GPU: a third, but slow so far")
+        help="int8: half the bytes of bfloat16; int4, on a GPU: a third (experimental)")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     return add

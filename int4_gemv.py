@@ -7,8 +7,9 @@ so that a dropped row is dropped with its scales, and a weight is s * q + m, q f
     y[n] = sum of x[k] * (s * q[k, n] + m) = sum of (x[k] * s) * q[k, n], and of x[k] * m
 
 A group is 16 bytes of weights, one load of one thread, and 4 bytes of scales. Byte j holds column
-j of the group in its low half and column j + 16 in its high half. So the products with x[k] are
-one multiply-add a weight, and what the group shares is computed once for 32 of them.
+j of the group in its low half and column j + 16 in its high half. So what the group
+shares is computed once for 32 weights. Tiles are [rows, bytes]: in three dimensions, Triton 3.6
+lays threads along the rows, which scatters the loads.
 
 Converting integers is slow on GPUs. The float32 with the bits 0x3F800000 is 1, and q in the top 4
 bits of its mantissa makes it 1 + q / 16: a shift and one logical operation convert a weight. The
@@ -64,8 +65,9 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr, out_pt
     n = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
     GROUPS: tl.constexpr = BLOCK_N // 32
     ROUNDS: tl.constexpr = BLOCK_K // ROWS_AT_ONCE
-    group = (start + tile * BLOCK_N) // 32 + tl.arange(0, GROUPS)
-    byte = tl.arange(0, 16)
+    group_start = (start + tile * BLOCK_N) // 32
+    group = group_start + tl.arange(0, GROUPS)
+    byte = tl.multiple_of(group_start * 16, 16) + tl.arange(0, BLOCK_N // 2)
     item = segment * SPLITS + part
     rows_ptr += item * CHUNK
     values_ptr += item * CHUNK
@@ -74,31 +76,35 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr, out_pt
         gdc_wait()
     count = tl.load(counts_ptr + item)
     i = tl.arange(0, BLOCK_K)
-    low_sum = tl.zeros([ROWS_AT_ONCE, GROUPS, 16], tl.float32)
-    high_sum = tl.zeros([ROWS_AT_ONCE, GROUPS, 16], tl.float32)
-    minimum_sum = tl.zeros([ROWS_AT_ONCE, GROUPS], tl.float32)
+    low_sum = tl.zeros([ROWS_AT_ONCE, BLOCK_N // 2], tl.float32)
+    high_sum = tl.zeros([ROWS_AT_ONCE, BLOCK_N // 2], tl.float32)
     k, x = _entries(rows_ptr, values_ptr, i, count)
     for first in tl.range(0, count, BLOCK_K, num_stages=1):
         next_k, next_x = _entries(rows_ptr, values_ptr, first + BLOCK_K + i, count)
-        at = (k.to(tl.int64) if K * N >= 2 ** 31 else k)[:, None] * (N // 32) + group[None, :]
-        inside = (first + i < count)[:, None] & (group * 32 < end)[None, :]
-        w = tl.load(w_ptr + (at[:, :, None] * 16 + byte[None, None, :]),
-                    mask=inside[:, :, None], other=0, eviction_policy="evict_first")
-        pair = tl.load(groups_ptr + at, mask=inside, other=0)  # two bfloat16 in one load
+        k = k.to(tl.int64) if K * N >= 2 ** 31 else k
+        rows = (first + i < count)[:, None]
+        w = tl.load(w_ptr + k[:, None] * (N // 2) + byte[None, :],
+                    mask=rows & (byte // 16 * 32 < end)[None, :], other=0,
+                    eviction_policy="evict_first")
+        pair = tl.load(groups_ptr + k[:, None] * (N // 32) + group[None, :],
+                       mask=rows & (group * 32 < end)[None, :], other=0)  # two bfloat16 at once
         scale = 16 * x[:, None] * (pair << 16).to(tl.float32, bitcast=True)
         minimum = x[:, None] * (pair & -65536).to(tl.float32, bitcast=True) - scale
+        # A thread holds the 16 bytes of a group: give each of them the group's numbers.
+        shape: tl.constexpr = [BLOCK_K, GROUPS, 16]
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], shape), [BLOCK_K, BLOCK_N // 2])
+        minimum = tl.reshape(tl.broadcast_to(minimum[:, :, None], shape), [BLOCK_K, BLOCK_N // 2])
         low, high = _halves(w)
-        low, high = low * scale[:, :, None], high * scale[:, :, None]
-        low_sum += tl.sum(tl.reshape(low, [ROUNDS, ROWS_AT_ONCE, GROUPS, 16]), axis=0)
-        high_sum += tl.sum(tl.reshape(high, [ROUNDS, ROWS_AT_ONCE, GROUPS, 16]), axis=0)
-        minimum_sum += tl.sum(tl.reshape(minimum, [ROUNDS, ROWS_AT_ONCE, GROUPS]), axis=0)
+        low, high = low * scale + minimum, high * scale + minimum
+        low_sum += tl.sum(tl.reshape(low, [ROUNDS, ROWS_AT_ONCE, BLOCK_N // 2]), axis=0)
+        high_sum += tl.sum(tl.reshape(high, [ROUNDS, ROWS_AT_ONCE, BLOCK_N // 2]), axis=0)
         k, x = next_k, next_x
 
     if PDL:
         gdc_launch_dependents()
-    minimum = tl.sum(minimum_sum, axis=0)[:, None]
-    both = tl.join(tl.sum(low_sum, axis=0) + minimum, tl.sum(high_sum, axis=0) + minimum)
-    y = tl.reshape(tl.permute(both, (0, 2, 1)), [BLOCK_N])  # [groups, halves, bytes]
+    both = tl.join(tl.sum(low_sum, axis=0), tl.sum(high_sum, axis=0))  # [bytes, halves]
+    both = tl.permute(tl.reshape(both, [GROUPS, 16, 2]), (0, 2, 1))
+    y = tl.reshape(both, [BLOCK_N])
     if SPLITS > 1:
         tl.store(sums_ptr + part * N + n, y, mask=n < end)
         tl.debug_barrier()  # all threads have stored
