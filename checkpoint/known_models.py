@@ -21,4 +21,8 @@ KNOWN_MODELS = {
     "llama-3.2-1b": sizes(128256, 2048, 8192, 16, 32, 8, rope_theta=5e5, context=131072,
                           rope_scaling=LLAMA_3_2_ROPE, tie_embeddings=True),
     "mistral-7b": sizes(32000, 4096, 14336, 32, 32, 8, context=32768, sliding_window=4096),
+    "qwen2.5-0.5b": sizes(151936, 896, 4864, 24, 14, 2, norm_eps=1e-6, rope_theta=1e6,
+                          context=32768, qkv_bias=True, tie_embeddings=True),
+    "qwen2.5-1.5b": sizes(151936, 1536, 8960, 28, 12, 2, norm_eps=1e-6, rope_theta=1e6,
+                          context=32768, qkv_bias=True, tie_embeddings=True),
 }
