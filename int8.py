@@ -91,8 +91,7 @@ class Int8Linear(Linear):
             return
         width, step = self.w_t.shape[2] - ROW_END, max(1, PIECE // self.in_features)
         for block, scale in zip(self.w_t, self.scale.split(width)):
-            # Several plain operations on a piece that stays in the cache are many times as fast
-            # as one operation that changes the dtype on its way.
+            # A piece is small enough to stay in the cache from one operation to the next.
             for q, s in zip(block[:, :width].split(step, dim=1), scale.split(step)):
                 yield q.float().sub_(128).mul_(s).to(self.dtype)
 
