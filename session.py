@@ -82,16 +82,17 @@ class Session:
     def choose(self, logits):
         """Logits [V] -> the next token's id, int64 [1]; -1, for the host to see, if not all are
         finite."""
-        if self.sampling[0] == 0:
-            return likeliest(logits)
-        low, high = logits.aminmax()  # NaN if one of them is
-        finite = high.float() - low.float() < math.inf
         if self.penalty != 1:
             logits = penalize(logits, self.seen, self.penalty)
-        token = sample(logits, *self.sampling)
+        if self.sampling[0] == 0:
+            token = likeliest(logits)
+        else:
+            low, high = logits.aminmax()  # NaN if one of them is
+            finite = high.float() - low.float() < math.inf
+            token = sample(logits, *self.sampling).masked_fill(~finite, -1)
         if self.penalty != 1:
-            self.seen.index_fill_(0, token, True)
-        return token.masked_fill(~finite, -1)
+            self.seen.index_fill_(0, token.clamp(min=0), True)
+        return token
 
     @torch.inference_mode()
     def prefill(self, tokens):
