@@ -317,7 +317,7 @@ def test_long_prompts_are_read_whole(monkeypatch):
     model = random_model(CONFIGS["llama"])
     prompt = torch.randint(0, 101, (100,)).tolist()
     expected, _ = plain_tokens(model, prompt, 8)
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", {"cpu": 16, "cuda": 16})
     session = Session(model)
     assert list(session.generate(prompt, 8)) == expected
     assert session.cache.length == len(session.tokens) == 107
