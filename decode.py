@@ -17,7 +17,7 @@ from cpu_gemv import CpuGemv
 from decode_attention import Workspace, decode_attention
 from dense_gemv import dense_gemv
 from int4_gemv import int4_gemv
-from model import PROJECTIONS
+from model import PROJECTIONS, rms_norm
 from sparse_gemv import sparse_gemv, supports_pdl
 from token_kernels import embed
 
@@ -104,22 +104,37 @@ class CpuDecoder:
         self.counts.zero_()  # of a step that Ctrl-C cut short
         cos, sin = model.rope(self.position, 1)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # [1, 1, head_dim]
-        end, n_kv = self.position + 1, config.n_kv_heads
+        end, n_kv, front = self.position + 1, config.n_kv_heads, not config.norms_behind
+
+        def rotate(qk):  # RoPE
+            qk = qk.float()
+            return torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, -1), sin).to(x.dtype)
+
         start = max(0, end - (config.sliding_window or end))
         x = model.embed(self.token)
         for block in model.blocks:
-            qkv = products[block.qkv](self.norm(x, block.attn_norm)).view(1, -1, config.head_dim)
-            qk = qkv[:, :-n_kv].float()
-            qk = torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, -1), sin).to(x.dtype)  # RoPE
+            h = self.norm(x, block.attn_norm) if front else x
+            qkv = products[block.qkv](h)
+            if config.qk_norm:
+                q, k, v = qkv.split(block.qkv.widths, -1)
+                qkv = torch.cat((rms_norm(q, block.q_norm, config.norm_eps),
+                                 rms_norm(k, block.k_norm, config.norm_eps), v), -1)
+            qkv = qkv.view(1, -1, config.head_dim)
+            qk = qkv[:, :-n_kv]
+            if block.i not in config.no_rope_layers:
+                qk = rotate(qk)
             cache.k[block.i, :, self.position] = qk[0, -n_kv:]
             cache.v[block.i, :, self.position] = qkv[0, -n_kv:]
             # Query heads that share a key head are rows of one matrix: no mask, no copies.
             y = F.scaled_dot_product_attention(
                 qk[:, :-n_kv].view(1, n_kv, -1, config.head_dim),
                 cache.k[None, block.i, :, start:end], cache.v[None, block.i, :, start:end])
-            x = x + block.reduce(products[block.o](y.view(1, -1)))
-            gate, up = products[block.gate_up](self.norm(x, block.mlp_norm)).chunk(2, dim=-1)
-            x = x + block.reduce(products[block.down](F.silu(gate) * up))
+            h = block.reduce(products[block.o](y.view(1, -1)))
+            x = x + (h if front else self.norm(h, block.attn_norm))
+            h = self.norm(x, block.mlp_norm) if front else x
+            gate, up = products[block.gate_up](h).chunk(2, dim=-1)
+            h = block.reduce(products[block.down](F.silu(gate) * up))
+            x = x + (h if front else self.norm(h, block.mlp_norm))
         self.token = self.choose(self.lm_head(self.norm(x, model.norm))[0])
         self.position = end
         self.kept += self.counts
@@ -167,13 +182,16 @@ class GpuDecoder:
         self.kept = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
-        self.cos, self.sin = model.rope(0, cache.context)  # float32 [context, 1, head_dim / 2]
+        self.rope = model.rope(0, cache.context)  # cos, sin float32 [context, 1, head_dim / 2]
+        if config.no_rope_layers:  # turned by an angle of 0
+            self.no_rope = torch.ones_like(self.rope[0]), torch.zeros_like(self.rope[0])
 
         def buffer(size):
             return torch.empty(size, dtype=model.dtype, device=device)
 
         block = model.blocks[0]
         self.x = model.residual_stream(config.hidden_size, dtype=model.dtype, device=device)
+        self.y = buffer(config.hidden_size)  # a block's output, before a norm behind it
         self.qkv = buffer(block.qkv.ends[-1])
         self.attention = buffer(block.o.in_features)
         self.gate_up = buffer(block.gate_up.ends[-1])
@@ -215,24 +233,43 @@ class GpuDecoder:
         else:
             dense_gemv(x, linear.w_t, **options)
 
+    def heads(self, block):
+        """Of one block's q and k together: (all of it in the buffer qkv, its norm's weights)."""
+        n_q, n_k = len(block.q_norm), len(block.k_norm)
+        return (self.qkv[:n_q], block.q_norm), (self.qkv[n_q:n_q + n_k], block.k_norm)
+
+    def add(self, inputs, block, linear, norm, **fused):
+        """Add a product to the residual stream, behind a norm where the model has it there."""
+        if self.model.config.norms_behind:
+            self.project(inputs, linear, self.y, **fused)
+            self.x += rms_norm(self.y, norm, self.model.config.norm_eps)
+        else:  # the first of several GPUs adds the residual
+            residual = self.x if block.adds_residual else None
+            self.project(inputs, linear, self.x, residual=residual, **fused)
+            block.reduce(self.x)
+
     def step(self):
         """One token: `token` in, at the position behind `position`; the next one out, in the same
         tensor."""
-        model, cache, eps = self.model, self.cache, self.model.config.norm_eps
-        x = self.x
+        model, cache, config = self.model, self.cache, self.model.config
+        x, eps = self.x, config.norm_eps
         # -1 marks logits that are not numbers; the step already on its way takes token 0 instead
         embed(model, self.token, self.position, x)
         for block in model.blocks:
-            self.project(x, block.qkv, self.qkv, norm=(block.attn_norm, eps))
-            decode_attention(self.qkv, cache.k[block.i], cache.v[block.i], self.cos, self.sin,
-                             self.position, self.workspace, self.attention,
-                             model.config.sliding_window, supports_pdl(model.device))
-            residual = x if block.adds_residual else None  # the first of several GPUs adds it
-            self.project(self.attention, block.o, x, residual=residual)
-            block.reduce(x)
-            self.project(x, block.gate_up, self.gate_up, norm=(block.mlp_norm, eps))
-            self.project(self.gate_up, block.down, x, swiglu=True, residual=residual)
-            block.reduce(x)
+            front = None if config.norms_behind else (block.attn_norm, eps)
+            self.project(x, block.qkv, self.qkv, norm=front)
+            if config.qk_norm == "all":
+                for part, weight in self.heads(block):
+                    part.copy_(rms_norm(part, weight, eps))
+            norms = (block.q_norm, block.k_norm, eps) if config.qk_norm == "head" else None
+            rope = self.no_rope if block.i in config.no_rope_layers else self.rope
+            decode_attention(self.qkv, cache.k[block.i], cache.v[block.i], *rope, self.position,
+                             self.workspace, self.attention, config.sliding_window, norms,
+                             supports_pdl(model.device))
+            self.add(self.attention, block, block.o, block.attn_norm)
+            front = None if config.norms_behind else (block.mlp_norm, eps)
+            self.project(x, block.gate_up, self.gate_up, norm=front)
+            self.add(self.gate_up, block, block.down, block.mlp_norm, swiglu=True)
         dense_gemv(x, model.lm_head.w_t, self.logits, scale=model.lm_head.scale,
                    norm=(model.norm, eps))
         self.token.copy_(self.choose(self.logits))

@@ -23,13 +23,19 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window=None):
+def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window=None,
+                               norms=None):
     """The definition of `decode_attention` in plain PyTorch; returns [n_heads * head_dim]."""
     n_kv_heads, _, head_dim = k_cache.shape
     heads = qkv.view(-1, head_dim)
     n_heads = heads.shape[0] - 2 * n_kv_heads
     position = int(position)
-    a, b = heads[:n_heads + n_kv_heads].float().chunk(2, dim=-1)
+    qk = heads[:n_heads + n_kv_heads]
+    if norms is not None:
+        q_norm, k_norm, eps = norms
+        qk = torch.cat([F.rms_norm(qk[:n_heads], (head_dim,), q_norm, eps),
+                        F.rms_norm(qk[n_heads:], (head_dim,), k_norm, eps)])
+    a, b = qk.float().chunk(2, dim=-1)
     c, s = cos[position], sin[position]
     rotated = torch.cat((a * c - b * s, b * c + a * s), -1).to(qkv.dtype)
     k_cache[:, position], v_cache[:, position] = rotated[n_heads:], heads[n_heads + n_kv_heads:]
@@ -40,17 +46,27 @@ def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window
 
 
 @triton.jit
-def _rope(ptr, mask, half: tl.constexpr, cos, sin):
-    """RoPE of the heads at ptr, pointers to their first halves: in float32, then rounded."""
+def _rope(ptr, mask, half: tl.constexpr, cos, sin, norm_ptr, norm_mask, eps, NORM: tl.constexpr):
+    """RoPE of the heads at ptr, pointers to their first halves: in float32, then rounded.
+
+    If NORM, RMSNorm comes first, with the weights at norm_ptr, and is rounded by itself.
+    """
     a = tl.load(ptr, mask=mask, other=0.0)
     b = tl.load(ptr + half, mask=mask, other=0.0)
     a32, b32 = a.to(tl.float32), b.to(tl.float32)
+    if NORM:
+        squares = tl.sum(a32 * a32 + b32 * b32, axis=1)[:, None]
+        shrink = tl.rsqrt(squares / (2 * half) + eps)
+        a32 *= shrink * tl.load(norm_ptr, mask=norm_mask, other=0.0).to(tl.float32)
+        b32 *= shrink * tl.load(norm_ptr + half, mask=norm_mask, other=0.0).to(tl.float32)
+        a32, b32 = a32.to(a.dtype).to(tl.float32), b32.to(a.dtype).to(tl.float32)
     return (a32 * cos - b32 * sin).to(a.dtype), (b32 * cos + a32 * sin).to(a.dtype)
 
 
 @triton.jit
 def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr,
                              sums_ptr, stats_ptr, counter_ptr, context, scale,
+                             q_norm_ptr, k_norm_ptr, eps, NORM: tl.constexpr,
                              N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
                              WINDOW: tl.constexpr, SPLITS: tl.constexpr,
                              GROUP_PADDED: tl.constexpr, MEMBERS: tl.constexpr,
@@ -85,9 +101,12 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
 
     q_mask = (g < GROUP)[:, None] & (half < HALF)[None, :]
     heads = (head * GROUP + g)[:, None] * HEAD_DIM
-    q_a, q_b = _rope(qkv_ptr + heads + half[None, :], q_mask, HALF, cos, sin)
+    half_mask = (half < HALF)[None, :]
+    q_a, q_b = _rope(qkv_ptr + heads + half[None, :], q_mask, HALF, cos, sin,
+                     q_norm_ptr + half[None, :], half_mask, eps, NORM)
     new_k = qkv_ptr + (N_KV_HEADS * GROUP + head) * HEAD_DIM
-    new_a, new_b = _rope(new_k + half[None, :], (half < HALF)[None, :], HALF, cos, sin)
+    new_a, new_b = _rope(new_k + half[None, :], half_mask, HALF, cos, sin,
+                         k_norm_ptr + half[None, :], half_mask, eps, NORM)
     new_v = tl.load(new_k + N_KV_HEADS * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
     # The last chunk also has the new token. Its key and value enter the cache, and the running
     # softmax begins with its score.
@@ -181,7 +200,7 @@ class Workspace:
 
 
 def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, window=None,
-                     pdl=False):
+                     norms=None, pdl=False):
     """Attention of the token at `position`, whose key and value are also written into the cache.
 
     qkv:       [(n_heads + 2 n_kv_heads) * head_dim], this token's queries, keys, values, before
@@ -192,15 +211,19 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, 
     position:  integer tensor of one element, on the device
     out:       [n_heads * head_dim], written
     window:    the token sees itself and window - 1 tokens before it; None for all
+    norms:     (weights of q's RMSNorm [head_dim], of k's, eps), for each head in front of RoPE;
+               or None
     pdl:       launch with programmatic dependent launch (Hopper and newer)
     """
     n_kv_heads, context, head_dim = k_cache.shape
     group = qkv.numel() // head_dim // n_kv_heads - 2  # query heads that share a key head
+    q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)  # any pointer will do where there are none
     members, dim_padded = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
         _decode_attention_kernel[(n_kv_heads, workspace.splits)](
             qkv, k_cache, v_cache, out, cos, sin, position, workspace.sums, workspace.stats,
-            workspace.counter, context, head_dim ** -0.5,
+            workspace.counter, context, head_dim ** -0.5, q_norm, k_norm, eps,
+            NORM=norms is not None,
             N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0,
             SPLITS=workspace.splits, GROUP_PADDED=max(16, members), MEMBERS=members,
             SPLITS_PADDED=triton.next_power_of_2(workspace.splits),

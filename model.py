@@ -1,7 +1,7 @@
 """The Llama forward pass in plain PyTorch, and the idea of TEAL: skip the weights that hardly
 matter.
 
-Llama-2, Llama-3, Mistral, Qwen2, SmolLM and many others are one stack of equal blocks; only the
+Llama, Mistral, Qwen, SmolLM, OLMo 2 and many others are one stack of equal blocks; only the
 numbers in `Config` differ. Every product with weights goes through one function, `project(x,
 linear)`. Two such functions stand side by side below: `dense` reads every weight, `masked` first
 drops the small entries of x. While decoding, a kernel that computes the same as `masked` leaves
@@ -41,6 +41,9 @@ class Config:
     rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ..., ...}
     context: int = 2048  # longest text, in tokens
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    no_rope_layers: tuple = ()  # layers without RoPE
+    qk_norm: str | None = None  # RMSNorm of q and k: each "head" by itself, or "all" together
+    norms_behind: bool = False  # RMSNorm behind attention and MLP, not in front of them
     qkv_bias: bool = False
     o_bias: bool = False
     tie_embeddings: bool = False  # the LM head is the embedding
@@ -113,22 +116,6 @@ def masked(x, linear, thresholds):
     return y if linear.bias is None else y + linear.bias
 
 
-# ---- RMSNorm and RoPE --------------------------------------------------------------------------
-
-def rms_norm(x, weight, eps):
-    """x [..., C] scaled to a root mean square of 1, times weight [C]."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def apply_rope(x, cos, sin):
-    """Rotate channel pairs (j, j + head_dim / 2) by their angles: x [T, heads, head_dim].
-
-    cos and sin are float32 [T, 1, head_dim / 2]. The rotation is computed in float32.
-    """
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 # ---- the block ---------------------------------------------------------------------------------
 
 class Block:
@@ -138,20 +125,27 @@ class Block:
         def make(site, has_bias=False):
             return linear(i, site, *config.linear_shape(site), has_bias, dtype, device)
 
+        def norm(size):
+            return torch.empty(size, dtype=dtype, device=device)
+
         self.i, self.config = i, config
-        self.attn_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.qkv = make("qkv", config.qkv_bias)
-        self.o = make("o", config.o_bias)
-        self.mlp_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.gate_up = make("gate_up")
-        self.down = make("down")
+        self.attn_norm, self.mlp_norm = norm(config.hidden_size), norm(config.hidden_size)
+        if config.qk_norm:
+            n_q, n_k = {"head": (1, 1), "all": (config.n_heads, config.n_kv_heads)}[config.qk_norm]
+            self.q_norm, self.k_norm = norm(n_q * config.head_dim), norm(n_k * config.head_dim)
+        self.qkv, self.o = make("qkv", config.qkv_bias), make("o", config.o_bias)
+        self.gate_up, self.down = make("gate_up"), make("down")
 
     def attention(self, x, rope, cache, project):
         """Causal attention of the T new tokens over all S tokens so far."""
         config, n_tokens = self.config, x.shape[0]
-        qkv = project(x, self.qkv).view(n_tokens, -1, config.head_dim)
-        q, k, v = qkv.split((config.n_heads, config.n_kv_heads, config.n_kv_heads), dim=1)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = project(x, self.qkv).split(self.qkv.widths, dim=-1)
+        if config.qk_norm:
+            q = rms_norm(q, self.q_norm, config.norm_eps)
+            k = rms_norm(k, self.k_norm, config.norm_eps)
+        q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in (q, k, v))  # [T, heads, ...]
+        if self.i not in config.no_rope_layers:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [heads, T, head_dim]
         if cache is not None:
             k, v = cache.append(self.i, k, v)  # [n_kv_heads, S, head_dim]
@@ -172,22 +166,32 @@ class Block:
 
     def __call__(self, x, rope, cache=None, project=dense):
         """x [T, hidden_size] -> [T, hidden_size]. Without a cache, x is the whole text."""
-        eps = self.config.norm_eps
-        h = self.attention(rms_norm(x, self.attn_norm, eps), rope, cache, project)
-        x = x + self.reduce(h)
-        return x + self.reduce(self.mlp(rms_norm(x, self.mlp_norm, eps), project))
+        eps, front = self.config.norm_eps, not self.config.norms_behind
+        h = rms_norm(x, self.attn_norm, eps) if front else x
+        h = self.reduce(self.attention(h, rope, cache, project))
+        x = x + (h if front else rms_norm(h, self.attn_norm, eps))
+        h = self.reduce(self.mlp(rms_norm(x, self.mlp_norm, eps) if front else x, project))
+        return x + (h if front else rms_norm(h, self.mlp_norm, eps))
 
 
 def causal_mask(n_tokens, n_keys, window, device):
-    """Which of S keys each of the newest T tokens sees: bool [T, S]; None for the plain triangle.
-
-    A token sees itself and those before it; under a sliding window, only the last `window` of them.
-    """
+    """Which of S keys each of the newest T tokens sees: bool [T, S]; None for the plain triangle."""
     if n_tokens == n_keys and (window is None or n_keys <= window):
         return None
     position = torch.arange(n_keys - n_tokens, n_keys, device=device)[:, None]
     distance = position - torch.arange(n_keys, device=device)
     return (distance >= 0) & (distance < (window or n_keys))
+
+
+def rms_norm(x, weight, eps):
+    """Scale x [..., C] to a root mean square of 1, each n channels alone, times weight [n]."""
+    return F.rms_norm(x.unflatten(-1, (-1, len(weight))), weight.shape, weight, eps).flatten(-2)
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the pairs (j, j + head_dim / 2) of x [T, heads, head_dim], in float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 # ---- the KV cache and the model ----------------------------------------------------------------
@@ -218,10 +222,9 @@ class KVCache:
 def inv_freq(config):
     """RoPE's rotation in radians per position, float32 [head_dim / 2], one for each channel pair.
 
-    Fast pairs tell neighbours apart, slow pairs tell far from near. Scaling lets a model read
-    texts longer than those of its training. "linear" slows all pairs by a factor. "llama3" slows
-    the pairs that turn less than low_freq_factor times within the original context, keeps those
-    that turn more than high_freq_factor times, and blends in between (Llama 3.1's release).
+    Scaling serves texts longer than those of the training. "linear" slows all pairs by a factor;
+    "llama3" those that turn less than low_freq_factor times within the original context, not
+    those that turn more than high_freq_factor times, and blends in between.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     freq = 1.0 / config.rope_theta ** exponents

@@ -123,7 +123,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
 def random_model(config, linear=Linear, device=DEVICE):
     model = Model(config, torch.float32, device, linear)
     for tensor in [model.norm] + [
-        norm for b in model.blocks for norm in (b.attn_norm, b.mlp_norm)
+        value for block in model.blocks for name, value in vars(block).items() if "norm" in name
     ]:
         tensor.normal_()
     for matrix in [*model.linears(), model.lm_head]:
@@ -140,6 +140,9 @@ def random_model(config, linear=Linear, device=DEVICE):
 CONFIGS = {
     "llama": Config(101, 48, 80, 2, 6, 2, 16, context=160, tie_embeddings=True),
     "mistral": Config(101, 64, 96, 2, 4, 4, 16, context=160, sliding_window=20),
+    "qwen3": Config(101, 48, 80, 2, 3, 1, 24, context=160, qk_norm="head"),
+    "smollm3": Config(101, 48, 80, 2, 6, 2, 16, context=160, no_rope_layers=(1,)),
+    "olmo2": Config(101, 48, 80, 2, 6, 2, 16, context=160, qk_norm="all", norms_behind=True),
     "qwen2": Config(101, 48, 80, 2, 3, 1, 16, context=160, qkv_bias=True),
 }
 

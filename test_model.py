@@ -10,6 +10,7 @@ import transformers
 from checkpoint.config import parse_config
 from checkpoint.tensors import put, tensor_shapes
 from model import KVCache, Model, inv_freq
+from session import Session
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -40,6 +41,19 @@ CASES = {  # name: (class stem in transformers, changes to SMALL, rope)
     "mistral, no window, head_dim": ("Mistral", {"sliding_window": None, "head_dim": 12},
                                      "default"),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}, "default"),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}, "default"),
+    "qwen3, odd heads, tied, llama3 rope": (
+        "Qwen3", {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10,
+                  "tie_word_embeddings": True}, "llama3"),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "num_key_value_heads": 2,
+                            "pad_token_id": None}, "default"),
+    "smollm3, tied, biases": ("SmolLM3", {"no_rope_layers": [0, 1, 0], "attention_bias": True,
+                                          "tie_word_embeddings": True, "pad_token_id": None},
+                              "default"),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 2}, "default"),
+    "olmo2, odd heads, tied": (
+        "Olmo2", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54,
+                  "tie_word_embeddings": True}, "default"),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}, "default"),
 }
 
@@ -88,6 +102,19 @@ def test_logits(name):
         assert cache.length == 80
     with pytest.raises(ValueError, match="81 tokens do not fit"):
         ours.forward(tokens[:1], cache)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("qwen3", "smol", "olmo"))])
+@torch.inference_mode()
+def test_greedy_tokens(name):
+    """The decode step chooses the same 32 tokens as transformers."""
+    theirs, ours = pair(name)
+    tokens = torch.randint(SMALL["vocab_size"], (20,)).tolist()
+    ids = list(Session(ours, context=60).generate(tokens, 32))
+    for id in ids:
+        assert theirs(torch.tensor([tokens])).logits[0, -1].argmax() == id
+        tokens.append(id)
+    assert len(ids) == 32
 
 
 @pytest.mark.parametrize("rope", ROPE)

@@ -10,6 +10,9 @@ FAMILIES = {  # model_type in config.json -> the architecture there
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
 }
 ROPE_SETTINGS = {  # rope_type -> the numbers that it needs
     "default": (),
@@ -47,13 +50,14 @@ def parse_config(config):
     if head_dim % 2:
         raise ValueError(f"config value head_dim is {head_dim}; rotary embedding needs an even "
                          "number")
+    n_layers = number(config, "num_hidden_layers", high=1024)
     theta, scaling = parse_rope(config)
     attention_bias = flag(config, "attention_bias")
     return Config(
         vocab_size=number(config, "vocab_size", high=1 << 22),
         hidden_size=hidden_size,
         intermediate_size=number(config, "intermediate_size"),
-        n_layers=number(config, "num_hidden_layers", high=1024),
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
@@ -62,8 +66,11 @@ def parse_config(config):
         rope_scaling=scaling,
         context=number(config, "max_position_embeddings", 2048, high=1 << 24),
         sliding_window=window,
+        no_rope_layers=parse_no_rope(config, n_layers) if model_type == "smollm3" else (),
+        qk_norm={"qwen3": "head", "olmo2": "all"}.get(model_type),
+        norms_behind=model_type == "olmo2",
         qkv_bias=attention_bias or model_type == "qwen2",
-        o_bias=attention_bias and model_type == "llama",
+        o_bias=attention_bias and model_type not in ("mistral", "qwen2"),
         tie_embeddings=flag(config, "tie_word_embeddings"),
     )
 
@@ -78,6 +85,19 @@ def check_family(config):
             f"unsupported architecture: model_type {model_type!r}, architectures "
             f"{architectures!r}; supported are {', '.join(FAMILIES.values())}")
     return model_type
+
+
+def parse_no_rope(config, n_layers):
+    """The layers without RoPE: those with a 0 in SmolLM3's no_rope_layers; else every fourth."""
+    flags = config.get("no_rope_layers")
+    if flags is None:
+        step = number(config, "no_rope_layer_interval", 4)
+        flags = [int((i + 1) % step != 0) for i in range(n_layers)]
+    if (not isinstance(flags, list) or len(flags) != n_layers
+            or any(value not in (0, 1) for value in flags)):
+        raise ValueError(f"config value no_rope_layers is {str(flags)[:100]}; expected 0 or 1 for "
+                         f"each of the {n_layers} layers")
+    return tuple(i for i, value in enumerate(flags) if not value)
 
 
 def parse_rope(config):

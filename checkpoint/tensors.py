@@ -20,6 +20,17 @@ def is_quantized(name):
     return name.endswith("_proj.weight") or name == "lm_head.weight"
 
 
+def norm_places(config):
+    """{name in a Hugging Face block: attribute of `Block`} of a block's norms."""
+    places = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
+    if config.norms_behind:
+        places = {"post_attention_layernorm": "attn_norm",
+                  "post_feedforward_layernorm": "mlp_norm"}
+    if config.qk_norm:
+        places |= {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+    return places
+
+
 def tensor_shapes(config, quantized=False):
     """{name: shape} of every tensor that a model of this config needs."""
     embedding = (config.vocab_size, config.hidden_size)
@@ -27,8 +38,11 @@ def tensor_shapes(config, quantized=False):
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = embedding
     for i in range(config.n_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{i}.{norm}.weight"] = embedding[1:]
+        for norm, place in norm_places(config).items():
+            heads = {"q_norm": config.n_heads, "k_norm": config.n_kv_heads}.get(place)
+            size = config.hidden_size if heads is None else config.head_dim * (
+                heads if config.qk_norm == "all" else 1)
+            shapes[f"model.layers.{i}.{norm}.weight"] = (size,)
         for site, names in SITES.items():
             in_features, widths = config.linear_shape(site)
             module = "self_attn" if site in ("qkv", "o") else "mlp"
@@ -102,13 +116,12 @@ def put(model, name, tensor):
     elif module == "lm_head":
         getattr(model.lm_head, LOADERS[kind])(0, tensor)
     else:  # model.layers.3.self_attn.q_proj
-        _, _, i, *_, part = module.split(".")
-        block, part = model.blocks[int(i)], part.removesuffix("_proj")
-        if part == "input_layernorm":
-            block.attn_norm.copy_(tensor)
-        elif part == "post_attention_layernorm":
-            block.mlp_norm.copy_(tensor)
+        _, _, i, part = module.split(".", 3)
+        block, norms = model.blocks[int(i)], norm_places(model.config)
+        if part in norms:
+            getattr(block, norms[part]).copy_(tensor)
         else:
+            part = part.rpartition(".")[2].removesuffix("_proj")
             site = next(site for site, names in SITES.items() if part in names)
             load = getattr(getattr(block, site), LOADERS[kind])
             load(SITES[site].index(part), tensor)
