@@ -175,7 +175,7 @@ class Block:
 
 
 def causal_mask(n_tokens, n_keys, window, device):
-    """Which of S keys each of the newest T tokens sees: bool [T, S]; None for the plain triangle."""
+    """The keys that the newest T of S tokens see: bool [T, S]; None for the plain triangle."""
     if n_tokens == n_keys and (window is None or n_keys <= window):
         return None
     position = torch.arange(n_keys - n_tokens, n_keys, device=device)[:, None]
