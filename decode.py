@@ -1,4 +1,4 @@
-"""Decoding one token: the choice of the token, a step on a CPU, and a step on a GPU.
+"""Decoding one token: a step on a CPU, and a step on a GPU.
 
 Both decoders compute what `model.forward` does with `masked` products, with the same methods,
 each in the way that its device likes. A token's time is the time to read the weights, and that is
@@ -20,47 +20,6 @@ from int4_gemv import int4_gemv
 from model import PROJECTIONS, rms_norm
 from sparse_gemv import sparse_gemv, supports_pdl
 from token_kernels import embed
-
-
-def penalize(logits, seen, penalty):
-    """Logits [V], made less likely where `seen`, bool [V], is true: positive ones are divided by
-    the penalty, negative ones multiplied (CTRL, Keskar et al., arXiv:1909.05858, as in
-    transformers)."""
-    logits = logits.float()
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-    """Logits [V] -> a token id, int64 [1]. Fixed shapes and no waiting, so a CUDA graph can hold
-    it.
-
-    temperature: divides the logits; 0 takes the likeliest token
-    top_k:       only the k likeliest tokens; 0 for all
-    top_p:       of those, only the likeliest that together reach this probability; 1 for all
-    min_p:       of those, only the ones at least so likely as this share of the likeliest
-    """
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits, ids = logits.float(), None
-    if top_k:
-        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # likeliest first
-    elif top_p < 1:
-        logits, ids = logits.sort(descending=True, stable=True)
-    # Subtract the maximum so that a tiny temperature cannot overflow. Many tiny probabilities need
-    # float64 to add up right.
-    scores = (logits - logits.amax()).double() / temperature  # as a float32, 1e-46 would be 0
-    probabilities = scores.softmax(-1, dtype=torch.float64)
-    if top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens together
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    if min_p > 0:
-        least = min_p * probabilities.amax()
-        probabilities = probabilities.masked_fill(probabilities < least, 0)
-    # argmax(p / Exp(1)) samples from p without waiting for the GPU.
-    clocks = torch.empty_like(probabilities).exponential_(generator=generator)
-    choice = (probabilities / clocks).argmax(-1, keepdim=True)
-    return choice if ids is None else ids.gather(-1, choice)
-
 
 # ---- one step on a CPU -------------------------------------------------------------------------
 
@@ -233,11 +192,6 @@ class GpuDecoder:
         else:
             dense_gemv(x, linear.w_t, **options)
 
-    def heads(self, block):
-        """Of one block's q and k together: (all of it in the buffer qkv, its norm's weights)."""
-        n_q, n_k = len(block.q_norm), len(block.k_norm)
-        return (self.qkv[:n_q], block.q_norm), (self.qkv[n_q:n_q + n_k], block.k_norm)
-
     def add(self, inputs, block, linear, norm, **fused):
         """Add a product to the residual stream, behind a norm where the model has it there."""
         if self.model.config.norms_behind:
@@ -259,8 +213,9 @@ class GpuDecoder:
             front = None if config.norms_behind else (block.attn_norm, eps)
             self.project(x, block.qkv, self.qkv, norm=front)
             if config.qk_norm == "all":
-                for part, weight in self.heads(block):
-                    part.copy_(rms_norm(part, weight, eps))
+                q, k, _ = self.qkv.split(block.qkv.widths)
+                q.copy_(rms_norm(q, block.q_norm, eps))
+                k.copy_(rms_norm(k, block.k_norm, eps))
             norms = (block.q_norm, block.k_norm, eps) if config.qk_norm == "head" else None
             rope = self.no_rope if block.i in config.no_rope_layers else self.rope
             decode_attention(self.qkv, cache.k[block.i], cache.v[block.i], *rope, self.position,

@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from decode import CpuDecoder, GpuDecoder, penalize, sample
+from decode import CpuDecoder, GpuDecoder
 from int4 import Int4Linear
 from model import PROJECTIONS, KVCache, dense, masked
 from progress import Progress
+from sampling import penalize, sample
 from tensor_parallel import mean
 from token_kernels import likeliest
 

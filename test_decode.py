@@ -11,11 +11,12 @@ import torch
 
 import decode_attention as decode_attention_module
 import sparse_gemv as sparse_gemv_module
-from decode import CpuDecoder, GpuDecoder, sample
+from decode import CpuDecoder, GpuDecoder
 from decode_attention import Workspace, decode_attention, decode_attention_reference
 from dense_gemv import dense_gemv
 from int8 import Int8Linear
 from model import Config, KVCache, Linear, Model, masked
+from sampling import sample
 from sparse_gemv import INTERPRETED
 from token_kernels import likeliest
 

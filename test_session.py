@@ -12,9 +12,9 @@ import session as session_module
 from checkpoint.default_model import fetch
 from checkpoint.gguf_file import GGUFFile
 from checkpoint.tensors import put, tensor_shapes
-from decode import penalize, sample
 from generate import generate_tokens
 from model import Config, KVCache, Model, dense, masked
+from sampling import penalize, sample
 from session import Session
 from test_decode import CONFIGS, DEVICE, random_model
 from thresholds import find

@@ -1,0 +1,47 @@
+"""The choice of the next token from its logits: greedy, or drawn from the likeliest.
+
+Everything here has fixed shapes and never waits for the GPU, so that a CUDA graph can hold it.
+This file needs torch alone.
+"""
+
+import torch
+
+
+def penalize(logits, seen, penalty):
+    """Logits [V], made less likely where `seen`, bool [V], is true: positive ones are divided by
+    the penalty, negative ones multiplied (CTRL, Keskar et al., arXiv:1909.05858, as in
+    transformers)."""
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+    """Logits [V] -> a token id, int64 [1]. Fixed shapes and no waiting, so a CUDA graph can hold
+    it.
+
+    temperature: divides the logits; 0 takes the likeliest token
+    top_k:       only the k likeliest tokens; 0 for all
+    top_p:       of those, only the likeliest that together reach this probability; 1 for all
+    min_p:       of those, only the ones at least so likely as this share of the likeliest
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = logits.float(), None
+    if top_k:
+        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # likeliest first
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True, stable=True)
+    # Subtract the maximum so that a tiny temperature cannot overflow. Many tiny probabilities need
+    # float64 to add up right.
+    scores = (logits - logits.amax()).double() / temperature  # as a float32, 1e-46 would be 0
+    probabilities = scores.softmax(-1, dtype=torch.float64)
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens together
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    if min_p > 0:
+        least = min_p * probabilities.amax()
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+    # argmax(p / Exp(1)) samples from p without waiting for the GPU.
+    clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+    choice = (probabilities / clocks).argmax(-1, keepdim=True)
+    return choice if ids is None else ids.gather(-1, choice)
