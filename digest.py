@@ -8,27 +8,55 @@ does not depend on the dtype, on the device, or on int8 made while loading.
 """
 
 import hashlib
+import math
 
 import torch
+
+from tensor_parallel import rank, total
 
 SAMPLE = 4096  # about so many numbers of a tensor, or all
 
 
 class Digest:
-    """Takes one named tensor after the other."""
+    """Takes one named tensor after the other. Of several ranks, each adds its slices."""
 
     def __init__(self):
-        self.hash = hashlib.sha256()
+        self.samples = []  # (text, numbers) of every tensor
 
     def add(self, name, tensor):
-        """The tensor may have any shape, dtype and device."""
+        """A whole tensor, of any shape, dtype and device."""
         step = tensor.numel() // SAMPLE | 1  # odd, so that it does not stay in a few columns
-        numbers = tensor.detach().reshape(-1)[::step].to("cpu", torch.bfloat16)
-        self.hash.update(f"{name} {tuple(tensor.shape)} ".encode())
-        self.hash.update(numbers.view(torch.int16).numpy().tobytes())
+        self.append(name, tensor.shape, tensor.detach().reshape(-1)[::step])
+
+    def add_slice(self, name, tensor, shape, part):
+        """A rank's slices `part` of a tensor of this shape, [rows, columns] or [rows]."""
+        numbers = math.prod(shape)
+        place = torch.arange(0, numbers, numbers // SAMPLE | 1)  # of the sample, in the whole
+        index, mine = [], torch.ones(len(place), dtype=torch.bool)
+        for i, (size, taken) in enumerate(zip(shape, part)):
+            start, end, _ = taken.indices(size)
+            at = place // math.prod(shape[i + 1:]) % size
+            mine &= (at >= start) & (at < end)
+            index.append(at - start)
+        if tuple(tensor.shape) == tuple(shape) and rank() > 0:
+            mine[:] = False  # a tensor that all ranks hold is the first one's to add
+        sample = torch.zeros(len(place), dtype=tensor.dtype)
+        sample[mine] = tensor[tuple(at[mine] for at in index)]
+        self.append(name, shape, sample)
+
+    def append(self, name, shape, sample):
+        bits = sample.to("cpu", torch.bfloat16).view(torch.int16)
+        self.samples.append((f"{name} {tuple(shape)} ", bits.int()))
 
     def hexdigest(self):
-        return self.hash.hexdigest()[:16]
+        """The digest; under torchrun, every rank must ask for it."""
+        bits = total(torch.cat([bits for _, bits in self.samples])).to(torch.int16)
+        digest, start = hashlib.sha256(), 0
+        for text, sample in self.samples:
+            end = start + len(sample)
+            digest.update(text.encode() + bits[start:end].numpy().tobytes())
+            start = end
+        return digest.hexdigest()[:16]
 
 
 def weights_digest(model):

@@ -83,14 +83,16 @@ def from_first(value):
     return box[0]
 
 
+def total(x):
+    """The sum of a tensor on the CPU over all ranks. Every rank must call it."""
+    if not dist.is_initialized():
+        return x
+    return all_reduce(x.to("cuda" if dist.get_backend() == "nccl" else "cpu")).cpu()
+
+
 def mean(value):
     """The mean of a float over all ranks. Every rank must call it."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item() / world_size()
+    return total(torch.tensor(value, dtype=torch.float64)).item() / world_size()
 
 
 # ---- a rank's slice ----------------------------------------------------------------------------

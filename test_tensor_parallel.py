@@ -59,7 +59,7 @@ def results(folder, device, quantize=None):
     model, _ = checkpoint.load(folder, device=device, quantize=quantize)
     with torch.inference_mode():
         logits = model.logits(model.forward(torch.tensor(PROMPT, device=device)))
-    found = {"logits": logits.tolist()}
+    found = {"logits": logits.tolist(), "digest": model.digest}
     for name, thresholds in (("dense", None), ("sparse", torch.full((3, 7), 0.4))):
         session = Session(model, thresholds)
         ids = list(session.generate(PROMPT, 64))
@@ -98,6 +98,7 @@ def test_ranks_give_what_one_process_gives(n, quantize, folder, tmp_path):
     if not quantize:
         assert ours["dense"][0] == expected["dense"][0]
         assert ours["sparse"][0] == expected["sparse"][0]
+    assert ours["digest"] == expected["digest"]  # one calibration serves both
     assert ours["dense"][1] == 0
     tolerance = 0.02 if quantize else 1e-3
     assert ours["sparse"][1] == pytest.approx(expected["sparse"][1], abs=tolerance)

@@ -26,7 +26,7 @@ from digest import Digest
 from int4 import int4_linear
 from int8 import Int8Linear
 from model import Linear, Model
-from tensor_parallel import connect, rank_config, world_size
+from tensor_parallel import connect, cut, rank_config, world_size
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint"]
 
@@ -61,8 +61,11 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     with blame(checkpoint.files[0]):  # weights may be no numbers, or the file may have changed
         for name, tensor in progress:
             put(network, name, tensor)
-            # Of several ranks, each holds slices, but all of them name the whole model.
-            digest.add(name, tensor if world_size() == 1 else checkpoint.read(name))
+            if world_size() == 1:
+                digest.add(name, tensor)
+            else:
+                shape = checkpoint.shapes[name]
+                digest.add_slice(name, tensor, shape, cut(name, shape))
     network.digest = digest.hexdigest()
     network.folder = checkpoint.folder
     connect(network, whole)
