@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import signal
@@ -207,19 +208,9 @@ def test_options(tiny, tmp_path):
 
 def test_seed_is_told(tiny):
     one = run("--model", tiny, "--raw", "--prompt", "abc", "--max-new-tokens", "20")
-    seed = one.stderr.decode().strip().rpartition("seed ")[2]
-    two = run(
-        "--model",
-        tiny,
-        "--raw",
-        "--prompt",
-        "-",
-        "--max-new-tokens",
-        "20",
-        "--seed",
-        seed,
-        stdin="abc",
-    )
+    seed = re.search(r"\| seed (\d+)", one.stderr.decode())[1]
+    two = run("--model", tiny, "--raw", "--prompt", "-", "--max-new-tokens", "20",
+              "--seed", seed, stdin="abc")
     assert one.returncode == two.returncode == 0 and one.stdout == two.stdout
 
 
