@@ -28,7 +28,9 @@ def test_old_and_new_spelling(name):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"model_type": "gpt2"}, "'gpt2'.*supported are LlamaForCausalLM"),
+    ({"model_type": "gpt2"}, "'gpt2'.*supported are LlamaForCausalLM.*transformers_model.py"),
+    ({"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
+     "no_rope_layers is"),
     ({"model_type": "qwen2"}, "LlamaForCausalLM.*supported are"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ({"model_type": None}, "unsupported architecture"),

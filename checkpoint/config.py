@@ -83,7 +83,8 @@ def check_family(config):
             or FAMILIES[model_type] not in architectures):
         raise ValueError(
             f"unsupported architecture: model_type {model_type!r}, architectures "
-            f"{architectures!r}; supported are {', '.join(FAMILIES.values())}")
+            f"{architectures!r}; supported are {', '.join(FAMILIES.values())}; "
+            "examples/transformers_model.py makes any transformers model sparse (README.md)")
     return model_type
 
 
