@@ -10,9 +10,8 @@ Memory is read in sectors of 32 bytes, so a dropped row saves traffic where a co
 
 **Two kernels.** A Triton kernel is a function run by many *programs* at once. Each works on small
 tiles, whose sizes are powers of two known at compile time.
-1. *Select* looks at x, a few kilobytes, and lists the kept k and x[k] without gaps. A running sum
-over
-   the mask tells each kept entry its place.
+1. *Select* looks at x, a few kilobytes, and lists the kept k and x[k] without gaps. A running
+   sum over the mask tells each kept entry its place.
 2. *Sum rows* walks down that list. A program owns BLOCK_N output columns. In each step it loads a
    [BLOCK_K, BLOCK_N] tile of the next BLOCK_K rows of the list, multiplies, and adds up in float32.
    It touches no other row: *this is where the bytes are saved*.
@@ -274,9 +273,8 @@ def sparse_gemv(x, w_t, threshold, *, ends=None, scale=None, bias=None, norm=Non
 
     x:         [K], [1, K] or [1, 1, K] (2 K wide with swiglu); float32, float16 or bfloat16
     w_t:       [K, N], contiguous; x's dtype, or int8 with a `scale`. Dropped rows are never read.
-    threshold: a number, negative to keep everything; or one for each of the matrices of `ends`,
-    as a
-               list or as a float32 tensor on x's device, which may change under a captured graph
+    threshold: a number, negative to keep everything; or one for each of the matrices of `ends`:
+               a list, or a float32 tensor on x's device that may change under a captured graph
     ends:      where up to three matrices lie side by side in w_t, the last column + 1 of each
     scale:     [N] float32, multiplies the sums (int8 weights: one scale per output channel)
     bias:      [N], added next
@@ -346,111 +344,3 @@ def _check(x, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out, k
                               and t.device == x.device), name,
                 t is not None and f"{t.dtype} {tuple(t.shape)} {t.stride()} on {t.device}",
                 f"{size} contiguous elements of {' or '.join(map(str, dtypes))} on {x.device}")
-
-
-# ---- a Linear for any model --------------------------------------------------------------------
-
-# An operator of its own, so that torch.compile need not look inside.
-@torch.library.custom_op("nanoteal::sparse_linear", mutates_args=())
-def _sparse_linear(x: torch.Tensor, w_t: torch.Tensor, threshold: torch.Tensor,
-                   bias: torch.Tensor | None) -> torch.Tensor:
-    return sparse_gemv(x, w_t, threshold, bias=bias)
-
-
-@_sparse_linear.register_fake
-def _(x, w_t, threshold, bias):
-    return x.new_empty(*x.shape[:-1], w_t.shape[1])
-
-
-class SparseLinear(torch.nn.Module):
-    """An `nn.Linear` for inference that reads only the rows of W that one token needs.
-
-    x [..., in_features] -> [..., out_features]. One token, x.numel() == in_features, drops the
-    x[k] with |x[k]| <= threshold; more tokens, as in a prompt, are a dense product. `w_t`
-    [in_features, out_features] is the weight, stored once, and `bias` [out_features] or None.
-    `threshold`, float32 [1], is a buffer: fill_ it at any time, under a captured CUDA graph too.
-    Works under torch.compile(fullgraph=True). float32, float16 and bfloat16; no gradients.
-    """
-
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-
-        def parameter(*shape):
-            empty = torch.empty(*shape, device=device, dtype=dtype)
-            return torch.nn.Parameter(empty, requires_grad=False)
-
-        self.w_t = parameter(in_features, out_features)
-        self.bias = parameter(out_features) if bias else None
-        self.register_buffer("threshold", torch.full((1,), -1.0, device=device,
-                                                     dtype=torch.float32))
-        self._make_workspace()
-
-    @classmethod
-    def from_linear(cls, linear, threshold=-1.0):
-        """A copy of an `nn.Linear`, transposed. Raises ValueError for weights that are quantized,
-        on the meta device or of another shape than the layer says, and for a threshold that is
-        not a number."""
-        weight, shape = linear.weight, (linear.out_features, linear.in_features)
-        if weight.is_meta:
-            raise ValueError("SparseLinear: the weight is on the meta device; load it first")
-        if (type(weight.data) is not torch.Tensor
-                or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16)):
-            raise ValueError(f"SparseLinear: the weight is {type(weight.data).__name__} of "
-                             f"{weight.dtype}; it must not be quantized: float32, float16 or "
-                             "bfloat16")
-        if weight.shape != shape or 0 in shape:
-            raise ValueError(f"SparseLinear: the weight is of shape {tuple(weight.shape)}; "
-                             f"expected [out_features, in_features] = {list(shape)}, not empty")
-        if not float(threshold) == float(threshold):
-            raise ValueError("SparseLinear: the threshold is NaN; give a number")
-        with torch.no_grad():
-            new = cls(shape[1], shape[0], linear.bias is not None, weight.device, weight.dtype)
-            new.w_t.copy_(weight.T)
-            if linear.bias is not None:
-                new.bias.copy_(linear.bias)
-            new.threshold.fill_(threshold)
-        return new
-
-    def forward(self, x):
-        if x.numel() == self.in_features == x.shape[-1]:
-            return _sparse_linear(x.contiguous(), self.w_t, self.threshold, self.bias)
-        return F.linear(x, self.w_t.T, self.bias)
-
-    def _apply(self, fn, recurse=True):
-        """`to`, `half`, `cuda` and their like."""
-        threshold = self.threshold
-        super()._apply(fn, recurse)
-        if self.threshold.dtype != torch.float32:  # rounded: bfloat16 makes 0.3008 of 0.3
-            self.threshold = threshold.to(self.threshold.device)
-        self._make_workspace()
-        return self
-
-    @torch.no_grad()
-    def _make_workspace(self):
-        """Run once on a GPU: under a CUDA graph, also one that torch.compile makes, the kernels
-        must not allocate."""
-        if self.w_t.is_cuda:
-            self(self.w_t.new_zeros(self.in_features))
-
-    def extra_repr(self):
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-
-def replace_linears(module, thresholds):
-    """Put a SparseLinear in the place of every `nn.Linear` that `thresholds`, {name: number},
-    names. For one that is a SparseLinear already, only the threshold changes.
-
-    Names are those of `module.named_modules()`. Raises ValueError, before anything changes, for a
-    name that is no Linear of this module.
-    """
-    found = dict(module.named_modules())
-    for name in thresholds:
-        if not isinstance(found.get(name), (torch.nn.Linear, SparseLinear)):
-            raise ValueError(f"replace_linears: {name!r} is no Linear of this module: the "
-                             "thresholds are another model's; make them with this one")
-    for name, threshold in thresholds.items():
-        if isinstance(found[name], SparseLinear):
-            found[name].threshold.fill_(threshold)
-        else:
-            module.set_submodule(name, SparseLinear.from_linear(found.pop(name), threshold))

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from calibrate import CalibrationError, calibrate_module
-from sparse_gemv import SparseLinear, replace_linears
+from sparse_linear import SparseLinear, replace_linears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = torch.float32, torch.float16, torch.bfloat16
