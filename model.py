@@ -14,7 +14,6 @@ arXiv:2104.09864); Ainslie et al., "GQA" (arXiv:2305.13245); Shazeer, "GLU Varia
 (arXiv:2002.05202); Liu et al., "TEAL" (arXiv:2408.14690). This file needs torch alone.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +37,8 @@ class Config:
     head_dim: int  # channels of one head
     norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ..., ...}
+    rope_divisors: tuple = ()  # of RoPE's rotations, one a channel pair, for long texts; () is 1
+    rope_factor: float = 1.0  # multiplies q and k behind RoPE (YaRN)
     context: int = 2048  # longest text, in tokens
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     no_rope_layers: tuple = ()  # layers without RoPE
@@ -222,21 +222,11 @@ class KVCache:
 def inv_freq(config):
     """RoPE's rotation in radians per position, float32 [head_dim / 2], one for each channel pair.
 
-    Scaling serves texts longer than those of the training. "linear" slows all pairs by a factor;
-    "llama3" those that turn less than low_freq_factor times within the original context, not
-    those that turn more than high_freq_factor times, and blends in between.
+    Texts longer than those of the training need slower rotations: hence the divisors.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     freq = 1.0 / config.rope_theta ** exponents
-    scaling = config.rope_scaling or {"rope_type": "default"}
-    if scaling["rope_type"] == "linear":
-        freq = freq / scaling["factor"]
-    elif scaling["rope_type"] == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = keep * freq + (1 - keep) * freq / scaling["factor"]
-    return freq
+    return freq / torch.tensor(config.rope_divisors) if config.rope_divisors else freq
 
 
 class Model:
@@ -271,7 +261,7 @@ class Model:
         """cos and sin of T positions from `start` on, float32 [T, 1, head_dim / 2]."""
         positions = torch.arange(start, start + n_tokens, device=self.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inv_freq)[:, None]
-        return angles.cos(), angles.sin()
+        return angles.cos() * self.config.rope_factor, angles.sin() * self.config.rope_factor
 
     def forward(self, tokens, cache=None, project=dense):
         """Token ids [T] -> normalised hidden states [T, hidden_size], ready for `logits`.

@@ -438,8 +438,10 @@ def test_gguf_llama3_rope(tmp_path, factor):
     plain = 1 / 500000.0 ** (torch.arange(4) / 4)
     tensors = weights() | {"rope_freqs.weight": plain / stretched}
     file = write_gguf(tmp_path / "m.gguf", tensors, **{"llama.rope.freq_base": 500000.0})
-    del scaling["rope_theta"]
-    assert open_checkpoint(file).config.rope_scaling == scaling
+    ours = open_checkpoint(file)
+    assert ours.config_json["rope_scaling"] == {k: v for k, v in scaling.items()
+                                                if k != "rope_theta"}
+    assert ours.config.rope_divisors == pytest.approx((plain / stretched).tolist(), rel=1e-5)
     file = write_gguf(tmp_path / "bad.gguf",
                       weights() | {"rope_freqs.weight": torch.tensor([1.0, 2.0, 5.0, 8.0])})
     refused(file, "rope_freqs.weight does not follow")
@@ -448,8 +450,20 @@ def test_gguf_llama3_rope(tmp_path, factor):
 def test_gguf_linear_rope(tmp_path):
     file = write_gguf(tmp_path / "m.gguf",
                       **{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
-    assert open_checkpoint(file).config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
-    refused(write_gguf(tmp_path / "y.gguf", **{"llama.rope.scaling.type": "yarn"}), "yarn")
+    assert open_checkpoint(file).config.rope_divisors == (4.0,) * 4
+    refused(write_gguf(tmp_path / "y.gguf", **{"llama.rope.scaling.type": "su"}), "'su'")
+
+
+def test_gguf_yarn(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", **{
+        "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 16})
+    expected = parse_config(CONFIG | {"rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}})
+    ours = open_checkpoint(file).config
+    assert (ours.rope_divisors, ours.rope_factor) == (expected.rope_divisors, expected.rope_factor)
+    refused(write_gguf(tmp_path / "y.gguf", **{"llama.rope.scaling.type": "yarn"}),
+            "factor is None")
 
 
 def test_sentencepiece_vocabulary(tmp_path):

@@ -142,6 +142,8 @@ CONFIGS = {
     "llama": Config(101, 48, 80, 2, 6, 2, 16, context=160, tie_embeddings=True),
     "mistral": Config(101, 64, 96, 2, 4, 4, 16, context=160, sliding_window=20),
     "qwen3": Config(101, 48, 80, 2, 3, 1, 24, context=160, qk_norm="head"),
+    "yarn": Config(101, 48, 80, 2, 6, 2, 16, context=160, rope_factor=1.2,
+                   rope_divisors=(1, 1, 1, 2, 4, 8, 8, 8)),
     "smollm3": Config(101, 48, 80, 2, 6, 2, 16, context=160, no_rope_layers=(1,)),
     "olmo2": Config(101, 48, 80, 2, 6, 2, 16, context=160, qk_norm="all", norms_behind=True),
     "qwen2": Config(101, 48, 80, 2, 3, 1, 16, context=160, qkv_bias=True),

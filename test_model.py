@@ -18,6 +18,14 @@ ROPE = {
     "llama3": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
                "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0,
+             "original_max_position_embeddings": 32},
+    "yarn, its numbers": {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0,
+                          "original_max_position_embeddings": 32, "beta_fast": 5.0,
+                          "beta_slow": 0.5, "mscale": 0.9, "mscale_all_dim": 0.4,
+                          "truncate": False},
+    "yarn, its factor": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0,
+                         "original_max_position_embeddings": 32, "attention_factor": 1.4},
 }
 SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
              num_attention_heads=4,
@@ -45,6 +53,8 @@ CASES = {  # name: (class stem in transformers, changes to SMALL, rope)
     "qwen3, odd heads, tied, llama3 rope": (
         "Qwen3", {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10,
                   "tie_word_embeddings": True}, "llama3"),
+    "qwen3, yarn": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}, "yarn"),
+    "qwen2, yarn": ("Qwen2", {"num_key_value_heads": 2}, "yarn, its numbers"),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "num_key_value_heads": 2,
                             "pad_token_id": None}, "default"),
     "smollm3, tied, biases": ("SmolLM3", {"no_rope_layers": [0, 1, 0], "attention_bias": True,
@@ -120,6 +130,7 @@ def test_greedy_tokens(name):
 @pytest.mark.parametrize("rope", ROPE)
 def test_inv_freq(rope):
     config = transformers.LlamaConfig(**SMALL, rope_parameters=ROPE[rope])
-    expected = transformers.LlamaForCausalLM(config).model.rotary_emb.inv_freq
-    ours = inv_freq(parse_config(config.to_dict()))
-    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    expected = transformers.LlamaForCausalLM(config).model.rotary_emb
+    ours = parse_config(config.to_dict())
+    torch.testing.assert_close(inv_freq(ours), expected.inv_freq, rtol=1e-6, atol=0)
+    assert ours.rope_factor == pytest.approx(expected.attention_scaling)

@@ -4,6 +4,8 @@ A wrong number here would mean wrong text without an error. So every value is ch
 the forward pass does not compute is refused.
 """
 
+from checkpoint.rope import parse_rope
+from checkpoint.values import flag, number
 from model import Config
 
 FAMILIES = {  # model_type in config.json -> the architecture there
@@ -13,12 +15,6 @@ FAMILIES = {  # model_type in config.json -> the architecture there
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
-}
-ROPE_SETTINGS = {  # rope_type -> the numbers that it needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-               "original_max_position_embeddings"),
 }
 FIXED = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
 
@@ -51,7 +47,6 @@ def parse_config(config):
         raise ValueError(f"config value head_dim is {head_dim}; rotary embedding needs an even "
                          "number")
     n_layers = number(config, "num_hidden_layers", high=1024)
-    theta, scaling = parse_rope(config)
     attention_bias = flag(config, "attention_bias")
     return Config(
         vocab_size=number(config, "vocab_size", high=1 << 22),
@@ -62,8 +57,7 @@ def parse_config(config):
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         norm_eps=number(config, "rms_norm_eps", 1e-6, 0.0, 1.0, float),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        **parse_rope(config, head_dim),
         context=number(config, "max_position_embeddings", 2048, high=1 << 24),
         sliding_window=window,
         no_rope_layers=parse_no_rope(config, n_layers) if model_type == "smollm3" else (),
@@ -99,44 +93,3 @@ def parse_no_rope(config, n_layers):
         raise ValueError(f"config value no_rope_layers is {str(flags)[:100]}; expected 0 or 1 for "
                          f"each of the {n_layers} layers")
     return tuple(i for i, value in enumerate(flags) if not value)
-
-
-def parse_rope(config):
-    """(rope_theta, rope_scaling as `Config` has it).
-
-    New configs keep all of RoPE in rope_parameters, old ones in rope_theta and rope_scaling.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or any(isinstance(v, (dict, list)) for v in rope.values()):
-        raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
-                         "all layers")
-    holder = rope if rope.get("rope_theta") is not None else config
-    theta = number(holder, "rope_theta", 10000.0, 1.0, 1e12, float)
-    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
-    if rope_type not in ROPE_SETTINGS:
-        raise ValueError(f"rope scaling type {rope_type!r} is not supported; supported are "
-                         f"{', '.join(ROPE_SETTINGS)}")
-    scaling = {key: number(rope, key, None, 1e-3, 1e8, float)
-               for key in ROPE_SETTINGS[rope_type]}
-    if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ValueError(f"config value low_freq_factor is {scaling['low_freq_factor']}; it must "
-                         f"be below high_freq_factor {scaling['high_freq_factor']}")
-    return theta, {"rope_type": rope_type, **scaling} if scaling else None
-
-
-def number(config, key, default=None, low=1, high=1 << 20, kind=int):
-    """A number from low to high; a missing or null one is the default."""
-    value = default if config.get(key) is None else config[key]
-    if (isinstance(value, bool) or not isinstance(value, (int, kind))
-            or not low <= value <= high):  # NaN fails here too
-        raise ValueError(f"config value {key} is {value!r}; expected {kind.__name__} from {low} "
-                         f"to {high}")
-    return kind(value)
-
-
-def flag(config, key):
-    """True or false; a missing or null one is false. The text "false" would count as true."""
-    value = config.get(key)
-    if value not in (None, True, False):
-        raise ValueError(f"config value {key} is {value!r}; expected true or false")
-    return bool(value)

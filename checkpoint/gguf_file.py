@@ -11,7 +11,6 @@ dictionary of a config.json, tensor names, the order of the rows of q and k.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import dataclasses
 import math
 import os
 import re
@@ -25,10 +24,10 @@ from gguf.quants import dequantize
 from checkpoint.config import parse_config
 from checkpoint.gguf_tokenizer import build_tokenizer, special_token
 from checkpoint.opened import Checkpoint, CheckpointError
+from checkpoint.rope import parse_rope
 from checkpoint.tensors import check_shapes
 from checkpoint.tokenizer import Tokenizer
 from files import one_line
-from model import inv_freq
 
 HEADER_LIMIT = 32 << 20  # bytes; with 260,000 tokens it takes about 15 MB
 COUNT_LIMIT = 1 << 16  # of metadata entries, and of tensors
@@ -210,7 +209,8 @@ class GGUFFile:
             raise ValueError(f"it rotates {rope_dim} of {head_dim} dimensions of a head; only "
                              "all is supported")
         scaling = {"rope_type": get("rope.scaling.type", "none"),
-                   "factor": get("rope.scaling.factor")}
+                   "factor": get("rope.scaling.factor"),
+                   "original_max_position_embeddings": get("rope.scaling.original_context_length")}
         scaled = scaling["rope_type"] != "none" and "rope_freqs.weight" not in self.tensors
         ends = [self.metadata.get(f"tokenizer.ggml.{role}_token_id")
                 for role in ("eos", "eot", "eom")]
@@ -268,9 +268,10 @@ def llama3_scaling(divisors, config):
     scaling = {"rope_type": "llama3", "factor": divisors.flatten()[-1].item(),
                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
-    plain = inv_freq(dataclasses.replace(config, rope_scaling=None))
-    expected = plain / inv_freq(dataclasses.replace(config, rope_scaling=scaling))
-    if divisors.shape != plain.shape or not torch.allclose(divisors, expected, rtol=1e-3):
+    expected = parse_rope({"rope_theta": config.rope_theta, "rope_scaling": scaling},
+                          config.head_dim)["rope_divisors"]
+    expected = torch.tensor(expected)
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
         raise ValueError("its rope_freqs.weight does not follow Llama-3's formula, the only one "
                          "supported")
     return scaling if scaling["factor"] != 1 else None
