@@ -91,8 +91,7 @@ def block_width(ends, thresholds):
 
 @functools.lru_cache(maxsize=None)
 def bags(k, n_blocks, packed):
-    """For every entry of x [n_blocks, K], its row in the table, bag after bag; and each bag's
-    start."""
+    """(each entry's row in the table, for x [n_blocks, K], bag after bag; each bag's start)"""
     rows = torch.arange(n_blocks * k)  # packed weights lie block after block
     if not packed:  # others row after row, so that the blocks alternate
         rows = rows.view(k, n_blocks).T.reshape(-1)
@@ -144,8 +143,7 @@ def pack(packed, start, q):
 
 
 def unpack(packed, start, end):
-    """The columns start ... end - 1 as int8 [K, end - start]; both are multiples of the blocks'
-    width."""
+    """Columns start ... end - 1, multiples of a block's width, as int8 [K, end - start]."""
     width = packed.shape[2] - ROW_END
     blocks = packed[start // width:end // width, :, :width] ^ 128  # [blocks, K, width]
     return blocks.view(torch.int8).transpose(0, 1).flatten(1)

@@ -100,8 +100,7 @@ class CpuDecoder:
         self.n_steps += 1
 
     def norm(self, x, weight):
-        """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: half the time of F.rms_norm
-        here."""
+        """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: half F.rms_norm's time here."""
         n = x.shape[-1]
         twice = F.layer_norm(torch.cat((x, -x), -1), (2 * n,), eps=self.model.config.norm_eps)
         return twice[..., :n] * weight
@@ -181,8 +180,7 @@ class GpuDecoder:
                 self.graphs[self.sparse] = self.capture()
 
     def project(self, x, linear, out, **fused):
-        """x times a matrix into `out`, each projection with its threshold, counting the rows
-        read."""
+        """x times a matrix into `out`: each projection has its threshold, rows read are counted."""
         at = linear.layer, linear.places
         options = fused | {"ends": linear.ends, "kept": self.kept[at], "scale": linear.scale,
                            "bias": linear.bias, "out": out}
@@ -203,12 +201,10 @@ class GpuDecoder:
             block.reduce(self.x)
 
     def step(self):
-        """One token: `token` in, at the position behind `position`; the next one out, in the same
-        tensor."""
+        """Read `token`, one position behind `position`, and put the next one in its place."""
         model, cache, config = self.model, self.cache, self.model.config
         x, eps = self.x, config.norm_eps
-        # -1 marks logits that are not numbers; the step already on its way takes token 0 instead
-        embed(model, self.token, self.position, x)
+        embed(model, self.token, self.position, x)  # and one position on
         for block in model.blocks:
             front = None if config.norms_behind else (block.attn_norm, eps)
             self.project(x, block.qkv, self.qkv, norm=front)

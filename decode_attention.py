@@ -203,10 +203,10 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, 
                      norms=None, pdl=False):
     """Attention of the token at `position`, whose key and value are also written into the cache.
 
-    qkv:       [(n_heads + 2 n_kv_heads) * head_dim], this token's queries, keys, values, before
-    RoPE k_cache, v_cache: [n_kv_heads, context, head_dim], contiguous; row `position` is written,
-    the rows
-               before it are read
+    qkv:       [(n_heads + 2 n_kv_heads) * head_dim], this token's queries, keys and values,
+               before RoPE
+    k_cache, v_cache: [n_kv_heads, context, head_dim], contiguous; row `position` is written, the
+               rows before it are read
     cos, sin:  float32 [context, head_dim / 2]
     position:  integer tensor of one element, on the device
     out:       [n_heads * head_dim], written

@@ -1,5 +1,4 @@
-"""What every script here does with files: the cache folder, writing whole or not at all, short
-errors."""
+"""What every script does with files: the cache folder, whole files or none, short errors."""
 
 import contextlib
 import os
@@ -8,17 +7,15 @@ from pathlib import Path
 
 
 def cache_folder():
-    """The folder for downloads and calibrations of this machine: $XDG_CACHE_HOME or ~/.cache,
-    /nanoteal."""
+    """This machine's downloads and calibrations: nanoteal in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
 
 
 @contextlib.contextmanager
 def write_whole(path):
-    """Yield a temporary path beside `path`, which takes its name when the block ends without an
-    error.
+    """Yield a temporary path beside `path`, which takes its name if the block ends without error.
 
-    Makes the folder if need be. A reader sees the old file or the new one, never half of it.
+    Makes the folder if need be. A reader sees the old file or the new one, never half of one.
     Raises OSError.
     """
     path = Path(path)
@@ -30,7 +27,6 @@ def write_whole(path):
 
 
 def one_line(error):
-    """The first line of an error, at most 300 characters, printable: it may quote a stranger's
-    file."""
+    """An error's first 300 printable characters in a line: it may quote a stranger's file."""
     line = str(error).strip().partition("\n")[0][:300]
     return "".join(c if c.isprintable() else "\ufffd" for c in line)

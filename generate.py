@@ -74,8 +74,7 @@ def generate_tokens(model, ids, max_new_tokens, **options):
 
 
 def open_session(model, thresholds=None, *, context, **options):
-    """A `Session` with these arguments. Raises ValueError if its KV cache does not fit into
-    memory."""
+    """A `Session` with these arguments. Raises ValueError if its KV cache does not fit."""
     advice = "" if model.dtype.itemsize == 2 else " or --dtype bfloat16"
     require_memory(context * KVCache.bytes_per_token(model.config, model.dtype), model.device,
                    f"a context of {context} tokens", f"try a shorter one with --context{advice}")

@@ -63,8 +63,8 @@ class Int8Linear(Linear):
         self.scale = torch.empty(n, device=device)
 
     def load_weight(self, i, weight):
-        """Store the weight [out_features, in_features] of projection i: floats, or int8 to go
-        with `load_scale`."""
+        """Store projection i's weight [out_features, in_features], floats, or int8 with
+        `load_scale`."""
         start, end = self.starts[i], self.ends[i]
         if weight.dtype != torch.int8:
             weight, self.scale[start:end] = quantize_tensor(weight)

@@ -16,8 +16,7 @@ def penalize(logits, seen, penalty):
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-    """Logits [V] -> a token id, int64 [1]. Fixed shapes and no waiting, so a CUDA graph can hold
-    it.
+    """Logits [V] -> a token id, int64 [1].
 
     temperature: divides the logits; 0 takes the likeliest token
     top_k:       only the k likeliest tokens; 0 for all

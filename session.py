@@ -81,8 +81,7 @@ class Session:
         self.decoder.set_thresholds(thresholds)
 
     def choose(self, logits):
-        """Logits [V] -> the next token's id, int64 [1]; -1, for the host to see, if not all are
-        finite."""
+        """Logits [V] -> the next token's id, int64 [1]; -1 tells the host of NaN or infinities."""
         if self.penalty != 1:
             logits = penalize(logits, self.seen, self.penalty)
         if self.sampling[0] == 0:
@@ -136,8 +135,7 @@ class Session:
         raise ValueError(f"a logit {end}")
 
     def generate(self, prompt, max_new_tokens):
-        """A generator of the ids that continue `prompt`, a list of ids, up to and without a stop
-        token.
+        """A generator of the ids that continue `prompt`, a list of ids; it ends at a stop token.
 
         What the cache holds of the prompt's beginning is not computed again, so a conversation
         may be given whole every time. Raises ValueError for a prompt that is empty or longer than
@@ -213,8 +211,7 @@ class Session:
         return 1 - mean(read / block_bytes(self.model))
 
     def bytes_per_token(self, stats=None):
-        """Bytes that a decode step reads, on average: weights of blocks and LM head, keys,
-        values."""
+        """Bytes that a decode step reads, on average: blocks, LM head, keys and values."""
         stats = stats or self.measured()
         blocks = block_bytes(self.model, stats.kept) / stats.decoder_steps
         return self.model.lm_head.w_t.nbytes + blocks + stats.cache_bytes / stats.steps

@@ -8,8 +8,10 @@ is the time to read W. Where x[k] is nearly zero, column k of W hardly changes y
 **Layout.** W is stored transposed, as w_t [K, N]: input channel k owns row k, N contiguous numbers.
 Memory is read in sectors of 32 bytes, so a dropped row saves traffic where a column would not.
 
-**Two kernels.** A Triton kernel is a function run by many *programs* at once. Each works on small
-tiles, whose sizes are powers of two known at compile time.
+**Two kernels.** A Triton kernel is a function run by many *programs* at once: `kernel[(8, 3)](...)`
+starts 24 of them, and `tl.program_id` tells each which it is. A program works on tiles, whose sizes
+are powers of two known at compile time (`tl.constexpr`). `tl.load(pointer + offsets, mask)` reads a
+tile from memory, leaving out the places where the mask is false.
 1. *Select* looks at x, a few kilobytes, and lists the kept k and x[k] without gaps. A running
    sum over the mask tells each kept entry its place.
 2. *Sum rows* walks down that list. A program owns BLOCK_N output columns. In each step it loads a
@@ -167,6 +169,7 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
             return
         y = tl.zeros([BLOCK_N], tl.float32)
         for other in tl.static_range(SPLITS):
+            # ".cg": from the L2 cache, where the other multiprocessors' sums arrive
             y += tl.load(sums_ptr + other * N + n, mask=n < end, other=0.0, cache_modifier=".cg")
         tl.store(finished_ptr + program, 0)  # for the next launch
     if scale_ptr is not None:

@@ -39,8 +39,7 @@ def world_size():
 
 
 def start(device):
-    """Meet the other ranks: NCCL between GPUs, gloo between CPUs. Returns this rank's device, a
-    str.
+    """Meet the other ranks: NCCL between GPUs, gloo between CPUs. Returns this rank's device.
 
     Does nothing without torchrun. Raises ValueError if there are fewer GPUs than ranks.
     """

@@ -105,8 +105,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path, config):
-        """Read a calibration of the model with this config. Raises CalibrationError for anything
-        else."""
+        """Read a calibration of this config's model. Raises CalibrationError for anything else."""
         again = "make the file anew with calibrate.py"
         shape = [config.n_layers, len(PROJECTIONS), len(GRID)]
         shapes = {"sparsity_grid": shape[2:], "thresholds": shape, "sparsities": shape}

@@ -79,8 +79,7 @@ def _workspace(device, n_chunks):
 
 
 def likeliest(logits):
-    """Logits [V] -> the likeliest token's id, int64 [1]: of equals the first; -1 if not all are
-    finite."""
+    """Logits [V] -> the likeliest id, int64 [1]: of equals the first; -1 if not all are finite."""
     if not (logits.is_cuda or INTERPRETED):
         finite = logits.isfinite().all()
         return logits.argmax(-1, keepdim=True).masked_fill_(~finite, -1)
