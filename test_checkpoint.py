@@ -29,6 +29,7 @@ from checkpoint.config import parse_config
 from checkpoint.gguf_file import CHUNK, GGUFFile, to_float
 from checkpoint.tensors import tensor_shapes
 from checkpoint.tokenizer import TextStream, Tokenizer, TokenizerError
+from test_model import pair
 
 torch.set_num_threads(2)
 
@@ -118,12 +119,7 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
         "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(MERGES))]
         + [-100.0] * (61 - len(MERGES)),
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (320 - 259)} | metadata
-    for key, value in values.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif value is not None:
-            kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
-            getattr(writer, f"add_{kind}")(key, value)
+    add_metadata(writer, values)
     to_gguf = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
                "lm_head": "output"}
     blocks = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
@@ -147,6 +143,57 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
                               raw_dtype=quant)
         else:
             writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def add_metadata(writer, values):
+    """Add {key: value} to a GGUFWriter; a None is left out."""
+    for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
+            getattr(writer, f"add_{kind}")(key, value)
+
+
+def convert_to_gguf(theirs, file, arch, reordered):
+    """Write a model of transformers as llama.cpp's converter would, with a bare vocabulary.
+
+    The names are those of the package gguf. reordered: whether the rows of q and k are.
+    """
+    config, writer = theirs.config, gguf.GGUFWriter(file, arch)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    n = config.vocab_size
+    add_metadata(writer, {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES[:n],
+        "tokenizer.ggml.scores": [0.0] * n, "tokenizer.ggml.token_type": [1] * n,
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2})
+    for name, tensor in theirs.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        part = name.split(".")[-2]
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        if reordered and part in heads:
+            rows = tensor.unflatten(0, (heads[part], 2, -1))
+            tensor = rows.transpose(1, 2).reshape(tensor.shape)
+        name, suffix = name.rsplit(".", 1)
+        writer.add_tensor(f"{names.get_name(name)}.{suffix}", tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -404,6 +451,33 @@ def test_gguf_with_biases(tmp_path):
         assert opened.config.qkv_bias and same(opened, weights(config))
 
 
+@pytest.mark.parametrize("name, arch, reordered", [
+    ("llama-2", "llama", True), ("llama with biases", "llama", True), ("qwen2", "qwen2", False),
+    ("qwen3", "qwen3", False), ("smollm3, every fourth, tied, biases", "smollm3", True),
+    ("olmo2", "olmo2", False), ("olmo2, odd heads, tied", "olmo2", False)])
+@torch.inference_mode()
+def test_gguf_families(tmp_path, name, arch, reordered):
+    """A model of transformers, written as GGUF, gives the same logits."""
+    theirs, _ = pair(name)
+    tokens = torch.randint(theirs.config.vocab_size, (40,))
+    file = convert_to_gguf(theirs, tmp_path / "m.gguf", arch, reordered)
+    ours, _ = checkpoint.load(file)
+    expected = theirs(tokens[None]).logits[0]
+    assert (ours.logits(ours.forward(tokens)) - expected).abs().max() <= 1e-4
+
+
+def test_gguf_tensors_of_one_meaning(tmp_path):
+    tensors = weights() | {"blk.0.post_attention_norm.weight": torch.ones(32)}
+    refused(write_gguf(tmp_path / "m.gguf", tensors), "blk.0.ffn_norm.weight and "
+            "blk.0.post_attention_norm.weight have the same meaning")
+
+
+def test_gguf_of_olmo3(tmp_path):
+    embedding = {"model.embed_tokens.weight": torch.ones(320, 32)}
+    refused(write_gguf(tmp_path / "m.gguf", embedding, "olmo2",
+                       **{"olmo2.attention.sliding_window": 8}), "OLMo 3")
+
+
 @pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_gguf_quantized(tmp_path, quant):
     kind = gguf.GGMLQuantizationType[quant]
@@ -491,12 +565,27 @@ def test_many_special_tokens(tmp_path):
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
+TEXT = "It'S aBc 12345 x/\n\n  y"
+ONE_DIGIT = ["It", "'S", "ĠaBc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/ĊĊ", "Ġ", "Ġy"]
+THREE_DIGITS = ["It", "'S", "ĠaBc", "Ġ", "123", "45", "Ġx", "/ĊĊ", "Ġ", "Ġy"]
+CUTS = {  # TEXT in words, as the tokenizer.json of each family has them
+    "gpt-2": ["It", "'", "S", "ĠaBc", "Ġ12345", "Ġx", "/", "ĊĊĠ", "Ġy"],
+    "olmo": ["It", "'", "S", "ĠaBc", "Ġ12345", "Ġx", "/", "ĊĊĠ", "Ġy"],
+    "smollm": ["It", "'", "S", "ĠaBc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/", "ĊĊĠ", "Ġy"],
+    "refact": ["It", "'", "S", "ĠaBc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/", "ĊĊĠ", "Ġy"],
+    "llama-bpe": THREE_DIGITS, "smaug-bpe": THREE_DIGITS, "dbrx": THREE_DIGITS,
+    "qwen2": ONE_DIGIT, "deepseek-r1-qwen": ONE_DIGIT,
+    "gpt-4o": ["It'S", "Ġa", "Bc", "Ġ", "123", "45", "Ġx", "/ĊĊ", "Ġ", "Ġy"],
+    "tekken": ["It", "'S", "Ġa", "Bc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/ĊĊ", "Ġ", "Ġy"],
+}
+
+
+@pytest.mark.parametrize("pre", CUTS)
 def test_byte_level_pre_tokenizers(tmp_path, pre):
     """Numbers and words are cut as each family's own tokenizer.json does; text survives."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     merges = ["1 2", "12 3", "Ġ a", "' S", "4 5", "123 45"]
-    tokens = ["<|begin|>"] + alphabet + [m.replace(" ", "") for m in merges]
+    tokens = ["<|begin|>"] + alphabet + [m.replace(" ", "") for m in merges] + ["Bc"]
     file = write_gguf(tmp_path / "m.gguf", weights(), **{
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
@@ -505,14 +594,17 @@ def test_byte_level_pre_tokenizers(tmp_path, pre):
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.bos_token_id": 0})
     t = open_checkpoint(file).tokenizer
-    assert t.bos_id == (0 if pre == "llama-bpe" else None)
+    assert t.bos_id == (0 if pre in ("llama-bpe", "tekken") else None)
+    assert [word for word, _ in t.tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)] == CUTS[pre]
     cut = [t.tokenizer.id_to_token(i) for i in t.encode("12345 a'S", bos=False)]
-    numbers = {"gpt-2": ["12345"], "llama-bpe": ["123", "45"]}.get(pre, list("12345"))
-    suffix = ["'S"] if pre in ("llama-bpe", "qwen2") else ["'", "S"]
-    assert cut == numbers + ["Ġa"] + suffix
+    assert "".join(cut) == "12345Ġa'S"
+    assert ("123" in cut) == ("123" in CUTS[pre]) and ("12345" in cut) == (pre in ("gpt-2", "olmo"))
+    # "Bc" is in the vocabulary, but no merge makes it
+    whole = pre in ("llama-bpe", "smaug-bpe", "tekken")
+    assert len(t.encode("Bc", bos=False)) == (1 if whole else 2)
     for text in strings():
         assert t.decode(t.encode(text)) == (unicodedata.normalize("NFC", text)
-                                            if pre == "qwen2" else text)
+                                            if "qwen" in pre else text)
 
 
 # ---- text --------------------------------------------------------------------------------------
@@ -722,7 +814,7 @@ def test_odd_name_of_the_first_token(tmp_path, bos):
     ({"tokenizer.ggml.scores": None}, "scores"),
     ({"tokenizer.ggml.model": "gpt2"}, "merges"),
     ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x y"]}, "cannot be read"),
-    ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "tekken"),
+    ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "bloom"}, "'bloom'; supp"),
     ({"tokenizer.ggml.bos_token_id": 9999}, "bos"),
     ({"llama.block_count": 1000}, "missing"),
     ({"llama.embedding_length": 1 << 30}, "hidden_size"),

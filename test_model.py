@@ -60,6 +60,9 @@ CASES = {  # name: (class stem in transformers, changes to SMALL, rope)
     "smollm3, tied, biases": ("SmolLM3", {"no_rope_layers": [0, 1, 0], "attention_bias": True,
                                           "tie_word_embeddings": True, "pad_token_id": None},
                               "default"),
+    "smollm3, every fourth, tied, biases": (
+        "SmolLM3", {"num_hidden_layers": 5, "num_key_value_heads": 2, "attention_bias": True,
+                    "tie_word_embeddings": True, "pad_token_id": None}, "default"),
     "olmo2": ("Olmo2", {"num_key_value_heads": 2}, "default"),
     "olmo2, odd heads, tied": (
         "Olmo2", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54,

@@ -38,10 +38,14 @@ SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}
+                 "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+                 "olmo2": "Olmo2ForCausalLM"}
+REORDERED = ("llama", "smollm3")  # architectures whose rows of q and k are (see `GGUFFile.read`)
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",  # OLMo 2's, behind the block
+    "post_ffw_norm": "post_feedforward_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
@@ -156,7 +160,10 @@ class GGUFFile:
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"unsupported GGUF architecture {self.arch!r}; supported are "
                              f"{', '.join(ARCHITECTURES)}")
-        self.names = {hf_name(name): name for name in self.tensors}
+        self.names = {}
+        for name in self.tensors:
+            if (other := self.names.setdefault(hf_name(name), name)) != name:
+                raise ValueError(f"tensors {other} and {name} have the same meaning")
         if "token_embd.weight" not in self.tensors:
             raise ValueError("tensor token_embd.weight is missing")
 
@@ -208,6 +215,8 @@ class GGUFFile:
         if rope_dim not in (head_dim, None):
             raise ValueError(f"it rotates {rope_dim} of {head_dim} dimensions of a head; only "
                              "all is supported")
+        if get("attention.sliding_window") and self.arch == "olmo2":
+            raise ValueError("it is an OLMo 3; a window on some of the layers is not supported")
         scaling = {"rope_type": get("rope.scaling.type", "none"),
                    "factor": get("rope.scaling.factor"),
                    "original_max_position_embeddings": get("rope.scaling.original_context_length")}
@@ -228,7 +237,7 @@ class GGUFFile:
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
             "rope_theta": get("rope.freq_base", 10000.0),
             "rope_scaling": scaling if scaled else None,
-            "attention_bias": self.arch == "llama" and "blk.0.attn_q.bias" in self.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in self.tensors,
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": [i for i in ends if i is not None],
@@ -247,13 +256,13 @@ class GGUFFile:
         n_bytes = math.prod(shape) // block * block_bytes
         raw = np.fromfile(self.path, np.uint8, n_bytes, offset=offset)
         kind = name.split(".")[-2]
-        if self.arch == "llama" and kind in ("attn_q", "attn_k"):
+        if self.arch in REORDERED and kind in ("attn_q", "attn_k"):
             # llama.cpp rotates neighbours (2i, 2i + 1), where Hugging Face rotates the pairs
             # (i, i + head_dim / 2). So it reorders the rows of q and k (of a bias, its elements).
             # Put them back while they are still small.
-            n_heads = self.metadata["llama.attention.head_count"]
+            n_heads = self.metadata[f"{self.arch}.attention.head_count"]
             if kind == "attn_k":
-                n_heads = self.metadata.get("llama.attention.head_count_kv", n_heads)
+                n_heads = self.metadata.get(f"{self.arch}.attention.head_count_kv", n_heads)
             row_bytes = len(raw) // shape[0]
             raw = raw.reshape(n_heads, -1, 2, row_bytes).swapaxes(1, 2)
         return to_float(shape, quant, raw)[part]

@@ -19,10 +19,36 @@ from tokenizers import (
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
 
-# Values of tokenizer.ggml.pre: how text is cut into words before pairs are merged.
-GPT2, LLAMA3, QWEN2 = ("gpt-2", "default"), ("llama-bpe", "llama3", "llama-v3"), ("qwen2",)
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
-         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+def words(letters, digits, ends=""):
+    """A regular expression that cuts text into words.
+
+    letters, digits: expressions of a word and of a number; ends: characters that, like newlines,
+    stay with the punctuation in front of them
+    """
+    return (rf"{letters}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{ends}]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def by_case(suffix):
+    """An expression of a word, cut where a capital letter follows a small one."""
+    lead = r"[^\r\n\p{L}\p{N}]?"
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    return f"{lead}{upper}*{lower}+{suffix}|{lead}{upper}+{lower}*{suffix}"
+
+
+CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+ANY_CASE = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+# Values of tokenizer.ggml.pre: how text is cut into words before pairs are merged. GPT-2's way is
+# part of `tokenizers`; some cut numbers into digits before that.
+GPT2, DIGITS = ("gpt-2", "default", "olmo"), ("smollm", "refact", "starcoder")
+LLAMA3, QWEN2 = ("llama-bpe", "llama3", "llama-v3"), ("qwen2", "deepseek-r1-qwen")
+REGEX = {
+    **dict.fromkeys((*LLAMA3, "smaug-bpe", "dbrx"), words(ANY_CASE, r"\p{N}{1,3}")),
+    **dict.fromkeys(QWEN2, words(ANY_CASE, r"\p{N}")),
+    "gpt-4o": words(by_case(CONTRACTION + "?"), r"\p{N}{1,3}", "/"),
+    "tekken": words(by_case(""), r"\p{N}", "/"),
+}
+WHOLE_WORDS = (*LLAMA3, "smaug-bpe", "tekken")  # a word of the vocabulary needs no merges
 
 
 def build_tokenizer(metadata, vocab_size):
@@ -54,7 +80,7 @@ def build_tokenizer(metadata, vocab_size):
 
     tokenizer.add_special_tokens(added((types == CONTROL) | (types == UNKNOWN)))
     tokenizer.add_tokens(added(types == USER_DEFINED))
-    add_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3
+    add_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in (*LLAMA3, "tekken")
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos):
         bos = special_token(metadata, "bos")
         if bos is None:
@@ -79,21 +105,19 @@ def byte_level_bpe(metadata, vocab):
     """GPT-2's kind: text as bytes, each written as a visible character, merged in a listed
     order."""
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    by_regex = pre in LLAMA3 + QWEN2
-    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not by_regex)
-    if by_regex:
-        words = Regex(WORDS % (r"\p{N}{1,3}" if pre in LLAMA3 else r"\p{N}"))
-        cut = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), cut])
-    elif pre == "smollm":
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in REGEX)
+    if pre in REGEX:
+        cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(REGEX[pre]), "isolated"), cut])
+    elif pre in DIGITS:
         cut = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), cut])
     elif pre not in GPT2:
         raise ValueError(f"its tokenizer.ggml.pre is {pre!r}; supported are "
-                         f"{', '.join(GPT2 + LLAMA3 + QWEN2)}, smollm")
+                         f"{', '.join((*GPT2, *DIGITS, *REGEX))}")
     merges = metadata.get("tokenizer.ggml.merges")
     merges = [tuple(m.split(" ")) for m in merges] if isinstance(merges, list) else None
     if merges is None or any(len(pair) != 2 for pair in merges):
         raise ValueError("its tokenizer.ggml.merges is not a list of pairs of tokens")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in WHOLE_WORDS))
     if pre in QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = cut
