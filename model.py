@@ -38,7 +38,7 @@ class Config:
     norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
     rope_divisors: tuple = ()  # of RoPE's rotations, one a channel pair, for long texts; () is 1
-    rope_factor: float = 1.0  # multiplies q and k behind RoPE (YaRN)
+    rope_factor: float = 1.0  # multiplies what RoPE turned, so scores by its square (YaRN, Granite)
     context: int = 2048  # longest text, in tokens
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     no_rope_layers: tuple = ()  # layers without RoPE
@@ -222,7 +222,8 @@ class KVCache:
 def inv_freq(config):
     """RoPE's rotation in radians per position, float32 [head_dim / 2], one for each channel pair.
 
-    Texts longer than those of the training need slower rotations: hence the divisors.
+    Texts longer than those of the training need slower rotations: hence the divisors. One of
+    infinity leaves a pair as it is.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     freq = 1.0 / config.rope_theta ** exponents
@@ -261,7 +262,8 @@ class Model:
         """cos and sin of T positions from `start` on, float32 [T, 1, head_dim / 2]."""
         positions = torch.arange(start, start + n_tokens, device=self.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inv_freq)[:, None]
-        return angles.cos() * self.config.rope_factor, angles.sin() * self.config.rope_factor
+        factor = torch.where(self.inv_freq > 0, self.config.rope_factor, 1.0)
+        return angles.cos() * factor, angles.sin() * factor
 
     def forward(self, tokens, cache=None, project=dense):
         """Token ids [T] -> normalised hidden states [T, hidden_size], ready for `logits`.

@@ -5,6 +5,7 @@ test_sparse_gemv.py starts this file in the interpreter.
 """
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -142,8 +143,8 @@ CONFIGS = {
     "llama": Config(101, 48, 80, 2, 6, 2, 16, context=160, tie_embeddings=True),
     "mistral": Config(101, 64, 96, 2, 4, 4, 16, context=160, sliding_window=20),
     "qwen3": Config(101, 48, 80, 2, 3, 1, 24, context=160, qk_norm="head"),
-    "yarn": Config(101, 48, 80, 2, 6, 2, 16, context=160, rope_factor=1.2,
-                   rope_divisors=(1, 1, 1, 2, 4, 8, 8, 8)),
+    "phi-4-mini": Config(101, 48, 80, 2, 6, 2, 16, context=160, rope_factor=1.2,
+                         rope_divisors=(1, 1, 1, 2, 4, 8, math.inf, math.inf)),
     "smollm3": Config(101, 48, 80, 2, 6, 2, 16, context=160, no_rope_layers=(1,)),
     "olmo2": Config(101, 48, 80, 2, 6, 2, 16, context=160, qk_norm="all", norms_behind=True),
     "qwen2": Config(101, 48, 80, 2, 3, 1, 16, context=160, qkv_bias=True),

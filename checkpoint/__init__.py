@@ -9,13 +9,13 @@ pickles, no code from the hub. A chat template is a program by nature, and runs 
 (chat_template.py).
 """
 
-import dataclasses
 import re
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from checkpoint.config import parse_config
 from checkpoint.default_model import fetch
 from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
 from checkpoint.hub import download
@@ -36,17 +36,17 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
 
     quantize: "int8" or "int4" makes the large matrices so (int4.py says what a CPU does with
         int4); those that quantize.py wrote are int8 already
-    context: replaces the model's longest context, which it cannot exceed
+    context: replaces the model's context; at most its max_position_embeddings
     Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
     memory, both before memory is allocated. Infinite or NaN weights are found while loading.
     """
     checkpoint = open_checkpoint(model)
     config, quantized = checkpoint.config, "int8" if checkpoint.quantized else quantize
     if context is not None:
-        if not 1 <= context <= config.context:
-            raise CheckpointError(f"context {context} is outside 1 to {config.context}, the "
-                                  "longest of this model")
-        config = dataclasses.replace(config, context=context)
+        try:
+            config = parse_config(checkpoint.config_json, context)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
     whole, config = config, rank_config(config, world_size())
     advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
     kind = quantized or str(dtype).removeprefix("torch.")

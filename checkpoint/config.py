@@ -15,13 +15,17 @@ FAMILIES = {  # model_type in config.json -> the architecture there
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
-FIXED = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
+FIXED = {"hidden_act": "silu", "mlp_bias": False}
 
 
-def parse_config(config):
+def parse_config(config, context=None):
     """The dictionary of a config.json -> Config.
 
+    context: longest text, in tokens; None for what the model was made for (see rope.py)
     Raises ValueError, naming the key and its value.
     """
     model_type = check_family(config)
@@ -33,7 +37,7 @@ def parse_config(config):
         raise ValueError("config value use_sliding_window is true; a window on some of the "
                          "layers is not supported")
     window = None
-    if model_type == "mistral" and config.get("sliding_window") is not None:
+    if model_type in ("mistral", "phi3") and config.get("sliding_window") is not None:
         window = number(config, "sliding_window", high=1 << 24)
 
     hidden_size = number(config, "hidden_size")
@@ -47,18 +51,27 @@ def parse_config(config):
         raise ValueError(f"config value head_dim is {head_dim}; rotary embedding needs an even "
                          "number")
     n_layers = number(config, "num_hidden_layers", high=1024)
+    mlp = "intermediate_size"
+    if model_type == "granitemoehybrid":
+        check_dense(config)
+        mlp = "shared_intermediate_size"
+    rope = parse_rope(config, head_dim, context)
+    norm_eps = number(config, "rms_norm_eps", 1e-6, 0.0, 1.0, float)
+    if model_type.startswith("granite"):  # the rest of its factors is in the weights: unify.py
+        norm_eps /= number(config, "embedding_multiplier", 1.0, 1e-6, 1e6, float) ** 2
+        scale = number(config, "attention_multiplier", 1.0, 1e-6, 1e6, float)  # of the scores
+        rope["rope_factor"] = rope.get("rope_factor", 1.0) * (scale * head_dim ** 0.5) ** 0.5
     attention_bias = flag(config, "attention_bias")
     return Config(
         vocab_size=number(config, "vocab_size", high=1 << 22),
         hidden_size=hidden_size,
-        intermediate_size=number(config, "intermediate_size"),
+        intermediate_size=number(config, mlp),
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        norm_eps=number(config, "rms_norm_eps", 1e-6, 0.0, 1.0, float),
-        **parse_rope(config, head_dim),
-        context=number(config, "max_position_embeddings", 2048, high=1 << 24),
+        norm_eps=norm_eps,
+        **rope,
         sliding_window=window,
         no_rope_layers=parse_no_rope(config, n_layers) if model_type == "smollm3" else (),
         qk_norm={"qwen3": "head", "olmo2": "all"}.get(model_type),
@@ -80,6 +93,17 @@ def check_family(config):
             f"{architectures!r}; supported are {', '.join(FAMILIES.values())}; "
             "examples/transformers_model.py makes any transformers model sparse (README.md)")
     return model_type
+
+
+def check_dense(config):
+    """Raise ValueError for the Granite 4 models that have other layers than Llama's."""
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    attention = isinstance(kinds, list) and {*map(str, kinds)} <= {"attention", "full_attention"}
+    if (config.get("num_local_experts") != 0 or not attention
+            or config.get("position_embedding_type") != "rope"):
+        raise ValueError("this Granite has experts, Mamba layers or no RoPE (config values "
+                         "num_local_experts, layer_types, position_embedding_type); only dense "
+                         "ones with RoPE are supported")
 
 
 def parse_no_rope(config, n_layers):

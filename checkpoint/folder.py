@@ -16,6 +16,7 @@ from checkpoint.config import parse_config
 from checkpoint.opened import Checkpoint, CheckpointError, blame
 from checkpoint.tensors import METHOD, check_shapes, is_quantized
 from checkpoint.tokenizer import Tokenizer, guard
+from checkpoint.unify import unify
 from files import one_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -50,10 +51,13 @@ def open_folder(folder):
             return f.get_slice(name)[part]
 
     with blame(folder):
-        shapes = check_shapes(config, {name: s for name, (_, s, _) in found.items()}, quantized)
-        for name in shapes:
-            check_dtype(name, found[name][2], quantized)
-        if config.tie_embeddings and "lm_head.weight" in found:  # harmless if it says the same
+        for name, (_, _, dtype) in found.items():
+            check_dtype(name, dtype, quantized)
+        stored = {name: shape for name, (_, shape, _) in found.items()}
+        if not quantized:  # quantize.py writes what `unify` made
+            stored, read = unify(config_json, config, stored, read)
+        shapes = check_shapes(config, stored, quantized)
+        if config.tie_embeddings and "lm_head.weight" in stored:  # harmless if it says the same
             if not torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
                 raise ValueError("tensor lm_head.weight is not the embedding, though "
                                  "tie_word_embeddings in config.json says so; set it to false")

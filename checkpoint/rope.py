@@ -8,13 +8,17 @@ llama3    by the factor those that turn less than low_freq_factor times within t
           context; not those that turn more than high_freq_factor times; a blend in between
 yarn      the same idea with beta_slow and beta_fast, the blend over the pairs' numbers; scores
           grow a little, too (Peng et al., arXiv:2309.00071)
+longrope  by one list of divisors within the original context, by another one beyond it; scores
+          grow in both (Ding et al., arXiv:2402.13753)
+
+Phi-4-mini turns only a part of each head. The pairs that do not turn are divided by infinity.
 """
 
 import math
 
 import torch
 
-from checkpoint.values import flag, number
+from checkpoint.values import flag, number, numbers
 
 NEEDED = {  # rope_type -> the numbers that it needs
     "default": (),
@@ -22,29 +26,39 @@ NEEDED = {  # rope_type -> the numbers that it needs
     "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
 }
 
 
-def parse_rope(config, head_dim):
+def parse_rope(config, head_dim, context=None):
     """What the dictionary of a config.json says of RoPE -> the fields of `Config` about it, a dict.
 
-    New configs keep all of RoPE in rope_parameters, old ones in rope_theta and rope_scaling.
+    context: longest text, in tokens; without it that of max_position_embeddings, but longrope's
+        original context, within which it needs no stretching
     Raises ValueError, naming the key and its value.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or any(isinstance(v, (dict, list)) for v in rope.values()):
-        raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
-                         "all layers")
+    rope, rope_type = rope_settings(config)
     theta = number(config if rope.get("rope_theta") is None else rope, "rope_theta", 10000.0,
-                   1.0, 1e12, float)
-    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
-    if rope_type not in NEEDED:
-        raise ValueError(f"rope scaling type {rope_type!r} is not supported; supported are "
-                         f"{', '.join(NEEDED)}")
+                   1.1, 1e12, float)
+    longest = number(config, "max_position_embeddings", 2048, high=1 << 24)
+    if context is not None and not 1 <= context <= longest:
+        raise ValueError(f"context {context} is outside 1 to {longest}, the longest of this model")
     if rope_type == "yarn":
-        rope = {"original_max_position_embeddings": config.get("max_position_embeddings")} | rope
-    settings = {key: number(rope, key, None, 1e-3, 1e8, float) for key in NEEDED[rope_type]}
-    fields = {"rope_theta": theta}
+        rope = {"original_max_position_embeddings": longest} | rope
+    if rope_type == "longrope":
+        rope = rope | {key: config[key] for key in NEEDED[rope_type] if key in config}
+    settings = {key: number(rope, key, None, 2.0 if key.startswith("original") else 1e-3, 1e8,
+                            float) for key in NEEDED[rope_type]}
+    turned = turned_channels(config, head_dim)
+    fields = {"rope_theta": theta, "context": context or longest}
+    if rope_type == "longrope":
+        original = settings["original_max_position_embeddings"]
+        fields["context"] = context or min(longest, int(original))
+        name = "long_factor" if fields["context"] > original else "short_factor"
+        settings["divisors"] = numbers(rope, name, turned // 2)
+        stretch = number(rope, "factor", longest / original, 1e-3, 1e8, float)
+        default = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        fields["rope_factor"] = number(rope, "attention_factor", default, 1e-3, 1e3, float)
     if rope_type == "yarn":
         settings["beta_fast"] = number(rope, "beta_fast", 32.0, 1e-3, 1e8, float)
         settings["beta_slow"] = number(rope, "beta_slow", 1.0, 1e-3, 1e8, float)
@@ -53,14 +67,53 @@ def parse_rope(config, head_dim):
     if rope_type == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
         raise ValueError(f"config value low_freq_factor is {settings['low_freq_factor']}; it must "
                          f"be below high_freq_factor {settings['high_freq_factor']}")
-    if rope_type != "default":
-        fields["rope_divisors"] = tuple(divisors(rope_type, settings, theta, head_dim).tolist())
+    if rope_type != "default" or turned < head_dim:
+        still = [math.inf] * ((head_dim - turned) // 2)
+        # `Config` has the exponents of a head that turns as a whole.
+        exponents = torch.arange(turned // 2) * 2 * (1 / turned - 1 / head_dim)
+        found = divisors(rope_type, settings, theta, turned) * theta ** exponents
+        fields["rope_divisors"] = (*found.tolist(), *still)
     return fields
 
 
+def rope_settings(config):
+    """(RoPE's settings in the dictionary of a config.json, rope_type).
+
+    New configs keep all of RoPE in rope_parameters, old ones in rope_theta and rope_scaling.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
+                         "all layers")
+    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
+    if config.get("model_type") == "phi3" and rope_type in ("su", "yarn"):
+        rope_type = "longrope"  # its names in old configs of this family
+    if rope_type not in NEEDED:
+        raise ValueError(f"rope scaling type {rope_type!r} is not supported; supported are "
+                         f"{', '.join(NEEDED)}")
+    return rope, rope_type
+
+
+def turned_channels(config, head_dim):
+    """How many channels of a head turn: all, but in Phi-4-mini the first three quarters."""
+    rope, key = rope_settings(config)[0], "partial_rotary_factor"
+    share = number(config if rope.get(key) is None else rope, key, 1.0, 0.0, 1.0, float)
+    turned = int(head_dim * share)
+    if turned < head_dim and config.get("model_type") != "phi3":
+        raise ValueError(f"config value {key} is {share}; only 1.0 is supported")
+    if turned % 2 or turned == 0:
+        raise ValueError(f"{turned} of a head's {head_dim} channels turn (config value {key}, "
+                         f"{share}); RoPE needs an even number")
+    return turned
+
+
 def divisors(rope_type, settings, theta, head_dim):
-    """The divisors of RoPE's rotations, float64 [head_dim / 2]."""
+    """The divisors of the rotations of `head_dim` channels, float64 [head_dim / 2]."""
     pair = torch.arange(head_dim // 2, dtype=torch.float64)
+    if rope_type == "default":
+        return torch.ones_like(pair)
+    if rope_type == "longrope":
+        return torch.tensor(settings["divisors"], dtype=torch.float64)
     if rope_type == "linear":
         keep = torch.zeros_like(pair)  # the share of each rotation that is not slowed down
     elif rope_type == "llama3":

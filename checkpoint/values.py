@@ -20,3 +20,12 @@ def flag(config, key, default=False):
     if value not in (True, False):
         raise ValueError(f"config value {key} is {value!r}; expected true or false")
     return bool(value)
+
+
+def numbers(config, key, length):
+    """A list of so many positive numbers."""
+    values = config.get(key)
+    if not isinstance(values, list) or len(values) != length:
+        raise ValueError(f"config value {key} is {str(values)[:80]}; expected a list of {length} "
+                         "numbers")
+    return [number({key: value}, key, None, 1e-6, 1e8, float) for value in values]
