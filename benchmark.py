@@ -12,12 +12,10 @@ all of them.
     python benchmark.py --device cpu --sparsity 0 0.4 0.5 --compare transformers
 """
 
-import contextlib
 import importlib.util
 import json
 import os
 import time
-from pathlib import Path
 
 # Before PyTorch starts its threads, as in generate.py, which says why.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -31,7 +29,7 @@ from checkpoint.memory import require_memory
 from checkpoint.tensors import weight_bytes
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from decode import CpuDecoder, GpuDecoder
-from files import write_whole
+from files import require_writable, write_whole
 from int4 import Int4Linear, int4_linear
 from int8 import Int8Linear
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
@@ -352,8 +350,6 @@ def parse_args():
         parser.error("--kernels measures no model; leave out --model, --compare and --timeline")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         parser.error(f"--compare {args.compare} needs that package; pip install {args.compare}")
-    if args.json and Path(args.json).is_dir():
-        parser.error(f"--json {args.json} is a folder; name a file in it")
     if on_gpu and not (args.model or args.config or args.kernels):
         args.config = "llama-3-8b"
     return args
@@ -363,20 +359,16 @@ def main():
     args = parse_args()
     if rank() > 0:
         args.json = None  # the first rank writes it
-    with contextlib.ExitStack() as stack:
-        if args.json:
-            try:  # now, so that no measurement is lost
-                file = stack.enter_context(write_whole(args.json))
-            except OSError as error:
-                raise ValueError(f"cannot write {args.json} ({error.strerror}); name another "
-                                 "file with --json") from None
-        if args.kernels:
-            names = [args.config] if args.config else KNOWN_MODELS
-            rows = gpu.kernels({name: KNOWN_MODELS[name] for name in names}, args.sparsity)
-        else:
-            rows = run(args)
-        if args.json:
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.json:  # now, so that no measurement is lost
+        require_writable(args.json, "--json")
+    if args.kernels:
+        names = [args.config] if args.config else KNOWN_MODELS
+        rows = gpu.kernels({name: KNOWN_MODELS[name] for name in names}, args.sparsity)
+    else:
+        rows = run(args)
+    if args.json:
+        with write_whole(args.json) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from digest import weights_digest
+from files import read_text, require_writable
 from model import PROJECTIONS, SITES, KVCache, dense, masked, rms_norm
 from session import Session
 from tensor_parallel import refuse
@@ -471,14 +472,14 @@ def main():
         raise CalibrationError(
             f"--window {args.window} is outside {SINKS + 1} to {model.config.context}: the first "
             f"{SINKS} tokens do not count, and this model reads no more")
+    out = args.out or cache_path(model)
+    require_writable(out, "--out")
     if args.text is None:
         tokens = write_text(model, tokenizer, args.tokens, args.seed)
         source = f"self-written, seed {args.seed}"
     else:
-        text = Path(args.text).read_text(encoding="utf-8")
-        tokens = torch.tensor(tokenizer.encode(text)[:args.tokens])
+        tokens = torch.tensor(tokenizer.encode(read_text(args.text))[:args.tokens])
         source = Path(args.text).name
-    out = args.out or cache_path(model)
     calibrate(model, tokens, args.window, args.allocation, source).save(out)
     print(out)
 

@@ -24,7 +24,7 @@ from calibrate import byte_shares, masked_and_counted
 from checkpoint import default_model
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from digest import weights_digest
-from files import one_line, write_whole
+from files import read_text, require_writable, write_whole
 from model import PROJECTIONS, KVCache
 from tensor_parallel import refuse
 from thresholds import ALLOCATIONS, Calibration, candidates
@@ -124,24 +124,19 @@ def find_calibrations(model, files, allocations):
 # ---- results -----------------------------------------------------------------------------------
 
 def add_to_json(path, rows):
-    """Add rows to a --json file; they replace earlier ones of the same measurement.
-
-    With no rows this only checks the file. Raises ValueError if it exists and holds anything
-    else, or if it cannot be read or written.
-    """
-    try:
-        earlier = read_json(path) if Path(path).exists() else []
-        new = [[row[name] for name in SETTINGS] for row in rows]
-        kept = [row for row in earlier if [row[name] for name in SETTINGS] not in new]
-        with write_whole(path) as temporary:
-            temporary.write_text(json.dumps(kept + rows, indent=1) + "\n")
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({one_line(error)}); name another file with "
-                         "--json") from None
+    """Add rows to a --json file; they replace earlier ones of the same measurement. Raises OSError
+    and ValueError, see `read_json`."""
+    new = [[row[name] for name in SETTINGS] for row in rows]
+    kept = [row for row in read_json(path) if [row[name] for name in SETTINGS] not in new]
+    with write_whole(path) as temporary:
+        temporary.write_text(json.dumps(kept + rows, indent=1) + "\n")
 
 
 def read_json(path):
-    """The rows of a --json file. Raises OSError, and ValueError if it holds anything else."""
+    """The rows of a --json file, none if there is no file yet. Raises OSError, and ValueError if
+    it holds anything else."""
+    if not Path(path).exists():
+        return []
     try:
         rows = json.loads(Path(path).read_text())
     except ValueError:
@@ -221,7 +216,7 @@ def main():
     if not 4 <= args.window <= model.config.context:
         raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this "
                          "model's context")
-    tokens = torch.tensor(tokenizer.encode(Path(args.text).read_text(encoding="utf-8")))
+    tokens = torch.tensor(tokenizer.encode(read_text(args.text)))
     windows = cut(tokens, args.window, args.offset, args.windows)
 
     tasks = [("dense", 0.0, None, None)] if 0 in args.sparsity else []
@@ -229,7 +224,10 @@ def main():
         source = found.metadata.get("source")
         tasks += [(name, s, source, found.thresholds(s)) for s in sorted({*args.sparsity} - {0})]
     if args.json:  # a file that cannot be written must fail now, not after the measurement
-        add_to_json(args.json, [])
+        read_json(args.json)
+        require_writable(args.json, "--json")
+    if args.plot:
+        require_writable(args.plot, "--plot")
     rows, shares = [], byte_shares(model.config)
     results = evaluate(model, windows, [table for *_, table in tasks], args.all_sparse)
     for (allocation, sparsity, source, _), result in zip(tasks, results):

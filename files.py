@@ -1,4 +1,4 @@
-"""What every script does with files: the cache folder, whole files or none, short errors."""
+"""What every script does with files: cache, UTF-8, whole files or none, short errors."""
 
 import contextlib
 import os
@@ -24,6 +24,31 @@ def write_whole(path):
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
+
+
+def require_writable(path, flag):
+    """Raise ValueError if `write_whole` could not write to `path`, the value of `flag`.
+
+    To be called before long work, whose results would be lost. It leaves nothing behind.
+    """
+    path = Path(path).absolute()
+    try:
+        folder = next(parent for parent in path.parents if parent.exists())
+        with tempfile.TemporaryDirectory(dir=folder, prefix="."):
+            reason = "it is a folder" if path.is_dir() else None
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise ValueError(f"cannot write {path} ({reason}); name another file with {flag}")
+
+
+def read_text(path):
+    """The text of a UTF-8 file. Raises OSError, and ValueError for a file of another encoding."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or "
+                         "name another file") from None
 
 
 def one_line(error):

@@ -154,14 +154,14 @@ def int4_gemv(x, w_t, thresholds, *, ends, scale, out, bias=None, norm=None, swi
     block_n, block_k, splits = _launch_shape(k, n)
     chunk = triton.cdiv(k, splits)
     tiles = sum(triton.cdiv(width, block_n) for width in (end0, end1 - end0, n - end1))
-    rows, values, counts, sums, finished = _workspace(
-        x.device, x.dtype, segments * splits, chunk, n, splits, tiles)
     norm_weight, eps = norm if norm is not None else (None, 0.0)
     pdl = supports_pdl(x.device)
     launch = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
     chunk_padded, k_padded = triton.next_power_of_2(chunk), triton.next_power_of_2(k)
     entries = max(chunk_padded, k_padded if norm is not None else 0)
     with torch.cuda.device_of(x):  # Triton launches on the current device
+        rows, values, counts, sums, finished = _workspace(
+            x.device, x.dtype, segments * splits, chunk, n, splits, tiles)
         _select_kernel[(segments, splits)](
             x, norm_weight, rows, values, counts, kept, thresholds, eps, K=k, CHUNK=chunk,
             SWIGLU=swiglu, CHUNK_PADDED=chunk_padded, K_PADDED=k_padded,

@@ -219,8 +219,6 @@ def _gemv_gpu(x, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out
     block_n, block_k, splits = _launch_shape(k, n)
     chunk = triton.cdiv(k, splits)
     tiles = sum(triton.cdiv(width, block_n) for width in (end0, end1 - end0, n - end1))
-    rows, values, counts, sums, finished = _workspace(
-        x.device, x.dtype, segments * splits, chunk, n, splits, tiles)
     norm_weight, eps = norm if norm is not None else (None, 0.0)
     pdl = supports_pdl(x.device)
     launch = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
@@ -229,6 +227,8 @@ def _gemv_gpu(x, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out
     a_thread = 16 // w_t.element_size()  # weights in one load of 16 bytes
     rows_at_once = min(block_k, WARPS * 32 * a_thread // block_n)
     with torch.cuda.device_of(x):  # Triton launches on the current device
+        rows, values, counts, sums, finished = _workspace(
+            x.device, x.dtype, segments * splits, chunk, n, splits, tiles)
         _select_kernel[(segments, splits)](
             x, norm_weight, rows, values, counts, kept, thresholds, eps, K=k, CHUNK=chunk,
             SWIGLU=swiglu, CHUNK_PADDED=chunk_padded, K_PADDED=k_padded,

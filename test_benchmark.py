@@ -150,8 +150,9 @@ def test_the_default_model_uses_its_calibration(run, measured):
     (["--sparsity", "0", "0.96"], "'0.96' is not a number from 0 to 0.95"),
     (["--context", "0"], "'0' is not a whole number from 1"),
     (["--config", "huge"], "invalid choice: 'huge'"),
-    (["--config", "tiny", "--json", "FOLDER"], "is a folder"),
+    (["--config", "tiny", "--json", "FOLDER"], "it is a folder"),
     (["--config", "tiny", "--json", "FOLDER/file/speed.json"], "name another file with --json"),
+    (["--config", "tiny", "--json", "/proc/a.json"], "cannot write /proc/a.json"),
     (["--model", "/no/such/model"], "/no/such/model does not exist"),
 ])
 def test_what_cannot_be_done_is_refused_at_once(run, monkeypatch, tmp_path, arguments, words):

@@ -405,11 +405,21 @@ def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
     (["--text", __file__, "--window", 1 << 20], "is outside 9 to 2048"),
     (["--text", __file__, "--window", 8], "is outside 9 to 2048"),
     (["--text", __file__, "--tokens", 63], "63 tokens do not fill one window of 64"),
-    (["--text", __file__, "--tokens", 0], "argument --tokens: '0' is not a whole number from 1"),
-    (["--text", __file__, "--tokens", -5], "argument --tokens: '-5' is not a whole number"),
+    (["--tokens", 0], "argument --tokens: '0' is not a whole number from 1"),
+    (["--tokens", -5], "argument --tokens: '-5' is not a whole number"),
+    (["--tokens", "1e3"], "argument --tokens: '1e3' is not a whole number"),
+    (["--window", 0], "argument --window: '0' is not a whole number from 1"),
+    (["--out", "/proc/c"], "cannot write /proc/c (No such file or directory); name another file "
+     "with --out"),
+    (["--text", "LATIN"], "is not UTF-8 text (byte 1); convert it, or name another file"),
     (["--text", __file__, "--seed", -1], "argument --seed: '-1' is not a whole number from 0"),
     (["--device", "cuda:77"], "device 'cuda:77' is not available"),
 ])
-def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, sentence):
-    code, out, err = run(*arguments)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+        run, tmp_path, monkeypatch, arguments, sentence):
+    """Before the work, so that nothing is lost."""
+    for work in ("write_text", "count"):
+        monkeypatch.setattr(calibrate, work, lambda *_: pytest.fail("works"))
+    (tmp_path / "latin").write_bytes("né".encode("latin-1") + b"e")
+    code, out, err = run(*[tmp_path / "latin" if word == "LATIN" else word for word in arguments])
     assert code == 2 and sentence in err and err.count("\n") == 1 and not out

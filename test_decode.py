@@ -6,15 +6,20 @@ test_sparse_gemv.py starts this file in the interpreter.
 
 import contextlib
 import math
+import types
+from unittest import mock
 
 import pytest
 import torch
 
-import decode_attention as decode_attention_module
-import sparse_gemv as sparse_gemv_module
+import decode
+import decode_attention
+import dense_gemv
+import int4_gemv
+import sparse_gemv
+import token_kernels
 from decode import CpuDecoder, GpuDecoder
-from decode_attention import Workspace, decode_attention, decode_attention_reference
-from dense_gemv import dense_gemv
+from decode_attention import Workspace, decode_attention_reference
 from int8 import Int8Linear
 from model import Config, KVCache, Linear, Model, masked
 from sampling import sample
@@ -48,7 +53,8 @@ def test_attention(n_heads, n_kv_heads, head_dim, context, window):
             qkv, k_expected, v_expected, angles.cos(), angles.sin(), position, window
         )
         for _ in range(2):  # the second time finds the workspace as the first left it
-            decode_attention(qkv, k, v, angles.cos(), angles.sin(), at, workspace, out, window)
+            decode_attention.decode_attention(
+                qkv, k, v, angles.cos(), angles.sin(), at, workspace, out, window)
             assert (out - expected).abs().max() <= 2e-5
         assert torch.allclose(k, k_expected, atol=1e-6) and torch.equal(v, v_expected)
 
@@ -80,46 +86,98 @@ def test_dense_gemv(k, n):
     for _ in range(2):
         outs.append(torch.full((n,), float("nan"), device=DEVICE))
         kept = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        dense_gemv(x, w_t, outs[-1], norm=(norm, 1e-5), bias=bias, residual=residual, kept=kept)
+        dense_gemv.dense_gemv(
+            x, w_t, outs[-1], norm=(norm, 1e-5), bias=bias, residual=residual, kept=kept)
         assert (outs[-1] - expected).norm() <= 1e-5 * expected.norm() and kept.item() == k
     assert torch.equal(*outs)
 
 
-class Launch:
-    """In a kernel's place: notes at each launch whether the device of its tensors was current."""
-
-    def __init__(self, guarded, seen):
-        self.guarded, self.seen = guarded, seen
-
-    def __getitem__(self, grid):
-        return lambda *tensors, **options: self.seen.append([*self.guarded])
+# ---- the device: Triton launches on the current one, which need not be that of the tensors ------
 
 
-def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
-    """Triton launches on the current device, which need not be that of the tensors (cuda:1)."""
-    guarded, seen = [], []
+@pytest.fixture
+def guard(monkeypatch):
+    """Kernels that only note (name, address of the tensor whose device was made the current one);
+    everything lies on a CPU and takes the GPU's way."""
+    held, notes = [], []
 
     @contextlib.contextmanager
     def device_of(tensor):
-        guarded.append(tensor)
+        held.append(tensor.data_ptr())
         yield
-        guarded.pop()
+        held.pop()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: notes.append((self.name, held[-1] if held else None))
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(sparse_gemv_module, "supports_pdl", lambda device: False)
-    monkeypatch.setattr(sparse_gemv_module, "_select_kernel", Launch(guarded, seen))
-    monkeypatch.setattr(sparse_gemv_module, "_sum_rows_kernel", Launch(guarded, seen))
-    monkeypatch.setattr(sparse_gemv_module, "INTERPRETED", True)  # takes the GPU's way
-    x = torch.randn(64)
-    sparse_gemv_module.sparse_gemv(x, torch.randn(64, 32), 0.1)
-    assert len(seen) == 2 and all(held[0].data_ptr() == x.data_ptr() for held in seen)
+    for module in (sparse_gemv, dense_gemv, int4_gemv, decode_attention, token_kernels, decode):
+        if hasattr(module, "supports_pdl"):
+            monkeypatch.setattr(module, "supports_pdl", lambda device: False)
+        if hasattr(module, "INTERPRETED"):
+            monkeypatch.setattr(module, "INTERPRETED", True)
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(f"{module.__name__}.{name}"))
+    return types.SimpleNamespace(held=held, notes=notes)
 
-    monkeypatch.setattr(decode_attention_module, "_decode_attention_kernel",
-                        Launch(guarded, seen))
-    qkv, cache, out = torch.randn(3 * 16), torch.zeros(1, 8, 16), torch.empty(16)
-    decode_attention(qkv, cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8),
-                     torch.tensor([0]), Workspace(1, 1, 16, "cpu"), out)
-    assert len(seen) == 3 and seen[2][0] is qkv and not guarded
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(guard):
+    """Each public function by itself, for somebody may have copied its file."""
+    x, w_t, out, one = torch.randn(64), torch.randn(64, 32), torch.empty(32), torch.zeros(1)
+    model = random_model(CONFIGS["mistral"], device="cpu")
+    cache = torch.zeros(1, 8, 16)
+    calls = {
+        "sparse_gemv": lambda: sparse_gemv.sparse_gemv(x, w_t, 0.1),
+        "dense_gemv": lambda: dense_gemv.dense_gemv(x, w_t, out),
+        "int4_gemv": lambda: int4_gemv.int4_gemv(
+            x, torch.zeros(64, 16, dtype=torch.uint8), one, ends=(32,), out=out,
+            scale=torch.zeros(64, 1, 2, dtype=torch.bfloat16)),
+        "decode_attention": lambda: decode_attention.decode_attention(
+            x[:48], cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8), one.long(),
+            Workspace(1, 1, 16, "cpu"), out[:16]),
+        "token_kernels": lambda: (token_kernels.embed(model, one.long(), one.long(), x),
+                                  token_kernels.likeliest(x)),
+    }
+    for module, call in calls.items():
+        call()
+        names = {name for name, _ in guard.notes}
+        assert names == {f"{module}.{name}" for name in vars(globals()[module])
+                         if name.endswith("_kernel")}
+        assert {place for _, place in guard.notes} == {x.data_ptr()} and not guard.held, module
+        guard.notes.clear()
+
+
+def test_the_decoder_captures_replays_and_records_on_its_device(guard, monkeypatch):
+    """Else tokens could be read before they are written."""
+    def watched(name, result=mock.DEFAULT):
+        def note(*arguments, **options):
+            assert guard.held == [decoder.x.data_ptr()], name
+            guard.notes.append((name, decoder.x.data_ptr()))
+            return result
+        return note
+
+    for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock(side_effect=watched(name)))
+    torch.cuda.Event.side_effect = None
+    torch.cuda.Event.return_value.record.side_effect = watched("record")
+    torch.cuda.CUDAGraph.return_value.replay.side_effect = watched("replay")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(
+        *size, **options))
+    model = random_model(CONFIGS["llama"], device="cpu")
+    decoder = GpuDecoder(model, KVCache(model.config, 160), token_kernels.likeliest)
+    decoder.start(5, 0)
+    list(decoder.tokens(3))
+    decoder.set_thresholds(torch.full((2, 7), 0.3))
+    names = [name for name, _ in guard.notes]
+    assert names.count("graph") == 2 and names.count("replay") == names.count("record") == 3
+    assert {"Stream", "stream", "current_stream", "dense_gemv._dense_kernel",
+            "sparse_gemv._sum_rows_kernel"} <= set(names)
+    assert all(place is not None for _, place in guard.notes) and not guard.held
 
 
 def random_model(config, linear=Linear, device=DEVICE):
@@ -207,25 +265,35 @@ def test_step(name, linear):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@torch.inference_mode()
 def test_graph_and_kernels_choose_the_same_tokens():
-    """Captured or kernel by kernel, greedy or drawn, again and again; the thresholds may change
-    under the graph."""
+    """Captured or kernel by kernel, greedy or drawn, they choose the tokens of the plain forward
+    pass; the thresholds may change under the graph."""
+    torch.manual_seed(0)
     model = random_model(CONFIGS["llama"])
+    tables = [torch.full((2, 7), t, device=DEVICE) for t in (-1.0, 0.3)]
     for sampling in ((0, 0, 1.0), (0.8, 50, 0.95)):
-        runs = []
+        expected, cache = [5], KVCache(model.config, 160, torch.float32, DEVICE)
+        generator = torch.Generator(DEVICE).manual_seed(3)
+
+        def choose(logits):
+            return sample(logits, *sampling, generator)
+
+        for i in range(120):
+            def project(x, linear):
+                return masked(x, linear, tables[i // 60][linear.layer, linear.places])
+
+            token = torch.tensor(expected[-1:], device=DEVICE)
+            logits = model.logits(model.forward(token, cache, project))[0]
+            expected.append(choose(logits).item())
         for graph in (True, True, False):
-            generator = torch.Generator(DEVICE).manual_seed(3)
+            generator.manual_seed(3)
             cache = KVCache(model.config, 160, torch.float32, DEVICE)
-            decoder = GpuDecoder(
-                model,
-                cache,
-                lambda logits: sample(logits, *sampling, generator),
-                [generator],
-                graph,
-            )
-            decoder.start(5, 0)
-            tokens = list(decoder.tokens(60))
-            decoder.set_thresholds(torch.full((2, 7), 0.3))
-            decoder.start(tokens[-1], 60)
-            runs.append(tokens + list(decoder.tokens(60)))
-        assert runs[0] == runs[1] == runs[2]
+            decoder = GpuDecoder(model, cache, choose, [generator], graph)
+            tokens = [5]
+            for table in tables:
+                decoder.set_thresholds(table)
+                decoder.start(tokens[-1], len(tokens) - 1)
+                tokens += decoder.tokens(60)
+            assert tokens == expected
+            assert decoder.graphs is None or decoder.graphs.keys() == {False, True}

@@ -150,9 +150,40 @@ def test_files_of_others_are_left_alone(run, tmp_path, monkeypatch, content):
 
 def test_an_unwritable_file_is_refused_before_the_measurement(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "score", None)
-    for path in (tmp_path / "text" / "r.json", tmp_path):
-        code, out, err = run("--json", path)
-        assert code == 2 and str(path) in err and err.count("\n") == 1 and not out
+    for flag in ("--json", "--plot"):
+        for path in (tmp_path / "text" / "r.json", tmp_path, "/proc/r.json"):
+            code, out, err = run(flag, path)
+            assert code == 2 and str(path) in err and err.count("\n") == 1 and not out
+
+
+def test_an_interrupted_measurement_leaves_no_file(run, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "score", interrupt)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run("--json", tmp_path / "new" / "r.json", "--plot", tmp_path / "p.png")
+    assert code == 130 and not out and "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_models_that_share_their_last_norm(run, tmp_path, monkeypatch):
+    """Each gets its own perplexity, and neither replaces the other's row."""
+    one, other = tiny(), tiny(seed=1)
+    other.norm.copy_(one.norm)
+    rows, perplexities = [], []
+    for model in (one, other):
+        monkeypatch.setattr("command_line.load", lambda *_, model=model, **__: (model, Letters()))
+        code, _, err = run("--sparsity", 0, "--json", tmp_path / "r.json")
+        assert code == 0, err
+        before, rows = rows, json.loads((tmp_path / "r.json").read_text())
+        assert rows[:-1] == before
+        tokens = Letters().encode((tmp_path / "text").read_text())
+        result, = evaluate.evaluate(model, cut(torch.tensor(tokens), 64), [None])
+        perplexities.append(result["perplexity"])
+    assert [row["perplexity"] for row in rows] == pytest.approx(perplexities)
+    assert abs(perplexities[0] - perplexities[1]) > 0.1
+    assert rows[0]["weights"] != rows[1]["weights"]
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -163,12 +194,16 @@ def test_an_unwritable_file_is_refused_before_the_measurement(run, tmp_path, mon
     (["--windows", 0], "argument --windows: '0' is not a whole number from 1"),
     (["--offset", -1], "argument --offset: '-1' is not a whole number from 0"),
     (["--window", 4096], "--window 4096"),
+    (["--windows", -5], "argument --windows: '-5' is not a whole number from 1"),
+    (["--window", 0], "argument --window: '0' is not a whole number from 1"),
     (["--text", "nowhere.txt"], "nowhere.txt"),
+    (["--text", "LATIN"], "latin is not UTF-8 text (byte 1); convert it, or name another file"),
     (["--calibration", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--allocation", "fisher"], "no fisher calibration"),
     (["--json", __file__], "holds no results"),
     (["--device", "cuda:77"], "device 'cuda:77' is not available"),
 ])
-def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, sentence):
-    code, out, err = run(*arguments)
+def test_bad_input_is_one_sentence_and_exit_code_2(run, tmp_path, arguments, sentence):
+    (tmp_path / "latin").write_bytes("né".encode("latin-1"))
+    code, out, err = run(*[tmp_path / "latin" if word == "LATIN" else word for word in arguments])
     assert code == 2 and sentence in err.splitlines()[-1] and "Traceback" not in err and not out
