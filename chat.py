@@ -33,13 +33,14 @@ class Chat:
     describe:     a function of `Stats` and a sparsity that returns a line of numbers
     sparsity:     that of the session
     answer_room:  tokens to keep free for an answer
+    thinking:     see `Tokenizer.chat`
     """
 
     def __init__(self, session, tokenizer, respond, thresholds, describe, *, sparsity, system,
-                 answer_room):
+                 answer_room, thinking=None):
         self.session, self.tokenizer, self.respond = session, tokenizer, respond
         self.thresholds, self.describe = thresholds, describe
-        self.sparsity, self.system = sparsity, system
+        self.sparsity, self.system, self.thinking = sparsity, system, thinking
         context = session.cache.context
         self.longest = context - min(answer_room, context // 4)  # prompt, in tokens
         self.messages = []
@@ -67,7 +68,8 @@ class Chat:
         """The ids of the conversation, the oldest turns dropped if there is no room for them."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         dropped = 0
-        while len(ids := self.tokenizer.chat(system + self.messages)) > self.longest:
+        while len(ids := self.tokenizer.chat(system + self.messages,
+                                             thinking=self.thinking)) > self.longest:
             if len(self.messages) == 1:
                 raise TokenizerError(
                     f"the message has {len(ids)} tokens, but the context has room for "

@@ -151,6 +151,9 @@ def parse_args():
     add("--chat", action="store_true",
         help="hold a conversation: answer every line of standard input; /help lists commands")
     add("--system", type=nonempty, metavar="TEXT", help="how the model should behave")
+    add("--thinking", action=argparse.BooleanOptionalAction,
+        help="whether a model such as Qwen3 thinks before it answers (default: the chat "
+             "template's choice)")
     add("--raw", action="store_true",
         help="continue the prompt as it is, without the model's chat template")
     add("--max-new-tokens", type=number(int, 1, many), default=256, metavar="N",
@@ -177,8 +180,9 @@ def parse_args():
     args = parser.parse_args()
     if args.chat and args.raw:
         parser.error("--chat needs the chat template that --raw leaves out; give one of them")
-    if args.system and args.raw:
-        parser.error("--system needs the chat template that --raw leaves out; give one of them")
+    for flag in ("system", "thinking"):
+        if getattr(args, flag) is not None and args.raw:
+            parser.error(f"--{flag} needs the chat template that --raw leaves out; give one")
     if args.prompt is None and not args.chat:
         parser.error("there is nothing to do; give --prompt TEXT, --prompt - to read standard "
                      "input, or --chat")
@@ -199,6 +203,8 @@ def main():
         prompt = sys.stdin.read() if rank() == 0 else None
     model, tokenizer = load_model(args, context=args.context)
     prompt, args.seed = from_first((prompt, args.seed))
+    if args.thinking is not None and not tokenizer.can_think:
+        raise ValueError("this model's chat template has no switch for --thinking")
     sampling = {"min_p": args.min_p, "seed": args.seed}
     for name, default in SAMPLING.items():
         given = getattr(args, name)
@@ -208,7 +214,8 @@ def main():
     if not args.chat:
         if args.system or (tokenizer.has_chat_template and not args.raw):
             system = [{"role": "system", "content": args.system}] if args.system else []
-            ids = tokenizer.chat(system + [{"role": "user", "content": prompt}])
+            ids = tokenizer.chat(system + [{"role": "user", "content": prompt}],
+                                 thinking=args.thinking)
         else:
             ids = tokenizer.encode(prompt)
         context = min(context, len(ids) + args.max_new_tokens)
@@ -239,7 +246,8 @@ def main():
 
     if args.chat:
         chat = Chat(session, tokenizer, respond, thresholds, describe, sparsity=args.sparsity,
-                    system=args.system, answer_room=args.max_new_tokens)
+                    system=args.system, answer_room=args.max_new_tokens,
+                    thinking=args.thinking)
         if sys.stdin.isatty():
             edit_lines()
             say(f"{args.model or 'SmolLM2-135M-Instruct'}, {args.quantize or args.dtype}, "

@@ -173,7 +173,7 @@ def test_piped_lines(tiny, tmp_path, monkeypatch):  # noqa: F811
 class Letters:
     """A tokenizer whose ids are code points below 100, with a template that may refuse."""
 
-    def chat(self, messages):
+    def chat(self, messages, thinking=None):
         if any("refuse" in message["content"] for message in messages):
             raise TokenizerError("the template refuses")
         text = "".join(f"<{message['role'][0]}:{message['content']}>" for message in messages)

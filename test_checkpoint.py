@@ -684,6 +684,27 @@ def test_chat_template_is_transformers(template):
         assert ours.chat(messages, prompt) == theirs.encode(text, add_special_tokens=False)
 
 
+def test_thinking_switch():
+    """The template decides, unless it is told."""
+    from transformers import PreTrainedTokenizerFast
+    template = ("{{ messages[0].content }}"
+                "{% if enable_thinking is defined and not enable_thinking %}ts{% endif %}"
+                "{% if enable_thinking | default(false) %}and{% endif %}")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=spm_tokenizer())
+    messages = [{"role": "user", "content": "the"}]
+    ours = Tokenizer(spm_tokenizer(), 320, {}, [], template)
+    assert ours.can_think and not Tokenizer(spm_tokenizer(), 320, {}, [], "x").can_think
+    seen = set()
+    for thinking in (None, True, False):
+        switch = {} if thinking is None else {"enable_thinking": thinking}
+        text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False,
+                                          **switch)
+        ids = ours.chat(messages, thinking=thinking)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        seen.add(tuple(ids))
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("template", [
     "{% for i in range(10**9) %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",

@@ -95,6 +95,8 @@ def run(*arguments, stdin=""):
         (["--prompt", "x", "--dtype", "int3"], "invalid choice: 'int3'"),
         (["--prompt", "x", "--device", "abacus"], "device 'abacus' is not available"),
         (["--chat", "--raw"], "give one of them"),
+        (["--prompt", "x", "--raw", "--no-thinking"], "--thinking needs the chat template"),
+        (["--prompt", "x", "--no-thinking", "--model", "TINY"], "no switch for --thinking"),
         ([], "nothing to do"),
         (["--prompt", "x", "--model", "/no/such/model"], "/no/such/model does not exist"),
         (
@@ -190,6 +192,20 @@ def test_text_ends_before_a_stop_text(smollm):
     ):
         pieces = list(generate_module.text_pieces(iter(ids), tokenizer, stop))
         assert "".join(pieces) == text and len(pieces) > 1 - (text == "O")
+
+
+def test_thinking(tiny, tmp_path):
+    """--thinking reaches the chat template, for one prompt and in a chat."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    template = ("{% for m in messages %}[{{ m.content }}]{% endfor %}"
+                "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    words = ["--model", folder, "--max-new-tokens", "1"]
+    for switch, n_tokens in ([], 5), (["--thinking"], 9), (["--no-thinking"], 10):
+        for done in (run(*words, *switch, "--prompt", "abc"),
+                     run(*words, *switch, "--chat", stdin="abc\n")):
+            assert f"prompt {n_tokens} tokens" in done.stderr.decode(), done.stderr
 
 
 def test_options(tiny, tmp_path):

@@ -26,6 +26,7 @@ class Tokenizer:
     eos_ids: frozenset of the ids that end a turn
     bos_id: the id that `encode` puts first, or None
     has_chat_template: whether `chat` works
+    can_think: whether the chat template can switch thinking on and off
     sampling: what the checkpoint recommends of temperature, top_k, top_p, repetition_penalty
     """
 
@@ -49,6 +50,7 @@ class Tokenizer:
         tokenizer.no_truncation()  # a file may ask for both
         tokenizer.no_padding()
         self.has_chat_template = isinstance(template, str)
+        self.can_think = self.has_chat_template and "enable_thinking" in template
         self.special = {role: text for role, text in special.items() if isinstance(text, str)}
         added = tokenizer.get_added_tokens_decoder()
         self.skipped = {i for i, token in added.items() if token.special}  # by `decode`
@@ -80,15 +82,20 @@ class Tokenizer:
         return guard("the checkpoint's tokenizer cannot decode these tokens",
                      self.tokenizer.decode, list(ids), skip_special_tokens=True)
 
-    def chat(self, messages, add_generation_prompt=True):
-        """[{"role": "user", "content": str}, ...] -> ids, written as the model is used to."""
+    def chat(self, messages, add_generation_prompt=True, thinking=None):
+        """[{"role": "user", "content": str}, ...] -> ids, written as the model is used to.
+
+        thinking: whether the model thinks before it answers, if it `can_think`; None leaves that
+            to its template
+        """
         if not self.has_chat_template:
             raise TokenizerError("this checkpoint has no chat template; give it plain text to "
                                  "continue instead")
+        switch = {} if thinking is None else {"enable_thinking": thinking}
         try:
             text = render(
                 self.template, messages=messages, tools=None, documents=None,
-                add_generation_prompt=add_generation_prompt, **self.special)
+                add_generation_prompt=add_generation_prompt, **self.special, **switch)
         except ValueError as error:
             raise TokenizerError(str(error)) from None
         return self.encode(text, bos=False)
