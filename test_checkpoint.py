@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -175,16 +176,55 @@ def convert_to_gguf(theirs, file, arch, reordered):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    state = theirs.state_dict()
+    if config.model_type == "granitemoehybrid":  # its dense models
+        writer.add_feed_forward_length(config.shared_intermediate_size)
+        writer.add_head_count_kv([config.num_key_value_heads] * config.num_hidden_layers)
+        writer.add_rope_scaling_finetuned(True)
+        for name in [name for name in state if "shared_mlp" in name]:
+            if "input" in name:
+                for part, tensor in zip(("gate", "up"), state[name].chunk(2)):
+                    state[name.replace("shared_mlp.input_linear", f"mlp.{part}_proj")] = tensor
+            else:
+                state[name.replace("shared_mlp.output_linear", "mlp.down_proj")] = state[name]
+            del state[name]
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    head_dim = config.hidden_size // config.num_attention_heads
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    rope = config.rope_parameters
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for key in ("attention_factor", "beta_fast", "beta_slow"):
+            if key in rope:
+                key = key.replace("attention", "attn")
+                getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
+    if arch == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if arch == "phi3":
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+        writer.add_sliding_window(config.sliding_window or 0)
+        original = rope.get("original_max_position_embeddings")
+        if "long_factor" in rope:
+            stretch = config.max_position_embeddings / original
+            writer.add_rope_scaling_orig_ctx_len(original)
+            writer.add_rope_scaling_attn_factors(
+                math.sqrt(1 + math.log(stretch) / math.log(original)))
+            for length in ("long", "short"):
+                writer.add_tensor(f"rope_factors_{length}.weight",
+                                  np.array(rope[f"{length}_factor"], np.float32))
     n = config.vocab_size
     add_metadata(writer, {
         "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES[:n],
         "tokenizer.ggml.scores": [0.0] * n, "tokenizer.ggml.token_type": [1] * n,
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2})
-    for name, tensor in theirs.state_dict().items():
+    for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         part = name.split(".")[-2]
@@ -451,17 +491,23 @@ def test_gguf_with_biases(tmp_path):
         assert opened.config.qkv_bias and same(opened, weights(config))
 
 
-@pytest.mark.parametrize("name, arch, reordered", [
-    ("llama-2", "llama", True), ("llama with biases", "llama", True), ("qwen2", "qwen2", False),
-    ("qwen3", "qwen3", False), ("smollm3, every fourth, tied, biases", "smollm3", True),
-    ("olmo2", "olmo2", False), ("olmo2, odd heads, tied", "olmo2", False)])
+@pytest.mark.parametrize("arch, name, context", [
+    ("llama", "llama-2", None), ("llama", "llama with biases", None),
+    ("qwen2", "qwen2", None), ("qwen3", "qwen3", None), ("qwen3", "qwen3, yarn", None),
+    ("smollm3", "smollm3, every fourth, tied, biases", None),
+    ("olmo2", "olmo2", None), ("olmo2", "olmo2, odd heads, tied", None),
+    ("granite", "granite", None), ("granite", "granite, odd heads, tied, biases", None),
+    ("granite", "granite 4", None),
+    ("phi3", "phi-3", None), ("phi3", "phi-3, odd heads, tied", None),
+    ("phi3", "phi-3, long context", 256), ("phi3", "phi-4-mini, short text", None)])
 @torch.inference_mode()
-def test_gguf_families(tmp_path, name, arch, reordered):
+def test_gguf_families(tmp_path, arch, name, context):
     """A model of transformers, written as GGUF, gives the same logits."""
     theirs, _ = pair(name)
     tokens = torch.randint(theirs.config.vocab_size, (40,))
+    reordered = arch in ("llama", "smollm3", "granite")
     file = convert_to_gguf(theirs, tmp_path / "m.gguf", arch, reordered)
-    ours, _ = checkpoint.load(file)
+    ours, _ = checkpoint.load(file, context=context)
     expected = theirs(tokens[None]).logits[0]
     assert (ours.logits(ours.forward(tokens)) - expected).abs().max() <= 1e-4
 
@@ -470,6 +516,29 @@ def test_gguf_tensors_of_one_meaning(tmp_path):
     tensors = weights() | {"blk.0.post_attention_norm.weight": torch.ones(32)}
     refused(write_gguf(tmp_path / "m.gguf", tensors), "blk.0.ffn_norm.weight and "
             "blk.0.post_attention_norm.weight have the same meaning")
+
+
+def test_gguf_of_a_granite_without_rope(tmp_path):
+    refused(write_gguf(tmp_path / "m.gguf", None, "granite", **{
+        "granite.attention.scale": 0.1, "granite.rope.scaling.finetuned": False}), "without RoPE")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"phi3.rope.dimension_count": 3}, "3 of a head's 8 channels turn"),
+    ({"phi3.rope.dimension_count": 12}, "partial_rotary_factor is 1.56"),
+    ({"phi3.rope.scaling.original_context_length": 1}, "original_max_position_embeddings is 1")])
+def test_bad_gguf_of_phi(tmp_path, change, words):
+    factors = {f"rope_factors_{name}.weight": torch.ones(4) for name in ("long", "short")}
+    change = {"phi3.rope.scaling.original_context_length": 16} | change
+    refused(write_gguf(tmp_path / "m.gguf", weights() | factors, "phi3", **change), words)
+    del factors["rope_factors_long.weight"]
+    refused(write_gguf(tmp_path / "m.gguf", weights() | factors, "phi3", **change),
+            "rope_factors_long.weight is missing")
+
+
+def test_gguf_with_too_long_rope_factors(tmp_path):
+    refused(write_gguf(tmp_path / "m.gguf", weights() | {"rope_freqs.weight": torch.ones(9)}),
+            "rope_freqs.weight has shape [9], more than a head of 8")
 
 
 def test_gguf_of_olmo3(tmp_path):
@@ -841,7 +910,7 @@ def test_odd_name_of_the_first_token(tmp_path, bos):
     ({"llama.embedding_length": 1 << 30}, "hidden_size"),
     ({"llama.attention.head_count": 0}, "num_attention"),
     ({"llama.embedding_length": "many"}, "hidden_size"),
-    ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
+    ({"llama.attention.head_count_kv": [2, 1]}, "num_key_value_heads"),
     ({"llama.rope.dimension_count": 4, "llama.attention.key_length": 8}, "4 of 8")])
 def test_bad_gguf_metadata(tmp_path, change, words):
     refused(write_gguf(tmp_path / "m.gguf", **change), "m.gguf", words)

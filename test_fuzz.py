@@ -442,7 +442,7 @@ def read_by_other_means(victim):
                 heads = {"attn_q": 4, "attn_k": 2}.get(tensor.name.split(".")[-2])
                 if heads and "llama.block_count" in reader.fields:
                     array = array.reshape(heads, 4, 2, -1).swapaxes(1, 2).reshape(array.shape)
-                tensors[hf_name(tensor.name)] = torch.from_numpy(array.copy())
+                tensors[hf_name(tensor.name, "llama")] = torch.from_numpy(array.copy())
         else:
             data = bytearray((victim.folder / name).read_bytes())
             dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,

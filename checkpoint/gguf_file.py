@@ -27,6 +27,7 @@ from checkpoint.opened import Checkpoint, CheckpointError
 from checkpoint.rope import parse_rope
 from checkpoint.tensors import check_shapes
 from checkpoint.tokenizer import Tokenizer
+from checkpoint.unify import unify
 from files import one_line
 
 HEADER_LIMIT = 32 << 20  # bytes; with 260,000 tokens it takes about 15 MB
@@ -39,8 +40,9 @@ UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
-                 "olmo2": "Olmo2ForCausalLM"}
-REORDERED = ("llama", "smollm3")  # architectures whose rows of q and k are (see `GGUFFile.read`)
+                 "olmo2": "Olmo2ForCausalLM", "granite": "GraniteForCausalLM",
+                 "phi3": "Phi3ForCausalLM"}
+REORDERED = ("llama", "smollm3", "granite")  # whose rows of q and k are (see `GGUFFile.read`)
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -51,6 +53,8 @@ BLOCK_NAMES = {
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
+PHI3_NAMES = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
 def open_gguf(file):
@@ -58,11 +62,10 @@ def open_gguf(file):
     try:
         gguf = GGUFFile(file)
         config_json = gguf.config()
+        config_json |= gguf.rope(parse_config(config_json))
         config = parse_config(config_json)
-        if "rope_freqs.weight" in gguf.tensors:
-            config_json["rope_scaling"] = llama3_scaling(gguf.read("rope_freqs.weight"), config)
-            config = parse_config(config_json)
-        shapes = check_shapes(config, gguf.shapes())
+        shapes, read = unify(config_json, config, gguf.shapes(), gguf.read)
+        shapes = check_shapes(config, shapes)
         roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         special = {f"{short}_token": special_token(gguf.metadata, role)
                    for short, role in roles.items()}
@@ -71,7 +74,7 @@ def open_gguf(file):
                               gguf.metadata.get("tokenizer.chat_template"))
     except Exception as error:  # the tokenizers package raises plain Exception
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
-    return Checkpoint(config, tokenizer, [file], shapes, gguf.read, config_json)
+    return Checkpoint(config, tokenizer, [file], shapes, read, config_json)
 
 
 # ---- the header --------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ class GGUFFile:
                              f"{', '.join(ARCHITECTURES)}")
         self.names = {}
         for name in self.tensors:
-            if (other := self.names.setdefault(hf_name(name), name)) != name:
+            if (other := self.names.setdefault(hf_name(name, self.arch), name)) != name:
                 raise ValueError(f"tensors {other} and {name} have the same meaning")
         if "token_embd.weight" not in self.tensors:
             raise ValueError("tensor token_embd.weight is missing")
@@ -202,51 +205,107 @@ class GGUFFile:
                              "damaged")
         return tensors
 
+    def get(self, key, default=None):
+        """A metadata value of the architecture."""
+        return self.metadata.get(f"{self.arch}.{key}", default)
+
+    def heads(self):
+        """The number of heads of queries, and of keys and values; values unchecked."""
+        n_heads = self.get("attention.head_count")
+        n_kv_heads = self.get("attention.head_count_kv", n_heads)
+        if isinstance(n_kv_heads, np.ndarray) and len({*n_kv_heads.tolist()}) == 1:
+            n_kv_heads = n_kv_heads[0].item()  # the same for every layer, as Granite 4 has it
+        return n_heads, n_kv_heads
+
     def config(self):
         """The metadata as the dictionary of a config.json, values unchecked.
 
-        Without Llama-3's scaling of RoPE, which GGUF keeps in a tensor (`llama3_scaling`).
+        Without what GGUF keeps in tensors (`rope`).
         """
-        def get(key, default=None):
-            return self.metadata.get(f"{self.arch}.{key}", default)
-
-        heads, rope_dim = get("attention.head_count"), get("rope.dimension_count")
-        head_dim = get("attention.key_length", rope_dim)
-        if rope_dim not in (head_dim, None):
+        n_heads, n_kv_heads = self.heads()
+        rope_dim = self.get("rope.dimension_count")
+        head_dim = self.get("attention.key_length", None if self.arch == "phi3" else rope_dim)
+        if rope_dim not in (head_dim, None) and self.arch != "phi3":
             raise ValueError(f"it rotates {rope_dim} of {head_dim} dimensions of a head; only "
                              "all is supported")
-        if get("attention.sliding_window") and self.arch == "olmo2":
+        if self.get("attention.sliding_window") and self.arch == "olmo2":
             raise ValueError("it is an OLMo 3; a window on some of the layers is not supported")
-        scaling = {"rope_type": get("rope.scaling.type", "none"),
-                   "factor": get("rope.scaling.factor"),
-                   "original_max_position_embeddings": get("rope.scaling.original_context_length")}
-        scaled = scaling["rope_type"] != "none" and "rope_freqs.weight" not in self.tensors
         ends = [self.metadata.get(f"tokenizer.ggml.{role}_token_id")
                 for role in ("eos", "eot", "eom")]
-        return {
+        config = {
             "model_type": self.arch,
             "architectures": [ARCHITECTURES[self.arch]],
             "vocab_size": self.tensors["token_embd.weight"][0][0],
-            "hidden_size": get("embedding_length"),
-            "intermediate_size": get("feed_forward_length"),
-            "num_hidden_layers": get("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv", heads),
+            "hidden_size": self.get("embedding_length"),
+            "intermediate_size": self.get("feed_forward_length"),
+            "num_hidden_layers": self.get("block_count"),
+            "num_attention_heads": n_heads,
+            "num_key_value_heads": n_kv_heads,
             "head_dim": head_dim,
-            "max_position_embeddings": get("context_length"),
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-            "rope_theta": get("rope.freq_base", 10000.0),
-            "rope_scaling": scaling if scaled else None,
+            "max_position_embeddings": self.get("context_length"),
+            "sliding_window": self.get("attention.sliding_window") or None,
+            "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self.get("rope.freq_base", 10000.0),
+            "rope_scaling": self.rope_scaling(),
             "attention_bias": "blk.0.attn_q.bias" in self.tensors,
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": [i for i in ends if i is not None],
         }
+        if self.arch == "granite":
+            if self.get("attention.scale") is None or not self.get("rope.scaling.finetuned", True):
+                raise ValueError("it is a Granite without granite.attention.scale or without RoPE, "
+                                 "which is not supported")
+            config |= {"attention_multiplier": self.get("attention.scale"),
+                       "embedding_multiplier": self.get("embedding_scale"),
+                       "residual_multiplier": self.get("residual_scale"),
+                       "logits_scaling": self.get("logit_scale")}
+        return config
+
+    def rope_scaling(self):
+        """The rope_scaling of a config.json, as far as it is metadata; None for the plain RoPE."""
+        kind = self.get("rope.scaling.type", "none")
+        if kind == "none" or any(name in self.tensors for name in ROPE_TENSORS):
+            return None
+        values = {"factor": self.get("rope.scaling.factor"),
+                  "original_max_position_embeddings":
+                      self.get("rope.scaling.original_context_length"),
+                  "attention_factor": self.get("rope.scaling.attn_factor",
+                                               self.get("rope.scaling.yarn_attn_factor")),
+                  "beta_fast": self.get("rope.scaling.yarn_beta_fast"),
+                  "beta_slow": self.get("rope.scaling.yarn_beta_slow")}
+        return {"rope_type": kind, **{k: v for k, v in values.items() if v is not None}}
+
+    def rope(self, config):
+        """What a config.json says of RoPE that GGUF keeps in tensors; config: without it."""
+        def read(name):
+            if name not in self.tensors:
+                raise ValueError(f"tensor {name} is missing")
+            if math.prod(self.tensors[name][0]) > config.head_dim:
+                raise ValueError(f"tensor {name} has shape {list(self.tensors[name][0])}, more "
+                                 f"than a head of {config.head_dim} dimensions needs")
+            return self.read(name).flatten()
+
+        if "rope_freqs.weight" in self.tensors:
+            return {"rope_scaling": llama3_scaling(read("rope_freqs.weight"), config)}
+        found, turned = {}, self.get("rope.dimension_count", config.head_dim)
+        if turned != config.head_dim:  # Phi-4-mini
+            # half a dimension more, because the product with head_dim is rounded down
+            found["partial_rotary_factor"] = (turned + 0.5) / config.head_dim
+        if "rope_factors_short.weight" in self.tensors:
+            found["rope_scaling"] = {
+                "rope_type": "longrope",
+                "short_factor": read("rope_factors_short.weight").tolist(),
+                "long_factor": read("rope_factors_long.weight").tolist(),
+                "attention_factor": self.get("rope.scaling.attn_factor"),
+                "original_max_position_embeddings":
+                    self.get("rope.scaling.original_context_length")}
+        return found
 
     def shapes(self):
         """{Hugging Face name: shape [out_features, in_features]} of the weights."""
         return {hf: self.tensors[name][0] for hf, name in self.names.items()
-                if name != "rope_freqs.weight"}
+                if name not in ROPE_TENSORS}
 
     def read(self, hf, part=...):
         """A weight, or slices of it, by its Hugging Face name: float32 [out, in] on the CPU."""
@@ -260,9 +319,7 @@ class GGUFFile:
             # llama.cpp rotates neighbours (2i, 2i + 1), where Hugging Face rotates the pairs
             # (i, i + head_dim / 2). So it reorders the rows of q and k (of a bias, its elements).
             # Put them back while they are still small.
-            n_heads = self.metadata[f"{self.arch}.attention.head_count"]
-            if kind == "attn_k":
-                n_heads = self.metadata.get(f"{self.arch}.attention.head_count_kv", n_heads)
+            n_heads = self.heads()[kind == "attn_k"]
             row_bytes = len(raw) // shape[0]
             raw = raw.reshape(n_heads, -1, 2, row_bytes).swapaxes(1, 2)
         return to_float(shape, quant, raw)[part]
@@ -286,12 +343,13 @@ def llama3_scaling(divisors, config):
     return scaling if scaling["factor"] != 1 else None
 
 
-def hf_name(name):
+def hf_name(name, arch):
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; others stay as they are."""
     module, _, kind = name.rpartition(".")
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", module):
-        if match[2] in BLOCK_NAMES:
-            return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.{kind}"
+        names = BLOCK_NAMES | PHI3_NAMES if arch == "phi3" else BLOCK_NAMES
+        if match[2] in names:
+            return f"model.layers.{match[1]}.{names[match[2]]}.{kind}"
     return f"{NAMES[module]}.{kind}" if module in NAMES else name
 
 
