@@ -153,7 +153,8 @@ def read_line():
             say("Ctrl-C again or Ctrl-D leaves")
             return input("> ")
     except (EOFError, KeyboardInterrupt):
-        print()
+        if terminal:
+            print()
         return None
 
 

@@ -392,6 +392,20 @@ def test_a_written_text_ends_at_a_stop_token(model):
     assert not (text % 2).any() and (text == 0).sum() > 5  # half of the tokens end a text
 
 
+def test_a_chat_model_answers_all_prompts_in_turn(model):
+    tokenizer, asked = Letters(), []
+    tokenizer.has_chat_template, tokenizer.eos_ids = True, frozenset(range(1, 64, 2))
+
+    def chat(messages):
+        asked.extend(messages)
+        return [2 * len(asked), 0]
+
+    tokenizer.chat = chat
+    text = calibrate.write_text(model, tokenizer, 200).tolist()
+    assert [m["content"] for m in asked] == list(calibrate.PROMPTS) and len(asked) == 10
+    assert {*range(2, 21, 2)} <= {id for id, end in zip(text, text[1:]) if end == 0}
+
+
 def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
     tokenizer = Letters()
     tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset({5})

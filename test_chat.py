@@ -9,6 +9,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from chat import Chat
 from checkpoint.tokenizer import TokenizerError
@@ -180,7 +181,7 @@ class Letters:
         return [ord(letter) % 101 for letter in text]
 
 
-def conversation(context=64, **options):
+def conversation(context=64, thresholds=lambda sparsity: None, **options):
     """A Chat over a small random model, and the list of the prompts that it gives."""
     from test_decode import CONFIGS, random_model
 
@@ -191,7 +192,7 @@ def conversation(context=64, **options):
         return f"{len(list(session.generate(ids, 4)))} tokens"
 
     options = {"sparsity": 0, "system": None, "answer_room": 8} | options
-    chat = Chat(session, Letters(), respond, lambda sparsity: None,
+    chat = Chat(session, Letters(), respond, thresholds,
                 lambda stats, sparsity: f"{stats.new_tokens} new", **options)
     return chat, prompts
 
@@ -226,6 +227,22 @@ def test_a_full_context_drops_the_oldest_turns(capsys):
     chat.command("clear", "")
     chat.ask("short")
     assert len(prompts) == 4 and len(chat.messages) == 2
+
+
+def test_an_answer_may_take_a_quarter_of_a_short_context():
+    for room, longest in ((8, 56), (16, 48), (1000, 48)):
+        assert conversation(context=64, answer_room=room)[0].longest == longest
+
+
+def test_sparsity_is_that_of_the_steps_from_then_on(capsys):
+    chat, _ = conversation(thresholds=lambda sparsity: torch.full((2, 7), 100 * sparsity - 1))
+    shares = []
+    for sparsity in ("0.5", "2", "0"):
+        chat.command("sparsity", sparsity)
+        chat.ask("one")
+        shares.append(chat.session.sparsity(chat.last[0]))
+    assert shares == [1, 1, 0] and chat.sparsity == 0  # "2" changes nothing
+    assert "it is 0.5 now" in capsys.readouterr().err
 
 
 def test_numbers_of_each_setting(capsys):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import calibrate
 import evaluate
+from calibrate import byte_shares
 from evaluate import cut, score
 from model import PROJECTIONS, KVCache, masked
 from test_calibrate import CONFIG, Letters, run_in_process, tiny
@@ -113,6 +114,9 @@ def test_results_table_and_plot(run, tmp_path):
         assert (row["dtype"], row["quantize"]) == ("float32", None)
         assert (row["window"], row["offset"]) == (64, 0) and not row["all_sparse"]
         assert row["windows"] == 8 and f"{row['perplexity']:.2f}" in out
+        shares = dict(zip(PROJECTIONS, byte_shares(CONFIG).tolist()))
+        assert row["realised_sparsity"] == pytest.approx(
+            sum(shares[name] * share for name, share in row["projections"].items()))
     assert rows[0]["kl"] == 0 and rows[0]["top1"] == 1 and rows[0]["realised_sparsity"] == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
@@ -200,10 +204,12 @@ def test_models_that_share_their_last_norm(run, tmp_path, monkeypatch):
     (["--text", "LATIN"], "latin is not UTF-8 text (byte 1); convert it, or name another file"),
     (["--calibration", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--allocation", "fisher"], "no fisher calibration"),
+    (["--calibration", "UNIFORM", "UNIFORM"], "is a second uniform calibration"),
     (["--json", __file__], "holds no results"),
     (["--device", "cuda:77"], "device 'cuda:77' is not available"),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(run, tmp_path, arguments, sentence):
     (tmp_path / "latin").write_bytes("né".encode("latin-1"))
-    code, out, err = run(*[tmp_path / "latin" if word == "LATIN" else word for word in arguments])
+    files = {"LATIN": tmp_path / "latin", "UNIFORM": tmp_path / "uniform.safetensors"}
+    code, out, err = run(*[files.get(word, word) for word in arguments])
     assert code == 2 and sentence in err.splitlines()[-1] and "Traceback" not in err and not out

@@ -23,7 +23,10 @@ from checkpoint import memory
 from checkpoint.tensors import weight_bytes
 from command_line import run_script
 from model import Config, Model
-from test_session import PROMPTS
+from report import report, summary
+from session import Session
+from test_session import PROMPTS, ask
+from thresholds import find
 
 
 def test_printed_text_is_the_decoded_text(smollm, capsys):
@@ -160,25 +163,21 @@ def test_help():
 
 
 def test_one_command(smollm):
-    """The README's command, from the shell to the text and its summary, twice the same."""
-    arguments = [
-        "--sparsity",
-        "0.4",
-        "--prompt",
-        PROMPTS[0],
-        "--max-new-tokens",
-        "40",
-        "--temperature",
-        "0",
-    ]
-    one, two = run(*arguments), run(*arguments)
-    assert one.returncode == 0 and one.stdout == two.stdout and b"blue" in one.stdout
-    summary = one.stderr.decode().strip()
-    assert (
-        "% of the blocks' 212.3 MB unread (40% asked)" in summary
-        and "MB read per token" in summary
-        and "seed" not in summary
-    )
+    """The README's command, from the shell to the text and its summary: those of a session with
+    the shipped thresholds."""
+    done = run("--sparsity", 0.4, "--prompt", PROMPTS[0], "--max-new-tokens", 40,
+               "--temperature", 0, "--threads", torch.get_num_threads())
+    model, tokenizer = checkpoint.load(dtype=torch.bfloat16)
+    ids = ask(tokenizer, PROMPTS[0])
+    session = Session(model, find(model).thresholds(0.4), stop=tokenizer.eos_ids)
+    text = tokenizer.decode(session.generate(ids, 40))
+    assert done.returncode == 0 and done.stdout.decode() == text + "\n" and "blue" in text
+    n = session.stats.new_tokens
+    read, unread = session.bytes_per_token() / 1e6, session.sparsity()
+    assert re.fullmatch(
+        rf"prompt {len(ids)} tokens, [\d.]+ tok/s \| new {n} tokens, [\d.]+ tok/s \| {read:.1f} MB "
+        rf"read per token \| {unread:.1%} of the blocks' 212.3 MB unread \(40% asked\)",
+        done.stderr.decode().splitlines()[-1]), done.stderr
 
 
 def test_text_ends_before_a_stop_text(smollm):
@@ -238,10 +237,18 @@ def test_context_end(tiny):
 
 
 def test_chat(tiny):
-    done = run(
-        "--model", tiny, "--chat", "--max-new-tokens", "5", "--temperature", "0", stdin="Hi\nHo\n"
-    )
-    assert done.returncode == 0 and "new 10 tokens" in done.stderr.decode()
+    """Each answer continues the whole conversation, the earlier answers included."""
+    done = run("--model", tiny, "--chat", "--max-new-tokens", 5, "--temperature", 0, "--dtype",
+               "float32", "--system", "Be", stdin="Hi\nHo\nHu\n")
+    model, tokenizer = checkpoint.load(tiny)
+    messages, answers = [{"role": "system", "content": "Be"}], []
+    for question in ("Hi", "Ho", "Hu"):
+        messages.append({"role": "user", "content": question})
+        answers.append("".join(generate_module.generate(
+            model, tokenizer, tokenizer.chat(messages), 5)))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert done.returncode == 0 and done.stdout.decode() == "".join(f"{a}\n" for a in answers)
+    assert len({*answers}) == 3 and "new 15 tokens" in done.stderr.decode()
 
 
 def test_first_sparse_run_calibrates(tiny, tmp_path, monkeypatch):
@@ -320,6 +327,33 @@ def test_what_the_command_line_passes_on(tiny, monkeypatch, capsys):
     assert passed["stop"] == {255} and passed["top_k"] == 7 and passed["top_p"] == 0.6
     assert passed["temperature"] == 0.9 and passed["seed"] == 11
     assert '"realised_sparsity": 0.123' in capsys.readouterr().err
+
+
+def test_system_prompt_and_stop_text(tiny, monkeypatch, capsys):
+    """--system stands in front of the prompt; --stop ends the answer before its text."""
+    def text(*arguments):
+        words = ["--model", tiny, "--temperature", 0, "--max-new-tokens", 20, *arguments]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
+        generate_module.main()
+        return capsys.readouterr().out
+
+    whole = text("--prompt", "abc")
+    stop = whole[4:6]
+    assert text("--prompt", "abc", "--stop", stop) == whole[:whole.index(stop)] + "\n"
+    assert text("--prompt", "abc", "--system", "Be brief.") == text(
+        "--raw", "--prompt", "[Be brief.][abc]") != whole
+
+
+def test_numbers_of_a_run(smollm):
+    """Speeds are tokens over the seconds of their own phase."""
+    session = Session(smollm[0])
+    list(session.generate([1, 2, 3], 4))
+    stats = session.measured()
+    stats.prefill_seconds, stats.decode_seconds = 0.5, 0.25
+    numbers = report(session, stats, 0, None)
+    assert numbers["prompt_tokens_per_second"] == 3 / 0.5
+    assert numbers["tokens_per_second"] == 3 / 0.25  # the first new token comes from prefill
+    assert summary(numbers).startswith("prompt 3 tokens, 6.0 tok/s | new 4 tokens, 12.0 tok/s | ")
 
 
 def test_reader_leaves():

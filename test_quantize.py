@@ -39,7 +39,7 @@ def source(request, tmp_path):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     return write_folder(tmp_path / "source", config, tensors, tokenizer_config={
         "bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template},
-        generation_config={"eos_token_id": [2, 5]})
+        generation_config={"eos_token_id": [2, 5], "temperature": 0.3, "top_k": 9})
 
 
 @pytest.fixture
@@ -238,6 +238,7 @@ def test_a_folder_is_the_same_model_as_quantizing_while_loading(
     ours, theirs_too = (list(generate_tokens(m, [1, 50, 60], 32)) for m in (model, wanted))
     assert ours == theirs_too
     assert tokenizer.eos_ids == theirs.eos_ids == {2, 5} and tokenizer.special == theirs.special
+    assert tokenizer.sampling == theirs.sampling == {"temperature": 0.3, "top_k": 9}
     messages = [{"role": "user", "content": "the"}]
     assert tokenizer.chat(messages) == theirs.chat(messages)
     assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50))

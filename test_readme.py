@@ -35,7 +35,7 @@ def shortened(command, folder):
     """The command's arguments, its files in `folder`, with less to do."""
     words = [word.replace("/tmp/", f"{folder}/") for word in shlex.split(command)]
     if words[1] == "generate.py" and "--help" not in words:
-        words += ["--max-new-tokens", "4"]
+        words += ["--max-new-tokens", "4", "--seed", "1"]
     if words[1] == "benchmark.py" and "cpu" in words:
         words[words.index("--sparsity") :] = ["--sparsity", "0.5"]
     if words[1] == "calibrate.py":
@@ -87,15 +87,39 @@ def test_commands_that_follow_each_other(pattern, folder):
 
 
 def run(command, folder):
+    words = shortened(command, folder)
     done = subprocess.run(
-        shortened(command, folder),
+        words,
         cwd=HERE,
         capture_output=True,
         text=True,
-        stdin=subprocess.DEVNULL,
+        input="Hi\n",  # for --chat
         env=os.environ | {"OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    out, err = printed(words)
+    assert re.search(out, done.stdout) and re.search(err, done.stderr), (command, done)
+
+
+def printed(words):
+    """Patterns of what a command prints: on standard output, and on standard error."""
+    script = words[1]
+    if "--help" in words:
+        return rf"^usage: {script} ", "^$"
+    if script == "quantize.py":
+        return rf"^{words[-1]}: [\d.]+ MB, made from [\d.]+ MB$", ""
+    if script == "calibrate.py":
+        return rf"^{words[words.index('--out') + 1]}$", ""
+    if script == "evaluate.py":
+        rows = r"\nuniform +0\.50 +0\.[45]\d+ +\d+\.\d\d "
+        return rf"^allocation [^\n]*\ndense +0\.00 +0\.000 +\d+\.\d\d (.|\n)*{rows}", ""
+    # generate.py: a text, and the numbers of a run
+    numbers = r"\| new 4 tokens, [\d.]+ tok/s \| seed 1 \| [\d.]+ MB read per token"
+    if "--sparsity" in words:
+        asked = float(words[words.index("--sparsity") + 1])
+        size = "106.2" if any("int8" in word for word in words) else "212.3"
+        numbers += rf" \| [3-6]\d\.\d% of the blocks' {size} MB unread \({asked:.0%} asked\)"
+    return r"\w{2,}", numbers + r"\n$"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(ON_A_GPU, c)])
@@ -108,6 +132,13 @@ def test_benchmark_says_that_it_needs_a_gpu(command, folder):
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example(example, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
-    exec(compile(example, "README.md", "exec"), {})
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
     if "import generate" in example:
         assert "Paris" in capsys.readouterr().out
+    elif "sparse_gemv" in example:
+        dropped = (names["x"].abs() <= names["threshold"]).float().mean()
+        assert names["y"].shape == (1, 11008) and 0.49 < dropped < 0.51
+    else:  # Llama-2-13B has 40 layers
+        assert names["metadata"]["allocation"] == "greedy"
+        assert names["q_at_half"].shape == (40,) and names["q_at_half"].gt(0).all()

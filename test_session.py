@@ -2,6 +2,7 @@
 sampling."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from checkpoint.tensors import put, tensor_shapes
 from generate import generate_tokens
 from model import Config, KVCache, Model, dense, masked
 from sampling import penalize, sample
-from session import Session
+from session import Session, SparsityWatch
 from test_decode import CONFIGS, DEVICE, random_model
 from thresholds import find
 
@@ -254,6 +255,7 @@ def test_sample_corners():
         {"top_k": 1},
         {"top_p": 0},
         {"top_p": 1e-9},
+        {"min_p": 1.0},
     ):
         assert set(draws(logits, 20, **options).tolist()) == {best}
     assert sample(torch.zeros(5), temperature=0).shape == (1,)
@@ -297,6 +299,12 @@ def test_infinite_numbers_are_named(spoil, words):
         list(generate_tokens(overflowing(torch.float16, spoil), [1, 2, 3], 4))
 
 
+def test_infinite_numbers_are_not_drawn_from():
+    model = overflowing(torch.float32, lambda model: model.lm_head.w_t[:, 7].fill_(math.inf))
+    with pytest.raises(ValueError, match="the output of the LM head is infinite or NaN"):
+        list(Session(model, temperature=1.0).generate([1, 2, 3], 4))
+
+
 def test_infinite_numbers_while_decoding():
     model = overflowing(torch.float32, lambda model: None)
     session = Session(model)
@@ -332,6 +340,65 @@ def test_bytes_read_stop_at_the_sliding_window():
     token = 2 * 2 * 4 * 16 * 4  # keys and values of one, in bytes
     weights = sum(linear.w_t.nbytes for linear in [*model.linears(), model.lm_head])
     assert session.bytes_per_token() == weights + sum(seen) / 10 * token
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="Ctrl-C does not cut a step of a GPU short")
+def test_rows_of_a_step_cut_short_are_not_counted(monkeypatch):
+    model, thresholds = random_model(CONFIGS["llama"]), torch.full((2, 7), 0.3)
+    whole, cut = (Session(model, thresholds) for _ in range(2))
+    list(whole.generate([1, 2, 3], 6))
+    tokens = cut.generate([1, 2, 3], 6)
+    next(tokens)
+
+    def interrupt(y):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.blocks[1], "reduce", interrupt)
+        next(tokens)
+    assert cut.decoder.n_steps == 0 and not cut.kept.any()
+    list(cut.generate([1, 2, 3], 6))
+    assert cut.decoder.n_steps == 5 and torch.equal(cut.kept, whole.kept)
+
+
+class Reading:
+    """Stands for a session whose steps drop the same share of everything."""
+
+    def __init__(self):
+        self.model, self.decoder = random_model(CONFIGS["llama"]), types.SimpleNamespace(n_steps=0)
+        self.kept = torch.zeros(2, 7, dtype=torch.int64)
+
+    def steps(self, n, dropped):
+        for i in range(n):
+            self.decoder.n_steps += 1
+            for linear in self.model.linears():
+                self.kept[linear.layer, linear.places] += round((1 - dropped) * linear.in_features)
+            yield i
+
+
+def test_the_watch_looks_at_64_tokens_at_a_time():
+    """It warns once, of too little and of too much, and no old tokens hide what new ones reach."""
+    for reached, warned in ((0.5, []), (0.25, [0.25]), (0.75, [0.75])):
+        session, warnings = Reading(), []
+        watch = SparsityWatch(session, lambda asked, found: warnings.append((asked, found)))
+        assert list(watch.watch(session.steps(256, 0.5), 0.5)) == list(range(256))
+        assert not warnings
+        list(watch.watch(session.steps(63, reached), 0.5))
+        assert not warnings
+        list(watch.watch(session.steps(200, reached), 0.5))
+        assert warnings == [(0.5, pytest.approx(share, abs=0.01)) for share in warned]
+
+
+def test_prompts_one_after_the_other():
+    """The same prompt again, and another one: each text is that of a fresh session, with a penalty
+    for the tokens of this text alone."""
+    model = random_model(CONFIGS["llama"])
+    prompts = [torch.randint(0, 101, (40,)).tolist() for _ in range(2)]
+    for penalty in (1.0, 2.0):
+        session = Session(model, repetition_penalty=penalty)
+        for prompt in (prompts[0], prompts[0], prompts[1]):
+            fresh = Session(model, repetition_penalty=penalty)
+            assert list(session.generate(prompt, 24)) == list(fresh.generate(prompt, 24))
 
 
 # ---- limits ------------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
     beside = Calibration(calibration.table, calibration.sparsities,
                          calibration.metadata | {"source": "beside"})
     beside.save(tmp_path / "calibration.safetensors")
-    assert find(model).metadata["source"] == "beside" and find(model).is_own(model)
+    assert [c.metadata["source"] for c in candidates(model)] == ["beside", "cache"]
+    assert find(model).is_own(model)
     tune.folder = tmp_path
     assert find(tune).metadata["source"] == "beside" and not find(tune).is_own(tune)
     beside.metadata["weights"] = "0" * 16  # of others: the model's own one in the cache is better
