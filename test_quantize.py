@@ -307,7 +307,7 @@ def test_damaged_folders_are_refused(tmp_path):
     quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
     # floats under the int8 config
     shutil.copy(source / "model.safetensors", tmp_path / "int8" / "model.safetensors")
-    with pytest.raises(checkpoint.CheckpointError, match="is stored as F32, though the config promises int8"):
+    with pytest.raises(checkpoint.CheckpointError, match="stored as F32, though"):
         checkpoint.open_checkpoint(tmp_path / "int8")
     # int8 under a plain config
     shutil.copy(tmp_path / "int8" / "model-00001.safetensors", source / "model.safetensors")

@@ -130,10 +130,11 @@ def test_fused_forms(k, n):
         middle = magnitude[gap : gap + 2].mean() if k > 1 else magnitude[0] / 2
         ends = sorted({max(1, n // 3), max(1, n // 2), n})
         thresholds = torch.stack([middle * (i % 2) for i in range(len(ends))])
-        kept, expected_kept = (
-            torch.zeros(len(ends), dtype=torch.int64, device=DEVICE) for _ in range(2)
+        kept, expected_kept = (  # not 0: rows are added to what is there
+            torch.full((len(ends),), 7, device=DEVICE) for _ in range(2)
         )
-        options = {"ends": ends, "norm": norm, "bias": torch.randn(n, device=DEVICE).to(dtype)}
+        options = {"ends": ends, "norm": norm, "bias": torch.randn(n, device=DEVICE).to(dtype),
+                   "scale": torch.rand(n, device=DEVICE)}
         y = sparse_gemv(x, w_t, thresholds, kept=kept, **options)
         # on the CPU each step of a fused form rounds, in the kernel only the result
         assert (
