@@ -2,8 +2,8 @@
 
 PyTorch's `embedding_bag` adds up chosen rows of a table, each times a number. That is a sparse
 product, and it reads nothing but those rows. A `CpuGemv` is made once for a matrix and its
-thresholds, so that a token costs little besides the rows: x is compared with the thresholds,
-NumPy lists the kept rows, and one call sums them up. `sparse_gemv.py` explains the method and
+thresholds, so that a token costs little besides the rows: NumPy compares x with the thresholds
+and lists the kept rows, and one call sums them up. `sparse_gemv.py` explains the method and
 holds a version that needs no preparing.
 
 int8 weights take another table. PyTorch's quantized `embedding_bag` sums up rows of bytes, each
@@ -12,9 +12,11 @@ and offset -128, so that byte b counts as b - 128. This file needs torch and num
 """
 
 import functools
+import itertools
 import math
 import warnings
 
+import numpy as np
 import torch
 
 ROW_END = 8  # bytes after each row of a packed table: its scale and its offset, two float32
@@ -28,53 +30,71 @@ class CpuGemv:
     thresholds: one float for each of them; x[k] is dropped where |x[k]| <= threshold
     scale:      float32 [N], multiplies the sums, or None
     bias:       [N], added next, or None
-    kept:       int64 [number of matrices]: the number of kept rows is added to it; or None
 
     Each row of w_t is cut into n_blocks equal blocks. The same memory is then a table [K *
     n_blocks, N / n_blocks], and one bag sums up one block of columns. So every matrix can have
-    its own kept rows, and the bags run on several threads.
+    its own kept rows, and the bags run on several threads. Bag i of the last call read the rows
+    starts[i] ... starts[i + 1] - 1 of its list (NumPy int64); `first_bags` are those with which
+    a matrix begins.
     """
 
-    def __init__(self, w_t, ends, thresholds, scale=None, bias=None, kept=None):
+    def __init__(self, w_t, ends, thresholds, scale=None, bias=None):
         self.packed = w_t.dtype == torch.uint8
         self.n, self.scale, self.bias = ends[-1], scale, bias
+        self.dtype = torch.float32 if self.packed else w_t.dtype  # of the rows' factors
         k = w_t.shape[1] if self.packed else w_t.shape[0]
         width = self.n // w_t.shape[0] if self.packed else block_width(ends, thresholds)
-        self.n_blocks = self.n // width
-        self.table = w_t.view(k * self.n_blocks, -1)
-        self.rows, self.starts = bags(k, self.n_blocks, self.packed)
-        self.first_blocks = [start // width for start in (0, *ends[:-1])]
-        self.thresholds = None  # keep everything
-        if any(t >= 0 for t in thresholds):  # [n_blocks, 1]
-            self.thresholds = torch.tensor([
-                [next(t for end, t in zip(ends, thresholds) if block * width < end)]
-                for block in range(self.n_blocks)])
-        self.kept = None if kept is None else kept.numpy()  # the same memory, with cheaper scalars
+        n_blocks = self.n // width
+        self.table = w_t.view(k * n_blocks, -1)
+        self.sparse = any(t >= 0 for t in thresholds)  # else keep everything
+        self.order, self.rows = bags(k, n_blocks, self.packed, self.sparse)
+        self.bounds = np.arange(0, k * n_blocks + 1, k)
+        self.starts = self.bounds.copy()
+        self.first_bags = [start // width for start in (0, *ends[:-1])]
+        self.x = np.empty((n_blocks, k), dtype=np.float32)  # each bag's copy
+        limits = [next(t for end, t in zip(ends, thresholds) if block * width < end)
+                  for block in range(n_blocks)]
+        self.limits = np.array(limits, dtype=np.float32).view(np.int32)[:, None]
 
     def __call__(self, x):
-        rows, starts = self.rows, self.starts
-        values = (x.float() if self.packed else x).expand(self.n_blocks, -1)
-        if self.thresholds is None:
-            values = values.reshape(-1)
+        if self.sparse:
+            rows, values = self.find_rows(x)
         else:
-            keep = (x.float().abs() <= self.thresholds).logical_not_().view(-1)  # [n_blocks * K]
-            entries = keep.numpy().nonzero()[0]  # several times as fast as PyTorch's nonzero
-            starts = torch.from_numpy(entries.searchsorted(starts.numpy()))
-            entries = torch.from_numpy(entries)
-            rows = entries if self.packed else rows.index_select(0, entries)
-            values = values.take(entries)
-        if self.kept is not None:
-            ends = [*starts.tolist(), len(rows)]
-            for i, block in enumerate(self.first_blocks):
-                self.kept[i] += ends[block + 1] - ends[block]
+            rows, values = self.rows, x.to(self.dtype).expand(len(self.x), -1).reshape(-1)
+        starts = torch.from_numpy(self.starts)
         if self.packed:
-            y = byte_bags()(self.table, rows, starts, per_sample_weights=values)
+            y = byte_bags()(self.table, rows, starts, per_sample_weights=values,
+                            include_last_offset=True)
         else:
-            y = torch.embedding_bag(self.table, rows, starts, False, 0, False, values)[0]
+            y = torch.embedding_bag(self.table, rows, starts, False, 0, False, values, True)[0]
         y = y.view(1, self.n)
         if self.scale is not None:
             y = y * self.scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def find_rows(self, x):
+        """Of the kept entries of x: their rows in the table, bag after bag, and their values."""
+        x = x.float().numpy()[0].take(self.order)
+        self.x[:] = x
+        # Floats without a sign are in the order of their bits, and NaN is the largest: kept.
+        kept = ((x.view(np.int32) & 0x7FFFFFFF) > self.limits).ravel().nonzero()[0]
+        self.starts[:] = kept.searchsorted(self.bounds)
+        values = torch.from_numpy(self.x.take(kept)).to(self.dtype)
+        return torch.from_numpy(self.rows.numpy().take(kept)), values
+
+
+class RowCount:
+    """How many rows the last calls of some CpuGemvs read, int64, one number for each matrix."""
+
+    def __init__(self, products):
+        self.starts = [product.starts for product in products]
+        before = itertools.accumulate(map(len, self.starts), initial=0)
+        self.first = np.array([place + bag for place, product in zip(before, products)
+                               for bag in product.first_bags])
+
+    def __call__(self):
+        starts = np.concatenate(self.starts)
+        return torch.from_numpy(starts[self.first + 1] - starts[self.first])
 
 
 def block_width(ends, thresholds):
@@ -90,12 +110,20 @@ def block_width(ends, thresholds):
 
 
 @functools.lru_cache(maxsize=None)
-def bags(k, n_blocks, packed):
-    """(each entry's row in the table, for x [n_blocks, K], bag after bag; each bag's start)"""
-    rows = torch.arange(n_blocks * k)  # packed weights lie block after block
-    if not packed:  # others row after row, so that the blocks alternate
-        rows = rows.view(k, n_blocks).T.reshape(-1)
-    return rows, torch.arange(0, n_blocks * k, k)
+def bags(k, n_blocks, packed, shuffled):
+    """The order in which every bag takes the entries of x, NumPy [K]; and each entry's row in the
+    table, bag after bag, int64 [n_blocks * K].
+
+    Where some rows are skipped, the order is shuffled. The processor fetches ahead what it takes
+    for a pattern; of half the rows in order, it would fetch many that are dropped.
+    """
+    order = torch.arange(k)
+    if shuffled:
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(0))
+    blocks = torch.arange(n_blocks)[:, None]
+    # Packed weights lie block after block; others row after row, so that the blocks alternate.
+    rows = blocks * k + order if packed else order * n_blocks + blocks
+    return order.numpy(), rows.view(-1)
 
 
 @functools.lru_cache(maxsize=None)
@@ -110,9 +138,9 @@ def byte_bags():
         return plain_byte_bags
 
 
-def plain_byte_bags(table, rows, starts, per_sample_weights):
+def plain_byte_bags(table, rows, starts, per_sample_weights, include_last_offset):
     """The same sums, float32 [number of bags, width], by a product for each bag."""
-    cuts = starts[1:]
+    cuts = starts[1:-1]
     bags = zip(rows.tensor_split(cuts), per_sample_weights.tensor_split(cuts))
     return torch.stack([values @ (table[k, :-ROW_END].float() - 128) for k, values in bags])
 

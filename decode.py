@@ -13,7 +13,7 @@ import gc
 import torch
 import torch.nn.functional as F
 
-from cpu_gemv import CpuGemv
+from cpu_gemv import CpuGemv, RowCount
 from decode_attention import Workspace, decode_attention
 from dense_gemv import dense_gemv
 from int4_gemv import int4_gemv
@@ -36,7 +36,6 @@ class CpuDecoder:
         config = model.config
         self.model, self.cache, self.choose = model, cache, choose
         self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64)
-        self.counts = torch.zeros_like(self.kept)  # of the present step
         self.n_steps = 0
         head = model.lm_head
         # The ordinary product is the faster one where all rows of a float32 matrix are read.
@@ -50,7 +49,8 @@ class CpuDecoder:
         for linear in self.model.linears():
             at = linear.layer, linear.places
             self.products[linear] = CpuGemv(linear.w_t, linear.ends, thresholds[at].tolist(),
-                                            linear.scale, linear.bias, self.counts[at])
+                                            linear.scale, linear.bias)
+        self.rows_read = RowCount(self.products.values())
 
     def start(self, token, position):
         """Make `token`, an id, the input of the next step, at `position` in the text."""
@@ -60,7 +60,6 @@ class CpuDecoder:
     def step(self):
         """One token, as `model.forward` would compute it, in fewer operations."""
         model, cache, config, products = self.model, self.cache, self.model.config, self.products
-        self.counts.zero_()  # of a step that Ctrl-C cut short
         cos, sin = model.rope(self.position, 1)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # [1, 1, head_dim]
         end, n_kv, front = self.position + 1, config.n_kv_heads, not config.norms_behind
@@ -96,7 +95,7 @@ class CpuDecoder:
             x = x + (h if front else self.norm(h, block.mlp_norm))
         self.token = self.choose(self.lm_head(self.norm(x, model.norm))[0])
         self.position = end
-        self.kept += self.counts
+        self.kept += self.rows_read().view_as(self.kept)
         self.n_steps += 1
 
     def norm(self, x, weight):

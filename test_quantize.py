@@ -2,6 +2,7 @@
 tiny random models and the CPU."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import quantize
 from checkpoint.config import parse_config
 from checkpoint.tensors import is_quantized, put, tensor_shapes
 from command_line import run_script
-from cpu_gemv import CpuGemv, empty_packed, pack, unpack
+from cpu_gemv import CpuGemv, RowCount, empty_packed, pack, unpack
 from generate import generate_tokens
 from int8 import Int8Linear, quantize_tensor
 from model import PROJECTIONS, Linear, Model, dense, masked
@@ -124,28 +125,46 @@ def test_packed_products(k, ends, narrow, monkeypatch):
             thresholds = threshold if isinstance(threshold, list) else [threshold] * len(ends)
             counts = torch.zeros(3, len(ends), dtype=torch.int64)
             wanted = reference(x, q, thresholds, ends=ends, kept=counts[0], **options)
-            for y in (CpuGemv(packed, ends, thresholds, scale, bias, counts[1])(x),
+            product = CpuGemv(packed, ends, thresholds, scale, bias)
+            for y in (product(x),
                       sparse_gemv(x, q, thresholds, ends=ends, kept=counts[2], **options)):
                 assert y.dtype == dtype and y.shape == (1, ends[-1])
                 torch.testing.assert_close(y[0], wanted, rtol=rtol, atol=rtol * 127 * 5)
+            counts[1] = RowCount([product])()
             assert torch.equal(counts[1], counts[0]) and torch.equal(counts[2], counts[0])
 
 
 def test_packed_products_without_the_operator(monkeypatch):
     """A PyTorch without the quantized operator: one warning, the same sums."""
     torch.manual_seed(0)
-    ends, x, counts = (32, 96), torch.randn(1, 16), torch.zeros(2, 2, dtype=torch.int64)
+    ends, x = (32, 96), torch.randn(1, 16)
     packed = empty_packed(16, ends)
     for start, end in ((0, 32), (32, 96)):
         pack(packed, start, torch.randint(-127, 128, (end - start, 16), dtype=torch.int8))
-    wanted = [CpuGemv(packed, ends, t, kept=counts[0])(x) for t in ([0.4, 0.9], [-1.0, -1.0])]
+    products = [CpuGemv(packed, ends, t) for t in ([0.4, 0.9], [-1.0, -1.0])]
+    wanted, count = [product(x) for product in products], RowCount(products)
+    rows_read = count()
     monkeypatch.setattr(torch.ops, "quantized", object())
     cpu_gemv.byte_bags.cache_clear()
     with pytest.warns(UserWarning, match="no embedding_bag for bytes") as caught:
-        found = [CpuGemv(packed, ends, t, kept=counts[1])(x) for t in ([0.4, 0.9], [-1.0, -1.0])]
+        found = [product(x) for product in products]
     cpu_gemv.byte_bags.cache_clear()
-    assert len(caught) == 1 and torch.equal(counts[0], counts[1])
+    assert len(caught) == 1 and torch.equal(count(), rows_read)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_prepared_product_keeps_nan_and_infinity(dtype):
+    """Both are larger than any threshold; of equal sizes, the sign does not matter."""
+    w_t, x = torch.ones(6, 8, dtype=dtype), torch.tensor([[0.0, 0.5, -0.5, 0.75, -0.75, 0.25]])
+    product = CpuGemv(w_t, (4, 8), [0.5, 0.7])
+    for wrong in (math.nan, math.inf, -math.inf):
+        x[0, 0] = wrong
+        assert torch.equal(product(x.to(dtype)).isfinite(), torch.zeros(1, 8, dtype=torch.bool))
+        assert RowCount([product])().tolist() == [3, 3]
+    x[0, 0] = -0.625
+    assert product(x.to(dtype)).tolist() == [[-0.625] * 4 + [0.0] * 4]
+    assert RowCount([product])().tolist() == [3, 2]
 
 
 def test_the_unprepared_product_refuses_packed_weights():
