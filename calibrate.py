@@ -21,13 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
-from tqdm import tqdm
 
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from digest import weights_digest
 from files import read_text, require_writable
 from model import PROJECTIONS, SITES, KVCache, dense, masked, rms_norm
+from progress import Progress
 from session import Session
 from tensor_parallel import refuse
 from thresholds import (
@@ -47,6 +46,8 @@ EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << 16).view(torch.float32)
 STEP = 0.01  # Greedy raises one projection by this share of the block's bytes at a time.
 DRAWS = 2  # Fisher draws so many labels for each position.
 MOST = 0.99  # the highest sparsity of one projection
+ANCHORS = (0.2, 0.4, 0.6, 0.8, 0.95)  # sparsities whose thresholds are tried out
+GREEDY_PASSES = round(GRID[-1].item() / STEP) * len(PROJECTIONS)  # trials of each block, about
 PROMPTS = (
     "Tell me about the history of a city.", "Explain how an engine works.",
     "Write a short story.", "Write a Python function that sorts a list.",
@@ -67,19 +68,23 @@ def write_text(model, tokenizer, n_tokens, seed=0):
         starts = [tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     context, text = min(512, model.config.context), []
     session = Session(model, temperature=1.0, seed=seed, stop=eos_ids, context=context)
-    with tqdm(total=n_tokens, desc="writing text", unit="token", disable=None) as bar:
+    with Progress("writing text", n_tokens) as progress:
         for start in itertools.cycle(starts):
             for token in itertools.chain(start, session.generate(start[:context], context)):
                 text.append(token)
-                bar.update()
+                progress.update(1)
                 if len(text) == n_tokens:
                     return torch.tensor(text)
 
 
 # ---- statistics of the activations -------------------------------------------------------------
 
+def unseen(passes):
+    """An `update` that shows nothing: it is told how many passes over a window are done."""
+
+
 @torch.no_grad()
-def count(model, windows):
+def count(model, windows, update=unseen):
     """Histograms of |x| over windows [n, T] of tokens: int64 [n_layers, 7, BINS].
 
     Projections of one site read the same x, so their histograms are equal. Raises
@@ -95,8 +100,9 @@ def count(model, windows):
             x, f"layer {linear.layer}: the input of {names}")
         return dense(x, linear)
 
-    for tokens in tqdm(windows, "activations", unit="window", disable=None):
-        model.forward(tokens.to(model.device), project=record)
+    for tokens in windows.to(model.device):
+        model.forward(tokens, project=record)
+        update(1)
     counts = counts.cpu()
 
     def fullest(linear):  # share of the fullest bin, but not of bin 0: all zeros may be dropped
@@ -169,7 +175,7 @@ def interpolate(path, shares):
 
 
 @torch.no_grad()
-def greedy(model, tokens, counts):
+def greedy(model, tokens, counts, update=unseen):
     """TEAL's greedy allocation (its algorithm 1). Every block reaches every target by itself.
 
     All projections start at 0. Each turn raises the one that adds least to the squared error of
@@ -180,7 +186,7 @@ def greedy(model, tokens, counts):
     levels = (raises * STEP / shares[:, None]).clamp(max=MOST)  # sparsity by raises, [7, 101]
     rope, x = model.rope(0, len(tokens)), model.embed(tokens)
     sparsities = torch.zeros(len(model.blocks), n, len(GRID), dtype=torch.float64)
-    for block in tqdm(model.blocks, "greedy", unit="layer", disable=None):
+    for block in model.blocks:
         y, thresholds = block(x, rope), quantile(counts[block.i], levels)  # [7, 101]
 
         def error(t):
@@ -196,10 +202,11 @@ def greedy(model, tokens, counts):
             path.append(levels.gather(1, raised[:, None])[:, 0])
         sparsities[block.i] = interpolate(torch.stack(path), shares)
         x = y
+        update(GREEDY_PASSES / len(model.blocks))
     return sparsities.float()
 
 
-def fisher(model, windows, counts):
+def fisher(model, windows, counts, update=unseen):
     """Sparsities by how far dropping inputs moves the predictions, from backward passes over
     windows [n, T].
 
@@ -213,19 +220,21 @@ def fisher(model, windows, counts):
     edges = quantile(counts, levels.expand(*counts.shape[:2], -1)).to(model.device)  # [L, 7, 20]
     costs = torch.zeros_like(edges)
 
-    def record(x, linear, gradients):
+    def watch(x, linear):
         x = x[SINKS:].float()
         level = torch.bucketize(x.abs(), edges[linear.layer, linear.places.start])  # that drops x
-        for cost, g in zip(costs[linear.layer, linear.places], gradients):
-            effect = torch.zeros(len(level), len(levels) + 1, device=x.device)
-            effect.scatter_add_(1, level, g[SINKS:].float() * x)
-            cost += effect.cumsum(1)[:, :-1].square().sum(0)
+
+        def record(gradients):
+            for cost, g in zip(costs[linear.layer, linear.places], gradients):
+                effect = torch.zeros(len(level), len(levels) + 1, device=x.device)
+                effect.scatter_add_(1, level, g[SINKS:].float() * x)
+                cost += effect.cumsum(1)[:, :-1].square().sum(0)
+
+        return record
 
     generator = torch.Generator().manual_seed(0)
-    passes = windows.repeat_interleave(DRAWS, 0).to(model.device)
-    for tokens in tqdm(passes, "gradients", unit="pass", disable=None):
-        logits = model.logits(hidden_states(model, tokens, record)).float()
-        F.cross_entropy(logits, draw(logits.detach(), generator), reduction="sum").backward()
+    for tokens in windows.to(model.device):
+        backward(model, tokens, lambda logits: draw(logits, generator), watch, update)
     worst = costs.sum(-1).flatten().argmax().item()  # NaN counts as the largest
     layer, place = divmod(worst, len(PROJECTIONS))
     if not costs[layer, place].isfinite().all():
@@ -235,34 +244,48 @@ def fisher(model, windows, counts):
 
 
 class Probe(torch.autograd.Function):
-    """`dense` whose backward pass calls record(x, linear, gradients): for each projection, the
-    loss's gradient at its input x, [T, K] like x."""
+    """`dense`, with two looks: watch(x, linear) returns a function, which every backward pass
+    calls with a list: for each projection, the loss's gradient at its input x, [T, K] like x."""
 
     @staticmethod
-    def forward(ctx, x, linear, record):
-        ctx.save_for_backward(x)
-        ctx.linear, ctx.record = linear, record
+    def forward(ctx, x, linear, watch):
+        ctx.linear, ctx.record = linear, watch(x, linear)
         return dense(x, linear)
 
     @staticmethod
     def backward(ctx, dy):
-        (x,), linear = ctx.saved_tensors, ctx.linear
+        linear = ctx.linear
         gradients = [dy[:, start:end] @ linear.weight(start, end).T
                      for start, end in zip(linear.starts, linear.ends)]
-        ctx.record(x, linear, gradients)
+        ctx.record(gradients)
         return sum(gradients), None, None
 
 
-def hidden_states(model, tokens, record):
-    """`model.forward` for a backward pass that calls `record` (see Probe). To save memory, each
-    block keeps only its input, and runs once more when its turn comes."""
-    def project(x, linear):
-        return Probe.apply(x, linear, record)
+def backward(model, tokens, draw_labels, watch, update=unseen):
+    """One forward pass over token ids [T] and DRAWS backward passes, watched (see Probe), each
+    with the cross-entropy of other labels: draw_labels(logits [T, V]) -> int64 [T].
 
-    x, rope = model.embed(tokens).requires_grad_(), model.rope(0, len(tokens))
-    for block in model.blocks:
-        x = recompute(block, x, rope, None, project, use_reentrant=False)
-    return rms_norm(x, model.norm, model.config.norm_eps)
+    To save memory, the forward pass keeps only the blocks' inputs. Each block runs once more when
+    the backward passes reach it.
+    """
+    def project(x, linear):
+        return Probe.apply(x, linear, watch)
+
+    rope, inputs = model.rope(0, len(tokens)), [model.embed(tokens)]
+    with torch.no_grad():
+        for block in model.blocks:
+            inputs.append(block(inputs[-1], rope))
+    update(1)
+    x = inputs.pop().requires_grad_()
+    logits = model.logits(rms_norm(x, model.norm, model.config.norm_eps)).float()
+    losses = [F.cross_entropy(logits, draw_labels(logits.detach()), reduction="sum")
+              for _ in range(DRAWS)]
+    gradients = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in losses]
+    for block in reversed(model.blocks):
+        x = inputs.pop().requires_grad_()
+        y = block(x, rope, project=project)
+        gradients = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in gradients]
+        update((1 + 2 * DRAWS) / len(model.blocks))  # backward takes twice as long as forward
 
 
 def draw(logits, generator):
@@ -310,37 +333,39 @@ def slope(a, b):
 # ---- making a calibration ----------------------------------------------------------------------
 
 @torch.no_grad()
-def realised(model, windows, thresholds):
-    """The share of inputs that thresholds [n_layers, 7] drop in windows [n, T], as float64.
+def realised(model, windows, tables, update=unseen):
+    """The share of inputs that each of `tables`, thresholds [n_layers, 7], drops in windows
+    [n, T], as float64 [n_layers, 7].
 
     As in use, the first half of each window is a dense prefill. In the second half all thresholds
     are at work.
     """
-    thresholds = thresholds.to(model.device)
-    dropped = torch.zeros_like(thresholds, dtype=torch.float64)
+    tables = [table.to(model.device) for table in tables]
+    dropped = [torch.zeros_like(table, dtype=torch.float64) for table in tables]
     for tokens in windows.to(model.device):
         cache = KVCache(model.config, len(tokens), model.dtype, model.device)
         first, second = tokens.tensor_split([len(tokens) // 2])
         model.forward(first, cache)
-        model.forward(second, cache, masked_and_counted(thresholds, dropped))
-    return dropped.cpu() / len(windows)
+        for table, sums in zip(tables, dropped):
+            cache.length = len(first)
+            model.forward(second, cache, masked_and_counted(table, sums))
+        update((1 + len(tables)) / 2)
+    return [sums.cpu() / len(windows) for sums in dropped]
 
 
 def correct(calibration, shares, measure):
     """The calibration with its targets shifted to what they really reach.
 
     Dropping inputs shrinks the activations that follow, so thresholds found on the dense model
-    drop more than asked for. `measure(thresholds)` gives the share that each projection drops;
-    `shares` of the bytes weigh them. The table is read where it reaches each target.
+    drop more than asked for. `measure(tables)` gives the share that each projection drops, for
+    each of a list of thresholds; `shares` of the bytes weigh them. The table is read where it
+    reaches each target.
     """
-    anchors = (0.2, 0.4, 0.6, 0.8, 0.95)
-    measured = [torch.zeros(shares.shape, dtype=torch.float64)]
-    for anchor in tqdm(anchors, "checking", unit="target", disable=None):
-        measured.append(measure(calibration.thresholds(anchor)))
-    measured = torch.stack(measured, -1)  # [..., 6], as the tables are [..., 96]
+    measured = measure([calibration.thresholds(anchor) for anchor in ANCHORS])
+    measured = torch.stack([torch.zeros_like(measured[0]), *measured], -1)  # like the tables
     reached = (measured * shares[..., None]).flatten(end_dim=-2).sum(0)
     i, weight = locate(reached.cummax(0).values)
-    anchors = torch.tensor((0.0, *anchors), dtype=torch.float64)
+    anchors = torch.tensor((0.0, *ANCHORS), dtype=torch.float64)
     read_at = torch.lerp(anchors[i - 1], anchors[i], weight).tolist()
     table = torch.stack([calibration.at(calibration.table, s) for s in read_at], -1)
     sparsities = torch.lerp(measured[..., i - 1], measured[..., i], weight)
@@ -357,19 +382,33 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
         raise CalibrationError(f"{len(tokens)} tokens do not fill one window of {window}; give "
                                "more text, more --tokens or a smaller --window")
     windows = tokens[:n * window].view(n, window)
-    counts = count(model, windows)
-    if allocation == "greedy":
-        sparsities = greedy(model, windows[0].to(model.device), counts)
-    elif allocation == "fisher":
-        sparsities = fisher(model, windows, counts)
-    else:
-        sparsities = GRID.expand(model.config.n_layers, len(PROJECTIONS), -1)
-    metadata = {"format": FORMAT, "fingerprint": fingerprint(model.config),
-                "weights": weights_digest(model), "allocation": allocation,
-                "tokens": str(windows.numel()), "window": str(window), "source": source}
-    calibration = Calibration(quantile(counts, sparsities), sparsities, metadata)
-    shares = byte_shares(model.config).expand(model.config.n_layers, -1) / model.config.n_layers
-    return correct(calibration, shares, lambda t: realised(model, windows[:4], t))
+    checked = windows[:4]
+    passes = n + {"uniform": 0, "greedy": GREEDY_PASSES, "fisher": n * (2 + 2 * DRAWS)}[allocation]
+    passes += len(checked) * (1 + len(ANCHORS)) / 2
+    with Progress("calibrating", passes) as progress:
+        counts = count(model, windows, progress.update)
+        if allocation == "greedy":
+            sparsities = greedy(model, windows[0].to(model.device), counts, progress.update)
+        elif allocation == "fisher":
+            sparsities = fisher(model, windows, counts, progress.update)
+        else:
+            sparsities = GRID.expand(model.config.n_layers, len(PROJECTIONS), -1)
+        metadata = {"format": FORMAT, "fingerprint": fingerprint(model.config),
+                    "weights": weights_digest(model), "allocation": allocation,
+                    "tokens": str(windows.numel()), "window": str(window), "source": source}
+        calibration = Calibration(quantile(counts, sparsities), sparsities, metadata)
+        shares = byte_shares(model.config).expand(model.config.n_layers, -1)
+        return correct(calibration, shares / model.config.n_layers,
+                       lambda tables: realised(model, checked, tables, progress.update))
+
+
+def calibrate_briefly(model, tokenizer):
+    """Calibrate a model on at most 1536 tokens of calibrations/text.txt: prose, code and
+    dialogue, written for this project -> Calibration."""
+    file = Path(__file__).parent / "calibrations" / "text.txt"
+    tokens = torch.tensor(tokenizer.encode(file.read_text(encoding="utf-8"))[:1536])
+    window = min(512, model.config.context, len(tokens))
+    return calibrate(model, tokens, window, source="calibrations/text.txt")
 
 
 # ---- any nn.Module -----------------------------------------------------------------------------
@@ -422,7 +461,7 @@ def calibrate_module(module, batches, linears=None):
     def record(i, x):
         counts[i] += histogram(x, f"the input of {names[i]}").cpu()
 
-    def measure(thresholds):
+    def measure_one(thresholds):
         dropped, seen = (torch.zeros(len(names), dtype=torch.float64) for _ in range(2))
 
         def mask(i, x):  # As in use, a prompt is dense: the first half of the tokens.
@@ -443,7 +482,8 @@ def calibrate_module(module, batches, linears=None):
     sparsities = GRID.expand(len(names), -1)
     calibration = Calibration(quantile(counts, sparsities), sparsities, {"allocation": "uniform"})
     sizes = torch.tensor([found[name].weight.numel() for name in names], dtype=torch.float64)
-    return ModuleCalibration(names, correct(calibration, sizes / sizes.sum(), measure))
+    return ModuleCalibration(names, correct(
+        calibration, sizes / sizes.sum(), lambda tables: list(map(measure_one, tables))))
 
 
 # ---- the command line --------------------------------------------------------------------------

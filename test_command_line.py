@@ -1,6 +1,7 @@
 """Tests of what all scripts share: numbers, flags, and how a script ends."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,24 @@ def test_model_flags(ends):
         code, out, err = ends(parse, *arguments)
         assert code == 2 and out == "" and words in err, err
         assert err.startswith("script.py: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["generate", "benchmark"])
+@pytest.mark.parametrize("given", [None, "7"])
+def test_how_long_threads_spin(name, given):
+    """Set before PyTorch starts OpenMP; what the user has set stays."""
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    program = (f"import builtins, os, sys; real = __import__\n"
+               "def watch(name, *rest):\n"
+               "    if name == 'torch' and 'torch' not in sys.modules:\n"
+               "        print(os.environ.get('GOMP_SPINCOUNT')); sys.exit()\n"
+               "    return real(name, *rest)\n"
+               f"builtins.__import__ = watch; import {name}")
+    if given:
+        environment["GOMP_SPINCOUNT"] = given
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=environment,
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == (given or "20000"), done.stderr
 
 
 def raising(error):

@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import calibrate
@@ -36,7 +37,7 @@ def test_printed_text_is_the_decoded_text(smollm, capsys):
         + [0]
         + tokenizer.encode("🐕")[:1]
     )
-    assert generate_module.write(ids, tokenizer) == tokenizer.decode(ids)
+    assert generate_module.write(ids, tokenizer) == (tokenizer.decode(ids), "stop text")
     assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
 
 
@@ -229,6 +230,29 @@ def test_seed_is_told(tiny):
     assert one.returncode == two.returncode == 0 and one.stdout == two.stdout
 
 
+def test_what_ended_the_text(tiny, monkeypatch, capsys):
+    """--json names a stop text and Ctrl-C, as it names the model's own end and limits."""
+    words = ["generate.py", "--model", tiny, "--raw", "--prompt", "abc", "--temperature", "0",
+             "--json", "--max-new-tokens", "9"]
+
+    def ended(*more):
+        monkeypatch.setattr(sys, "argv", [*map(str, words), *more])
+        generate_module.main()
+        out, err = capsys.readouterr()
+        return out, json.loads(err.splitlines()[-1])["ended"]
+
+    text, reason = ended()
+    assert reason == "length"
+    assert ended("--stop", text[3]) == (text[:text.index(text[3])] + "\n", "stop text")
+
+    def interrupted(ids, tokenizer, stop):
+        yield tokenizer.decode([next(ids)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module, "text_pieces", interrupted)
+    assert ended() == (text[:1] + "\n", "interrupted")
+
+
 def test_context_end(tiny):
     done = run("--model", tiny, "--raw", "--prompt", "abc", "--temperature", "0")
     assert done.returncode == 0
@@ -268,6 +292,47 @@ def test_first_sparse_run_calibrates(tiny, tmp_path, monkeypatch):
     one, two = run(*arguments), run(*arguments)
     assert one.returncode == two.returncode == 0 and one.stdout == two.stdout
     assert "no calibration" in one.stderr.decode() and "no calibration" not in two.stderr.decode()
+    file, = (tmp_path / "nanoteal").glob("calibration-*.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["source"] == "calibrations/text.txt" and metadata["allocation"] == "fisher"
+    assert metadata["tokens"] == "1536" and metadata["window"] == "64"  # the model's context
+
+
+def test_ctrl_c_while_calibrating(tiny, monkeypatch, capsys, tmp_path):
+    """It is said how far the calibration was. Nothing is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "fisher", interrupted)
+    words = ["generate.py", "--model", str(tiny), "--prompt", "abc", "--sparsity", "0.5"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="130"):
+        run_script(generate_module.main)
+    assert re.search(r"^calibrating: stopped at \d+%, and nothing of it is kept$",
+                     capsys.readouterr().err, re.MULTILINE)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_high_sparsity_is_warned_of(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ["--model", tiny, "--prompt", "abc", "--max-new-tokens", "3", "--sparsity"]
+    high, low = run(*words, "0.71"), run(*words, "0.7")
+    assert b"warning: sparsity 0.71 breaks the text of a model of 0.0 billion" in high.stderr
+    assert high.returncode == low.returncode == 0 and b"warning" not in low.stderr
+
+
+def test_chinese_japanese_and_korean_text(smollm):
+    """What `generate` yields is the decoded text, though a character may be several tokens."""
+    model, tokenizer = smollm
+    prompt = "東京は日本の首都です。北京是中国的首都。서울은 한국의 수도이다. 東京は日本の"
+    ids = tokenizer.encode(prompt)
+    tokens = list(generate_module.generate_tokens(model, ids, 24))
+    pieces = list(generate_module.generate(model, tokenizer, prompt, 24))
+    assert "".join(pieces) == tokenizer.decode(tokens)
+    assert re.search("[\u3040-\u9fff]", "".join(pieces)) and "\ufffd" not in "".join(pieces)
 
 
 def test_thresholds_of_other_weights_are_named_and_watched(tiny, tmp_path, monkeypatch, capsys):

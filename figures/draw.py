@@ -52,8 +52,9 @@ def draw_idea(path):
     dropped rows left blank."""
     model, tokenizer = load()
     x = hidden_state(model, tokenizer)[:CHANNELS]
-    thresholds = find(model).thresholds(SPARSITY)
-    threshold = thresholds[LAYER, PROJECTIONS.index("down")].item()
+    calibration, place = find(model), (LAYER, PROJECTIONS.index("down"))
+    threshold = calibration.thresholds(SPARSITY)[place].item()
+    dropped = calibration.expected(SPARSITY)[place].item()
     kept = x.abs() > threshold
     figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(8, 5), width_ratios=[2, 3],
                                          layout="constrained")
@@ -68,6 +69,8 @@ def draw_idea(path):
     right.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     right.set(title=f"W, one row a channel: {(~kept).sum()} of {len(x)} rows are never read",
               xlabel="output channels, contiguous in memory", xticks=[])
+    figure.suptitle(f"Sparsity {SPARSITY:.0%} of the whole model; this projection (down, layer "
+                    f"{LAYER}) drops {dropped:.0%} on average")
     figure.savefig(path, dpi=120)
 
 
