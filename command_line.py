@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load
+from checkpoint import load, open_checkpoint
 from checkpoint.memory import free_memory
 from files import one_line
 from tensor_parallel import rank, start, stop, world_size
@@ -66,16 +66,21 @@ def add_model_flag(parser):
     return add
 
 
-def add_model_flags(parser, dtype="float32"):
-    """Add --model, --dtype (with this default), --quantize and --device.
+def add_model_flags(parser, dtype="float32", quantize=None):
+    """Add --model, --dtype and --quantize (with these defaults), and --device.
 
+    quantize: None, or "auto", which `load_model` explains
     Returns the group's add_argument, for more flags.
     """
+    kinds, default = ("int8", "int4"), ""
+    if quantize == "auto":
+        kinds = ("auto", *kinds, "none")
+        default = "; auto, the default: int8 for GGUF files of 8 bits or fewer on a CPU, else none"
     add = add_model_flag(parser)
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype,
         help="of weights and arithmetic (default: %(default)s)")
-    add("--quantize", choices=("int8", "int4"),
-        help="int8: half the bytes of bfloat16; int4, on a GPU: a third (experimental)")
+    add("--quantize", choices=kinds, default=quantize,
+        help="int8: half the bytes of bfloat16; int4, on a GPU: a third (experimental)" + default)
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     return add
@@ -99,13 +104,25 @@ def load_model(args, context=None):
     """Load what the flags of `add_model_flags` name -> (Model, Tokenizer).
 
     context: the longest text, in tokens; None for the model's own limit
+    With --quantize auto, a GGUF file of 8 bits or fewer becomes int8 on a CPU, where that decodes
+    faster. args.quantize then says what came of it: "int8" or None.
     Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
     args.device = start(args.device)
     if args.quantize == "int4" and args.device == "cpu" and rank() == 0:
         print("int4 runs on a GPU; on this CPU the int4-rounded weights run as int8",
               file=sys.stderr)
-    return load(args.model, dtype=getattr(torch, args.dtype), device=args.device,
+    checkpoint = args.model
+    if args.quantize == "auto":
+        checkpoint, args.quantize = open_checkpoint(args.model), None
+        if checkpoint.few_bits and args.device == "cpu":
+            args.quantize = "int8"
+            if rank() == 0:
+                print("the file's weights of 8 bits or fewer run as int8, faster than "
+                      f"{args.dtype}; --quantize none switches that off", file=sys.stderr)
+    elif args.quantize == "none":
+        args.quantize = None
+    return load(checkpoint, dtype=getattr(torch, args.dtype), device=args.device,
                 quantize=args.quantize, context=context)
 
 

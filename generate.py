@@ -29,14 +29,7 @@ from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from model import KVCache
-from report import (
-    explain_end,
-    report,
-    say,
-    summary,
-    warn_of_broken_text,
-    warn_of_sparsity,
-)
+from report import explain_end, report, say, summary, warn_of_broken_text, warn_of_sparsity
 from session import Session, SparsityWatch
 from tensor_parallel import from_first, rank, refuse
 from thresholds import CalibrationError, cache_path, find
@@ -135,7 +128,7 @@ def nonempty(text):
 
 def parse_args():
     parser, many = make_parser(__doc__), 2**31 - 1
-    add = add_model_flags(parser, dtype="bfloat16")
+    add = add_model_flags(parser, "bfloat16", quantize="auto")
     add("--threads", type=number(int, 1, 4096), metavar="N",
         help="on a CPU, how many cores to use (default: all)")
     add("--context", type=number(int, 1, many), metavar="N",

@@ -39,7 +39,7 @@ class Progress:
         if first and left >= EVERY:
             self.told = now
             self.say(f"takes about {left:.0f} s")
-        elif self.bar.disable and now - self.told >= EVERY:
+        elif self.bar.disable and left >= 1 and now - self.told >= EVERY:
             self.told = now
             self.say(f"{self.done / self.total:.0%}, about {left:.0f} s left")
 

@@ -168,7 +168,7 @@ def test_one_command(smollm):
     the shipped thresholds."""
     done = run("--sparsity", 0.4, "--prompt", PROMPTS[0], "--max-new-tokens", 40,
                "--temperature", 0, "--threads", torch.get_num_threads())
-    model, tokenizer = checkpoint.load(dtype=torch.bfloat16)
+    model, tokenizer = checkpoint.load(dtype=torch.bfloat16, quantize="int8")
     ids = ask(tokenizer, PROMPTS[0])
     session = Session(model, find(model).thresholds(0.4), stop=tokenizer.eos_ids)
     text = tokenizer.decode(session.generate(ids, 40))
@@ -177,8 +177,15 @@ def test_one_command(smollm):
     read, unread = session.bytes_per_token() / 1e6, session.sparsity()
     assert re.fullmatch(
         rf"prompt {len(ids)} tokens, [\d.]+ tok/s \| new {n} tokens, [\d.]+ tok/s \| {read:.1f} MB "
-        rf"read per token \| {unread:.1%} of the blocks' 212.3 MB unread \(40% asked\)",
+        rf"read per token \| {unread:.1%} of the blocks' 106.2 MB unread \(40% asked\)",
         done.stderr.decode().splitlines()[-1]), done.stderr
+    assert done.stderr.startswith(b"the file's weights of 8 bits or fewer run as int8, faster than")
+
+
+def test_a_file_of_few_bits_without_int8(smollm):
+    done = run("--sparsity", 0.4, "--prompt", PROMPTS[0], "--max-new-tokens", 3,
+               "--quantize", "none")
+    assert b"of the blocks' 212.3 MB unread" in done.stderr and b"int8" not in done.stderr
 
 
 def test_text_ends_before_a_stop_text(smollm):
@@ -423,7 +430,7 @@ def test_numbers_of_a_run(smollm):
 
 def test_reader_leaves():
     process = subprocess.Popen(
-        command("--prompt", PROMPTS[1], "--max-new-tokens", "2000"),
+        command("--prompt", PROMPTS[1], "--max-new-tokens", "2000", "--quantize", "none"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

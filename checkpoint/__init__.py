@@ -32,7 +32,8 @@ __all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint"]
 
 
 def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None):
-    """A checkpoint (see `open_checkpoint`) -> (Model, Tokenizer), weights in `dtype` on `device`.
+    """A checkpoint (open, or as for `open_checkpoint`) -> (Model, Tokenizer), weights in `dtype` on
+    `device`.
 
     quantize: "int8" or "int4" makes the large matrices so (int4.py says what a CPU does with
         int4); those that quantize.py wrote are int8 already
@@ -40,7 +41,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
     memory, both before memory is allocated. Infinite or NaN weights are found while loading.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     config, quantized = checkpoint.config, "int8" if checkpoint.quantized else quantize
     if context is not None:
         try:

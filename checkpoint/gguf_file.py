@@ -74,7 +74,10 @@ def open_gguf(file):
                               gguf.metadata.get("tokenizer.chat_template"))
     except Exception as error:  # the tokenizers package raises plain Exception
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
-    return Checkpoint(config, tokenizer, [file], shapes, read, config_json)
+    few_bits = all(GGML_QUANT_SIZES[quant][0] > 1  # weights in a block
+                   for name, (shape, quant, _) in gguf.tensors.items()
+                   if name.startswith("blk.") and len(shape) == 2)
+    return Checkpoint(config, tokenizer, [file], shapes, read, config_json, few_bits=few_bits)
 
 
 # ---- the header --------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class Checkpoint:
     read: Callable[..., torch.Tensor]  # name, slices -> tensor on the CPU; int8 if quantized
     config_json: dict  # what `config` was made from
     quantized: bool = False  # quantize.py wrote it
+    few_bits: bool = False  # its matrices have 8 bits or fewer, in blocks of a GGUF file
     folder: Path | None = None  # with config.json; None for a single file
 
     @property
