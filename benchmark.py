@@ -33,7 +33,7 @@ from files import require_writable, write_whole
 from int4 import Int4Linear, int4_linear
 from int8 import Int8Linear
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
-from session import block_bytes
+from session import block_bytes, cache_bytes, seen
 from tensor_parallel import (
     all_reduce,
     connect,
@@ -178,8 +178,8 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
             if run > 0:  # the first round warms up
                 times[i].append(time.perf_counter() - start)
             blocks[i] = mean(block_bytes(model, decoder.kept) / n_tokens)
-    seen = min(first + n_tokens / 2, config.sliding_window or float("inf"))  # by attention
-    rest = model.lm_head.w_t.nbytes + seen * KVCache.bytes_per_token(config, model.dtype)
+    cache = seen(config, first + n_tokens / 2) * cache_bytes(config, model.dtype)
+    rest = model.lm_head.w_t.nbytes + cache
     return [(n_tokens / sorted(t)[runs // 2], read + rest, 1 - read / block_bytes(model))
             for t, read in zip(times, blocks)]
 

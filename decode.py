@@ -60,17 +60,19 @@ class CpuDecoder:
     def step(self):
         """One token, as `model.forward` would compute it, in fewer operations."""
         model, cache, config, products = self.model, self.cache, self.model.config, self.products
-        cos, sin = model.rope(self.position, 1)
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # [1, 1, head_dim]
+        ropes = {}
+        for kind, (cos, sin, growth) in model.rope(self.position, 1).items():
+            ropes[kind] = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # [1, 1, head_dim]
+        scale = config.head_dim ** -0.5 * growth.item()  # of the scores
         end, n_kv, front = self.position + 1, config.n_kv_heads, not config.norms_behind
 
-        def rotate(qk):  # RoPE
+        def rotate(qk, cos, sin):  # RoPE
             qk = qk.float()
             return torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, -1), sin).to(x.dtype)
 
-        start = max(0, end - (config.sliding_window or end))
         x = model.embed(self.token)
         for block in model.blocks:
+            start = max(0, end - (config.window(block.i) or end))
             h = self.norm(x, block.attn_norm) if front else x
             qkv = products[block.qkv](h)
             if config.qk_norm:
@@ -78,15 +80,14 @@ class CpuDecoder:
                 qkv = torch.cat((rms_norm(q, block.q_norm, config.norm_eps),
                                  rms_norm(k, block.k_norm, config.norm_eps), v), -1)
             qkv = qkv.view(1, -1, config.head_dim)
-            qk = qkv[:, :-n_kv]
-            if block.i not in config.no_rope_layers:
-                qk = rotate(qk)
+            qk = rotate(qkv[:, :-n_kv], *ropes[config.rope_kind(block.i)])
             cache.k[block.i, :, self.position] = qk[0, -n_kv:]
             cache.v[block.i, :, self.position] = qkv[0, -n_kv:]
             # Query heads that share a key head are rows of one matrix: no mask, no copies.
             y = F.scaled_dot_product_attention(
                 qk[:, :-n_kv].view(1, n_kv, -1, config.head_dim),
-                cache.k[None, block.i, :, start:end], cache.v[None, block.i, :, start:end])
+                cache.k[None, block.i, :, start:end], cache.v[None, block.i, :, start:end],
+                scale=scale)
             h = block.reduce(products[block.o](y.view(1, -1)))
             x = x + (h if front else self.norm(h, block.attn_norm))
             h = self.norm(x, block.mlp_norm) if front else x
@@ -139,9 +140,7 @@ class GpuDecoder:
         self.kept = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
-        self.rope = model.rope(0, cache.context)  # cos, sin float32 [context, 1, head_dim / 2]
-        if config.no_rope_layers:  # turned by an angle of 0
-            self.no_rope = torch.ones_like(self.rope[0]), torch.zeros_like(self.rope[0])
+        self.ropes = model.rope(0, cache.context)
 
         def buffer(size):
             return torch.empty(size, dtype=model.dtype, device=device)
@@ -212,9 +211,9 @@ class GpuDecoder:
                 q.copy_(rms_norm(q, block.q_norm, eps))
                 k.copy_(rms_norm(k, block.k_norm, eps))
             norms = (block.q_norm, block.k_norm, eps) if config.qk_norm == "head" else None
-            rope = self.no_rope if block.i in config.no_rope_layers else self.rope
+            rope = self.ropes[config.rope_kind(block.i)]
             decode_attention(self.qkv, cache.k[block.i], cache.v[block.i], *rope, self.position,
-                             self.workspace, self.attention, config.sliding_window, norms,
+                             self.workspace, self.attention, config.window(block.i), norms,
                              supports_pdl(model.device))
             self.add(self.attention, block, block.o, block.attn_norm)
             front = None if config.norms_behind else (block.mlp_norm, eps)

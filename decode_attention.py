@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window=None,
+def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, growth, position, window=None,
                                norms=None):
     """The definition of `decode_attention` in plain PyTorch; returns [n_heads * head_dim]."""
     n_kv_heads, _, head_dim = k_cache.shape
@@ -40,7 +40,7 @@ def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, position, window
     rotated = torch.cat((a * c - b * s, b * c + a * s), -1).to(qkv.dtype)
     k_cache[:, position], v_cache[:, position] = rotated[n_heads:], heads[n_heads + n_kv_heads:]
     start = 0 if window is None else max(0, position + 1 - window)
-    q = rotated[:n_heads].view(n_kv_heads, -1, head_dim)
+    q = (rotated[:n_heads] * growth.view(-1)[position].to(qkv.dtype)).view(n_kv_heads, -1, head_dim)
     seen = slice(start, position + 1)
     return F.scaled_dot_product_attention(q, k_cache[:, seen], v_cache[:, seen]).view(-1)
 
@@ -64,8 +64,8 @@ def _rope(ptr, mask, half: tl.constexpr, cos, sin, norm_ptr, norm_mask, eps, NOR
 
 
 @triton.jit
-def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr,
-                             sums_ptr, stats_ptr, counter_ptr, context, scale,
+def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, growth_ptr,
+                             position_ptr, sums_ptr, stats_ptr, counter_ptr, context, scale,
                              q_norm_ptr, k_norm_ptr, eps, NORM: tl.constexpr,
                              N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
                              WINDOW: tl.constexpr, SPLITS: tl.constexpr,
@@ -95,6 +95,7 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, p
     end = tl.minimum(start + chunk, position)
     cos = tl.load(cos_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
+    scale *= tl.load(growth_ptr + position)  # of the scores
     if PDL:
         gdc_wait()  # for qkv
         gdc_launch_dependents()
@@ -199,8 +200,8 @@ class Workspace:
         self.counter = torch.zeros(n_kv_heads, dtype=torch.int32, device=device)
 
 
-def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, window=None,
-                     norms=None, pdl=False):
+def decode_attention(qkv, k_cache, v_cache, cos, sin, growth, position, workspace, out,
+                     window=None, norms=None, pdl=False):
     """Attention of the token at `position`, whose key and value are also written into the cache.
 
     qkv:       [(n_heads + 2 n_kv_heads) * head_dim], this token's queries, keys and values,
@@ -208,6 +209,7 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, 
     k_cache, v_cache: [n_kv_heads, context, head_dim], contiguous; row `position` is written, the
                rows before it are read
     cos, sin:  float32 [context, head_dim / 2]
+    growth:    float32 [context], multiplies a query behind RoPE; all 1 in most models
     position:  integer tensor of one element, on the device
     out:       [n_heads * head_dim], written
     window:    the token sees itself and window - 1 tokens before it; None for all
@@ -221,7 +223,7 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, position, workspace, out, 
     members, dim_padded = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
         _decode_attention_kernel[(n_kv_heads, workspace.splits)](
-            qkv, k_cache, v_cache, out, cos, sin, position, workspace.sums, workspace.stats,
+            qkv, k_cache, v_cache, out, cos, sin, growth, position, workspace.sums, workspace.stats,
             workspace.counter, context, head_dim ** -0.5, q_norm, k_norm, eps,
             NORM=norms is not None,
             N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0,

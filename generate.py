@@ -28,9 +28,8 @@ from chat import Chat, edit_lines
 from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
 from command_line import add_model_flags, load_model, make_parser, number, run_script
-from model import KVCache
 from report import explain_end, report, say, summary, warn_of_broken_text, warn_of_sparsity
-from session import Session, SparsityWatch
+from session import Session, SparsityWatch, cache_bytes
 from tensor_parallel import from_first, rank, refuse
 from thresholds import CalibrationError, cache_path, find
 
@@ -69,7 +68,7 @@ def generate_tokens(model, ids, max_new_tokens, **options):
 def open_session(model, thresholds=None, *, context, **options):
     """A `Session` with these arguments. Raises ValueError if its KV cache does not fit."""
     advice = "" if model.dtype.itemsize == 2 else " or --dtype bfloat16"
-    require_memory(context * KVCache.bytes_per_token(model.config, model.dtype), model.device,
+    require_memory(context * cache_bytes(model.config, model.dtype), model.device,
                    f"a context of {context} tokens", f"try a shorter one with --context{advice}")
     return Session(model, thresholds, context=context, **options)
 
@@ -214,7 +213,7 @@ def main():
             ids = tokenizer.encode(prompt)
         context = min(context, len(ids) + args.max_new_tokens)
     elif args.context is None:  # up to half of what is free; too little for even 512 is an error
-        token = KVCache.bytes_per_token(model.config, model.dtype)
+        token = cache_bytes(model.config, model.dtype)
         fits = int(min(free_memory(model.device) / 2 / token, context))
         context = min(context, max(fits, 512))
 

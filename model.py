@@ -1,7 +1,7 @@
 """The Llama forward pass in plain PyTorch, and the idea of TEAL: skip the weights that hardly
 matter.
 
-Llama, Mistral, Qwen, SmolLM, OLMo 2 and many others are one stack of equal blocks; only the
+Llama, Mistral, Qwen, SmolLM, OLMo and many others are one stack of equal blocks; only the
 numbers in `Config` differ. Every product with weights goes through one function, `project(x,
 linear)`. Two such functions stand side by side below: `dense` reads every weight, `masked` first
 drops the small entries of x. While decoding, a kernel that computes the same as `masked` leaves
@@ -41,12 +41,23 @@ class Config:
     rope_factor: float = 1.0  # multiplies what RoPE turned, so scores by its square (YaRN, Granite)
     context: int = 2048  # longest text, in tokens
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    full_layers: tuple = ()  # layers that see all tokens, when others have the window
     no_rope_layers: tuple = ()  # layers without RoPE
+    query_growth: tuple = (0.0, 1)  # (b, c): q times 1 + b ln(1 + position // c) (Ministral 3)
     qk_norm: str | None = None  # RMSNorm of q and k: each "head" by itself, or "all" together
     norms_behind: bool = False  # RMSNorm behind attention and MLP, not in front of them
     qkv_bias: bool = False
     o_bias: bool = False
     tie_embeddings: bool = False  # the LM head is the embedding
+
+    def window(self, i):
+        """The sliding window of layer i, or None."""
+        return None if i in self.full_layers else self.sliding_window
+
+    def rope_kind(self, i):
+        """What RoPE does in layer i: "none", "plain", or "slow" with the divisors (OLMo 3)."""
+        windowed = self.full_layers and i not in self.full_layers
+        return "none" if i in self.no_rope_layers else "plain" if windowed else "slow"
 
     def linear_shape(self, site):
         """(in_features, out_features of each projection) of the matrices at a site."""
@@ -136,7 +147,7 @@ class Block:
         self.qkv, self.o = make("qkv", config.qkv_bias), make("o", config.o_bias)
         self.gate_up, self.down = make("gate_up"), make("down")
 
-    def attention(self, x, rope, cache, project):
+    def attention(self, x, ropes, cache, project):
         """Causal attention of the T new tokens over all S tokens so far."""
         config, n_tokens = self.config, x.shape[0]
         q, k, v = project(x, self.qkv).split(self.qkv.widths, dim=-1)
@@ -144,12 +155,12 @@ class Block:
             q = rms_norm(q, self.q_norm, config.norm_eps)
             k = rms_norm(k, self.k_norm, config.norm_eps)
         q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in (q, k, v))  # [T, heads, ...]
-        if self.i not in config.no_rope_layers:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        cos, sin, growth = ropes[config.rope_kind(self.i)]
+        q, k = apply_rope(q, cos * growth, sin * growth), apply_rope(k, cos, sin)
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [heads, T, head_dim]
         if cache is not None:
             k, v = cache.append(self.i, k, v)  # [n_kv_heads, S, head_dim]
-        mask = causal_mask(n_tokens, k.shape[1], config.sliding_window, x.device)  # [T, S]
+        mask = causal_mask(n_tokens, k.shape[1], config.window(self.i), x.device)  # [T, S]
         # enable_gqa: each key head serves n_heads / n_kv_heads query heads
         y = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask,
                                            is_causal=mask is None, enable_gqa=True)[0]
@@ -164,11 +175,11 @@ class Block:
     reduce = staticmethod(lambda y: y)
     adds_residual = True
 
-    def __call__(self, x, rope, cache=None, project=dense):
+    def __call__(self, x, ropes, cache=None, project=dense):
         """x [T, hidden_size] -> [T, hidden_size]. Without a cache, x is the whole text."""
         eps, front = self.config.norm_eps, not self.config.norms_behind
         h = rms_norm(x, self.attn_norm, eps) if front else x
-        h = self.reduce(self.attention(h, rope, cache, project))
+        h = self.reduce(self.attention(h, ropes, cache, project))
         x = x + (h if front else rms_norm(h, self.attn_norm, eps))
         h = self.reduce(self.mlp(rms_norm(x, self.mlp_norm, eps) if front else x, project))
         return x + (h if front else rms_norm(h, self.mlp_norm, eps))
@@ -213,21 +224,16 @@ class KVCache:
         self.v[layer, :, self.length:end] = v
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
-    @staticmethod
-    def bytes_per_token(config, dtype):
-        """Bytes of one token's keys and values."""
-        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
 
+def rotation(config, kind):
+    """Each channel pair's radians per position, and factor of the result, float32 [head_dim / 2].
 
-def inv_freq(config):
-    """RoPE's rotation in radians per position, float32 [head_dim / 2], one for each channel pair.
-
-    Texts longer than those of the training need slower rotations: hence the divisors. One of
-    infinity leaves a pair as it is.
+    Texts longer than those of the training need slower rotations: hence the divisors.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    freq = 1.0 / config.rope_theta ** exponents
-    return freq / torch.tensor(config.rope_divisors) if config.rope_divisors else freq
+    divisors = {"none": torch.inf, "plain": 1.0, "slow": config.rope_divisors or 1.0}[kind]
+    freq = 1.0 / config.rope_theta ** exponents / torch.tensor(divisors)
+    return freq, torch.where(freq > 0, config.rope_factor if kind == "slow" else 1.0, 1.0)
 
 
 class Model:
@@ -250,7 +256,8 @@ class Model:
         tied = config.tie_embeddings and self.lm_head.w_t.dtype == dtype
         self.embedding = None if tied else torch.empty(
             vocab_size, hidden_size, dtype=dtype, device=device)
-        self.inv_freq = inv_freq(config).to(device)
+        self.rotations = {kind: [y.to(device) for y in rotation(config, kind)]
+                          for kind in map(config.rope_kind, range(config.n_layers))}
 
     def embed(self, tokens):
         """Token ids [T] -> hidden states [T, hidden_size]."""
@@ -259,11 +266,12 @@ class Model:
         return self.embedding[tokens]
 
     def rope(self, start, n_tokens):
-        """cos and sin of T positions from `start` on, float32 [T, 1, head_dim / 2]."""
-        positions = torch.arange(start, start + n_tokens, device=self.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inv_freq)[:, None]
-        factor = torch.where(self.inv_freq > 0, self.config.rope_factor, 1.0)
-        return angles.cos() * factor, angles.sin() * factor
+        """{kind: (cos, sin [T, 1, head_dim / 2], growth of q [T, 1, 1])} from `start` on."""
+        positions = torch.arange(start, start + n_tokens, device=self.device).float()[:, None, None]
+        b, c = self.config.query_growth
+        growth = 1 + b * (positions // c).log1p()
+        return {kind: ((positions * freq).cos() * factor, (positions * freq).sin() * factor, growth)
+                for kind, (freq, factor) in self.rotations.items()}
 
     def forward(self, tokens, cache=None, project=dense):
         """Token ids [T] -> normalised hidden states [T, hidden_size], ready for `logits`.
@@ -275,9 +283,9 @@ class Model:
         if cache is not None and start + n_tokens > cache.context:
             raise ValueError(
                 f"{start + n_tokens} tokens do not fit into a KV cache of {cache.context}")
-        x, rope = self.embed(tokens), self.rope(start, n_tokens)
+        x, ropes = self.embed(tokens), self.rope(start, n_tokens)
         for block in self.blocks:
-            x = block(x, rope, cache, project)
+            x = block(x, ropes, cache, project)
         if cache is not None:
             cache.length += n_tokens
         return rms_norm(x, self.norm, self.config.norm_eps)

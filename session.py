@@ -183,8 +183,8 @@ class Session:
             token = following
             stats.decode_seconds += time.perf_counter() - start
             stats.steps += 1
-            seen = min(cache.length, self.model.config.sliding_window or cache.length)
-            stats.cache_bytes += seen * KVCache.bytes_per_token(self.model.config, self.model.dtype)
+            config, dtype = self.model.config, self.model.dtype
+            stats.cache_bytes += seen(config, cache.length) * cache_bytes(config, dtype)
 
     def masked(self, x, linear):
         """A decode step's product in plain PyTorch."""
@@ -214,6 +214,17 @@ class Session:
         stats = stats or self.measured()
         blocks = block_bytes(self.model, stats.kept) / stats.decoder_steps
         return self.model.lm_head.w_t.nbytes + blocks + stats.cache_bytes / stats.steps
+
+
+def cache_bytes(config, dtype):
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+
+
+def seen(config, n_tokens):
+    """Of n_tokens tokens, those whose keys and values attention reads, averaged over the layers."""
+    return sum(min(n_tokens, config.window(i) or n_tokens)
+               for i in range(config.n_layers)) / config.n_layers
 
 
 def bytes_per_weight(linear):

@@ -100,7 +100,7 @@ def rank_config(config, size):
     """The Config of one of `size` ranks. Raises ValueError if heads or channels do not divide."""
     if size > 1 and (config.qk_norm == "all" or config.norms_behind):
         raise ValueError("ranks cannot share a model with norms over all heads or behind the block "
-                         "(OLMo 2); run it in one process")
+                         "(OLMo); run it in one process")
     for name in ("n_kv_heads", "n_heads", "intermediate_size"):
         if getattr(config, name) % size:
             raise ValueError(f"{size} ranks cannot share the model's {getattr(config, name)} "

@@ -41,6 +41,7 @@ def test_attention(n_heads, n_kv_heads, head_dim, context, window):
     and value."""
     k, v = (torch.randn(n_kv_heads, context, head_dim, device=DEVICE) for _ in range(2))
     angles = torch.outer(torch.arange(context).float(), torch.rand(head_dim // 2)).to(DEVICE)
+    rope = angles.cos(), angles.sin(), 1 + torch.rand(context, device=DEVICE)
     workspace = Workspace(n_heads, n_kv_heads, head_dim, DEVICE)
     for position in (0, 63, 64, context - 1):
         qkv = torch.randn((n_heads + 2 * n_kv_heads) * head_dim, device=DEVICE)
@@ -50,11 +51,10 @@ def test_attention(n_heads, n_kv_heads, head_dim, context, window):
         )
         k_expected, v_expected = k.clone(), v.clone()
         expected = decode_attention_reference(
-            qkv, k_expected, v_expected, angles.cos(), angles.sin(), position, window
+            qkv, k_expected, v_expected, *rope, position, window
         )
         for _ in range(2):  # the second time finds the workspace as the first left it
-            decode_attention.decode_attention(
-                qkv, k, v, angles.cos(), angles.sin(), at, workspace, out, window)
+            decode_attention.decode_attention(qkv, k, v, *rope, at, workspace, out, window)
             assert (out - expected).abs().max() <= 2e-5
         assert torch.allclose(k, k_expected, atol=1e-6) and torch.equal(v, v_expected)
 
@@ -137,7 +137,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(guard):
             x, torch.zeros(64, 16, dtype=torch.uint8), one, ends=(32,), out=out,
             scale=torch.zeros(64, 1, 2, dtype=torch.bfloat16)),
         "decode_attention": lambda: decode_attention.decode_attention(
-            x[:48], cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8), one.long(),
+            x[:48], cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8), torch.ones(8),
+            one.long(),
             Workspace(1, 1, 16, "cpu"), out[:16]),
         "token_kernels": lambda: (token_kernels.embed(model, one.long(), one.long(), x),
                                   token_kernels.likeliest(x)),
@@ -200,6 +201,10 @@ def random_model(config, linear=Linear, device=DEVICE):
 CONFIGS = {
     "llama": Config(101, 48, 80, 2, 6, 2, 16, context=160, tie_embeddings=True),
     "mistral": Config(101, 64, 96, 2, 4, 4, 16, context=160, sliding_window=20),
+    "ministral3": Config(101, 48, 80, 2, 6, 2, 16, context=160, query_growth=(0.9, 8)),
+    "olmo3": Config(101, 48, 80, 2, 6, 2, 16, context=160, qk_norm="all", norms_behind=True,
+                    sliding_window=20, full_layers=(1,), rope_divisors=(1, 1, 1, 2, 4, 8, 8, 8),
+                    rope_factor=1.2),
     "qwen3": Config(101, 48, 80, 2, 3, 1, 24, context=160, qk_norm="head"),
     "phi-4-mini": Config(101, 48, 80, 2, 6, 2, 16, context=160, rope_factor=1.2,
                          rope_divisors=(1, 1, 1, 2, 4, 8, math.inf, math.inf)),

@@ -1,6 +1,7 @@
 """model.py against transformers: the same logits from the same random weights, for every family
 and for odd shapes."""
 
+import copy
 import random
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from checkpoint.config import parse_config
 from checkpoint.tensors import put, tensor_shapes
 from checkpoint.unify import unify
-from model import KVCache, Model, inv_freq
+from model import KVCache, Model, rotation
 from session import Session
 
 ROPE = {
@@ -28,6 +29,9 @@ ROPE = {
     "yarn, its factor": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0,
                          "original_max_position_embeddings": 32, "attention_factor": 1.4},
 }
+ROPE["ministral"] = ROPE["yarn"] | {"mscale": 1.0, "mscale_all_dim": 1.0,
+                                    "llama_4_scaling_beta": 0.7}
+ROPE["olmo3"] = {"full_attention": ROPE["yarn"], "sliding_attention": ROPE["default"]}
 for name, pairs, share in (("longrope", 4, 1.0), ("longrope of 3/4", 6, 0.75)):
     ROPE[name] = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": share,
                   "original_max_position_embeddings": 32,
@@ -76,6 +80,17 @@ CASES = {  # name: (class stem in transformers, changes to SMALL, rope)
     "olmo2, odd heads, tied": (
         "Olmo2", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54,
                   "tie_word_embeddings": True}, "default"),
+    "ministral3": ("Ministral3", {"num_key_value_heads": 2, "head_dim": 12,
+                                  "pad_token_id": None}, "ministral"),
+    "ministral3, odd heads, tied, window": ("Ministral3", {
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10, "pad_token_id": None,
+        "tie_word_embeddings": True, "sliding_window": 30}, "ministral"),
+    "olmo3": ("Olmo3", {"num_key_value_heads": 2, "sliding_window": 20, "pad_token_id": None,
+                        "layer_types": ["sliding_attention", "full_attention",
+                                        "sliding_attention"]}, "olmo3"),
+    "olmo3, every fourth, odd heads": ("Olmo3", {
+        "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54,
+        "num_hidden_layers": 4, "sliding_window": 7, "pad_token_id": None}, "olmo3"),
     "granite": ("Granite", MULTIPLIERS | {"num_key_value_heads": 2}, "default"),
     "granite, odd heads, tied, biases": (
         "Granite", MULTIPLIERS | {"num_attention_heads": 9, "num_key_value_heads": 3,
@@ -110,7 +125,8 @@ def pair(name):
     print(f"{name}: seed {seed}")
     torch.manual_seed(seed)
     stem, changes, rope = CASES[name]
-    config = getattr(transformers, f"{stem}Config")(**SMALL | changes, rope_parameters=ROPE[rope])
+    config = getattr(transformers, f"{stem}Config")(
+        **SMALL | changes, rope_parameters=copy.deepcopy(ROPE[rope]))
     config._attn_implementation = "eager"
     theirs = getattr(transformers, f"{stem}ForCausalLM")(config).float().eval()
     for parameter_name, parameter in theirs.named_parameters():  # fresh ones are all 1 or all 0
@@ -155,7 +171,7 @@ def test_logits(name):
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith((
-    "qwen3", "qwen2, yarn", "smol", "olmo", "granite", "phi"))])
+    "qwen3", "qwen2, yarn", "smol", "ministral", "olmo", "granite", "phi"))])
 @torch.inference_mode()
 def test_greedy_tokens(name):
     """The decode step chooses the same 32 tokens as transformers."""
@@ -168,10 +184,10 @@ def test_greedy_tokens(name):
     assert len(ids) == 32
 
 
-@pytest.mark.parametrize("rope", [name for name in ROPE if name != "longrope of 3/4"])
+@pytest.mark.parametrize("rope", sorted(ROPE.keys() - {"longrope of 3/4", "olmo3"}))
 def test_inv_freq(rope):
     config = transformers.LlamaConfig(**SMALL, rope_parameters=ROPE[rope])
     expected = transformers.LlamaForCausalLM(config).model.rotary_emb
     ours = parse_config(config.to_dict())
-    torch.testing.assert_close(inv_freq(ours), expected.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rotation(ours, "slow")[0], expected.inv_freq, rtol=1e-6, atol=0)
     assert ours.rope_factor == pytest.approx(expected.attention_scaling)

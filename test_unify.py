@@ -4,6 +4,7 @@ float, as int8 and in slices; what does not fit is refused."""
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import open_checkpoint
@@ -126,3 +127,70 @@ def test_only_dense_granites():
                    {"layer_types": None}, {"position_embedding_type": "nope"}):
         with pytest.raises(ValueError, match="experts, Mamba layers or no RoPE"):
             parse_config(config | change)
+
+
+# ---- models that also read images, and layers of two kinds -------------------------------------
+
+def ministral():
+    """A random Ministral 3 that reads images."""
+    torch.manual_seed(0)
+    text = SMALL | {"vocab_size": 320, "head_dim": 12, "model_type": "ministral3",
+                    "rope_parameters": ROPE["ministral"], "pad_token_id": None}
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "model_type": "pixtral"}
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=eyes, tie_word_embeddings=False)
+    return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+
+@torch.inference_mode()
+def test_the_text_model_of_one_that_reads_images(tmp_path):
+    theirs = ministral()
+    theirs.save_pretrained(tmp_path / "m")
+    spm_tokenizer().save(str(tmp_path / "m" / "tokenizer.json"))
+    model, tokenizer = checkpoint.load(tmp_path / "m")
+    assert model.config.query_growth == (0.7, 32) and not model.config.tie_embeddings
+    ids = torch.randint(320, (80,))
+    logits = model.logits(model.forward(ids))
+    assert (logits - theirs(ids[None]).logits[0]).abs().max() <= 1e-4
+    # The other order of the words in a tensor's name, which newer files have.
+    file = tmp_path / "m" / "model.safetensors"
+    old, new = "language_model.model.", "model.language_model."
+    tensors = load_file(file)
+    assert any(name.startswith(old) for name in tensors) != any(
+        name.startswith(new) for name in tensors)
+    swapped = {name.replace(old, "*").replace(new, old).replace("*", new): tensor
+               for name, tensor in tensors.items()}
+    save_file(swapped, file)
+    assert torch.equal(checkpoint.load(tmp_path / "m")[0].forward(ids), model.forward(ids))
+
+
+OLMO = LLAMA | {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"],
+                "sliding_window": 8, "num_hidden_layers": 4}
+
+
+def test_layers_of_olmo3():
+    """By layer_types, or every fourth; RoPE's settings flat, as in old configs, or by layer."""
+    yarn, plain = ROPE["yarn"], {"rope_type": "default", "rope_theta": 10000.0}
+    flat = parse_config(OLMO | {"rope_theta": 10000.0, "rope_scaling": yarn})
+    nested = parse_config(OLMO | {"rope_parameters": {"full_attention": yarn,
+                                                      "sliding_attention": plain}})
+    assert flat == nested and flat.full_layers == (3,)
+    assert [flat.window(i) for i in range(4)] == [8, 8, 8, None]
+    assert [flat.rope_kind(i) for i in range(4)] == ["plain"] * 3 + ["slow"]
+    kinds = ["full_attention", "sliding_attention"] * 2
+    assert parse_config(OLMO | {"layer_types": kinds}).full_layers == (0, 2)
+    assert parse_config(OLMO).rope_theta == 5e5
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"layer_types": ["full_attention"]}, "layer_types is .*each of the 4 layers"),
+    ({"layer_types": [["full_attention"]] * 4}, "layer_types is "),
+    ({"rope_parameters": {"full_attention": 3}}, "rope_parameters has"),
+    ({"rope_parameters": {"full_attention": ROPE["yarn"], "sliding_attention": ROPE["yarn"]}},
+     "for layers with a window"),
+    ({"rope_parameters": {"full_attention": ROPE["yarn"],
+                          "sliding_attention": {"rope_theta": 99.0}}}, "for layers with a window")])
+def test_olmo3_config_errors(change, words):
+    with pytest.raises(ValueError, match=words):
+        parse_config(OLMO | change)

@@ -14,11 +14,14 @@ FAMILIES = {  # model_type in config.json -> the architecture there
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
+WINDOWED = ("mistral", "ministral3", "olmo3", "phi3")  # those that heed sliding_window
 FIXED = {"hidden_act": "silu", "mlp_bias": False}
 
 
@@ -37,7 +40,7 @@ def parse_config(config, context=None):
         raise ValueError("config value use_sliding_window is true; a window on some of the "
                          "layers is not supported")
     window = None
-    if model_type in ("mistral", "phi3") and config.get("sliding_window") is not None:
+    if model_type in WINDOWED and config.get("sliding_window") is not None:
         window = number(config, "sliding_window", high=1 << 24)
 
     hidden_size = number(config, "hidden_size")
@@ -73,11 +76,12 @@ def parse_config(config, context=None):
         norm_eps=norm_eps,
         **rope,
         sliding_window=window,
+        full_layers=parse_full_layers(config, n_layers) if model_type == "olmo3" else (),
         no_rope_layers=parse_no_rope(config, n_layers) if model_type == "smollm3" else (),
-        qk_norm={"qwen3": "head", "olmo2": "all"}.get(model_type),
-        norms_behind=model_type == "olmo2",
+        qk_norm={"qwen3": "head", "olmo2": "all", "olmo3": "all"}.get(model_type),
+        norms_behind=model_type in ("olmo2", "olmo3"),
         qkv_bias=attention_bias or model_type == "qwen2",
-        o_bias=attention_bias and model_type not in ("mistral", "qwen2"),
+        o_bias=attention_bias and model_type not in ("mistral", "ministral3", "qwen2"),
         tie_embeddings=flag(config, "tie_word_embeddings"),
     )
 
@@ -95,6 +99,13 @@ def check_family(config):
     return model_type
 
 
+def text_part(config):
+    """The part of a config.json about text, where there is one about images, too."""
+    if config.get("model_type") != "mistral3" or not isinstance(config.get("text_config"), dict):
+        return config
+    return {"tie_word_embeddings": config.get("tie_word_embeddings")} | config["text_config"]
+
+
 def check_dense(config):
     """Raise ValueError for the Granite 4 models that have other layers than Llama's."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
@@ -104,6 +115,19 @@ def check_dense(config):
         raise ValueError("this Granite has experts, Mamba layers or no RoPE (config values "
                          "num_local_experts, layer_types, position_embedding_type); only dense "
                          "ones with RoPE are supported")
+
+
+def parse_full_layers(config, n_layers):
+    """The layers without a window: those that OLMo 3's layer_types says; else every fourth."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = [("sliding", "full")[(i + 1) % 4 == 0] + "_attention" for i in range(n_layers)]
+    if (not isinstance(kinds, list) or len(kinds) != n_layers
+            or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)):
+        raise ValueError(f"config value layer_types is {str(kinds)[:100]}; expected "
+                         "sliding_attention or full_attention for each of the "
+                         f"{n_layers} layers")
+    return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
 
 
 def parse_no_rope(config, n_layers):

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from safetensors import safe_open
 
-from checkpoint.config import parse_config
+from checkpoint.config import parse_config, text_part
 from checkpoint.opened import Checkpoint, CheckpointError, blame
 from checkpoint.tensors import METHOD, check_shapes, is_quantized
 from checkpoint.tokenizer import Tokenizer, guard
@@ -30,7 +30,7 @@ HEADER_LIMIT = 4 << 20  # bytes of a safetensors header; one tensor takes about 
 def open_folder(folder):
     """A folder (Path) -> Checkpoint. Raises CheckpointError."""
     config_file = folder / "config.json"
-    config_json = read_json(config_file)
+    config_json = text_part(read_json(config_file))
     with blame(config_file):
         config = parse_config(config_json)
     quantization = config_json.get("quantization_config")

@@ -38,8 +38,8 @@ def parse_rope(config, head_dim, context=None):
     Raises ValueError, naming the key and its value.
     """
     rope, rope_type = rope_settings(config)
-    theta = number(config if rope.get("rope_theta") is None else rope, "rope_theta", 10000.0,
-                   1.1, 1e12, float)
+    theta = number(config if rope.get("rope_theta") is None else rope, "rope_theta",
+                   5e5 if config.get("model_type") == "olmo3" else 1e4, 1.1, 1e12, float)
     longest = number(config, "max_position_embeddings", 2048, high=1 << 24)
     if context is not None and not 1 <= context <= longest:
         raise ValueError(f"context {context} is outside 1 to {longest}, the longest of this model")
@@ -64,6 +64,9 @@ def parse_rope(config, head_dim, context=None):
         settings["beta_slow"] = number(rope, "beta_slow", 1.0, 1e-3, 1e8, float)
         settings["truncate"] = flag(rope, "truncate", True)
         fields["rope_factor"] = yarn_factor(rope, settings["factor"])
+    if config.get("model_type") == "ministral3" and rope.get("llama_4_scaling_beta") is not None:
+        fields["query_growth"] = (number(rope, "llama_4_scaling_beta", None, 0.0, 10.0, float),
+                                  settings["original_max_position_embeddings"])
     if rope_type == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
         raise ValueError(f"config value low_freq_factor is {settings['low_freq_factor']}; it must "
                          f"be below high_freq_factor {settings['high_freq_factor']}")
@@ -82,6 +85,14 @@ def rope_settings(config):
     New configs keep all of RoPE in rope_parameters, old ones in rope_theta and rope_scaling.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if config.get("model_type") == "olmo3" and isinstance(rope, dict) and "full_attention" in rope:
+        # Layers with a window have the plain RoPE: `Config.rope_kind`.
+        windowed, rope = rope.get("sliding_attention") or {}, rope["full_attention"]
+        if (not isinstance(rope, dict) or not isinstance(windowed, dict)
+                or windowed.get("rope_type", "default") != "default"
+                or windowed.get("rope_theta") not in (None, rope.get("rope_theta"))):
+            raise ValueError(f"config value rope_parameters has {windowed!r} for layers with a "
+                             "window; only the plain RoPE, theta as in the others, is supported")
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
                          "all layers")
