@@ -1,8 +1,7 @@
 """Decoding one token: a step on a CPU, and a step on a GPU.
 
 Both decoders compute what `model.forward` does with `masked` products, with the same methods,
-each in the way that its device likes. A token's time is the time to read the weights, and that is
-where sparsity pays. `session.py` puts a text together from such steps.
+each in the way that its device likes. `session.py` puts a text together from such steps.
 
 Method: Liu et al., "TEAL" (arXiv:2408.14690). The CUDA graph is gpt-fast's idea (PyTorch blog,
 "Accelerating Generative AI with PyTorch II", 2023).
@@ -122,9 +121,8 @@ class GpuDecoder:
     attention with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down +
     residual. A product is one kernel if all rows are read (dense_gemv.py), else two
     (sparse_gemv.py). Whatever changes from token to token lives in GPU memory: the token, its
-    position, thresholds, random state. So each of the two kinds of step is captured once, when it
-    is first asked for, and the host only asks for the next replay and fetches the token that
-    came out.
+    position, thresholds, random state. So each of the two kinds of step is captured once, when
+    first asked for. Then the host only asks for replays and fetches tokens.
 
     choose:     a function of logits [V] that returns a token id, int64 [1], by GPU operations alone
     generators: the torch.Generators that `choose` draws from

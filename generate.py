@@ -1,8 +1,7 @@
 """Generates text, each decode step reading only the weight rows that matter.
 
-The command line and the Python API. The pieces behind them, in reading order: `model.py` (the
-forward pass and the idea), `sparse_gemv.py` (the kernel), `decode.py` (one step), `session.py`
-(one text), `chat.py` (a conversation).
+The command line and the Python API. Behind them: `session.py` (one text), `chat.py` (a
+conversation).
 
 Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL,
 arXiv:2408.14690).
@@ -28,7 +27,15 @@ from chat import Chat, edit_lines
 from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
 from command_line import add_model_flags, load_model, make_parser, number, run_script
-from report import explain_end, report, say, summary, warn_of_broken_text, warn_of_sparsity
+from report import (
+    explain_end,
+    report,
+    say,
+    summary,
+    warn_of_broken_text,
+    warn_of_sparsity,
+    write,
+)
 from session import Session, SparsityWatch, cache_bytes
 from tensor_parallel import from_first, rank, refuse
 from thresholds import CalibrationError, cache_path, find
@@ -96,24 +103,6 @@ def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
         except CalibrationError as error:
             say(f"{error}; this run goes on, and the next one will calibrate again")
     return calibration.thresholds(sparsity)
-
-
-# ---- printing ----------------------------------------------------------------------------------
-
-def write(ids, tokenizer, stop=()):
-    """Print token ids as text while they come, until they end or Ctrl-C.
-
-    Returns the text, and what ended it if not the ids: "interrupted" or "stop text".
-    """
-    text, ended = "", "stop text"
-    try:
-        for piece in text_pieces(ids, tokenizer, stop):
-            text += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        ended = "interrupted"
-    print(flush=True)
-    return text, ended
 
 
 # ---- the command line --------------------------------------------------------------------------

@@ -116,8 +116,8 @@ def dense(x, linear):
 def masked(x, linear, thresholds):
     """TEAL: x [T, K] without its nearly zero entries -> [T, N]; one threshold for each projection.
 
-    Where |x[k]| <= threshold, row k of w_t is multiplied by zero, so it need not be read. This
-    function reads it all the same: it defines the result that the kernels compute faster.
+    Where |x[k]| <= threshold, row k of w_t is multiplied by zero. So the kernels, which compute
+    the same, need not read it.
     """
     y = []
     for threshold, start, end in zip(thresholds, linear.starts, linear.ends):

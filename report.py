@@ -1,8 +1,25 @@
-"""What the program says beside the text: numbers of a run, warnings, why an answer is cut."""
+"""What a run prints: the text, and beside it its numbers, warnings, why an answer is cut."""
 
 import sys
 
+from checkpoint.tokenizer import text_pieces
 from session import SparsityWatch, block_bytes
+
+
+def write(ids, tokenizer, stop=()):
+    """Print token ids as text while they come, until they end or Ctrl-C.
+
+    Returns the text, and what ended it if not the ids: "interrupted" or "stop text".
+    """
+    text, ended = "", "stop text"
+    try:
+        for piece in text_pieces(ids, tokenizer, stop):
+            text += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    print(flush=True)
+    return text, ended
 
 
 def say(text):
