@@ -170,6 +170,20 @@ def test_logits(name):
         ours.forward(tokens[:1], cache)
 
 
+@pytest.mark.parametrize("name", ["qwen3, yarn", "qwen2, yarn", "ministral3", "olmo3",
+                                  "phi-3, long context", "phi-4-mini"])
+@torch.inference_mode()
+def test_long_texts(name):
+    """Positions at the end of a stretched context, in prefill and in decode steps."""
+    theirs, ours = pair(name)
+    tokens = torch.randint(SMALL["vocab_size"], (256,))
+    expected, cache = theirs(tokens[None]).logits[0], KVCache(ours.config, 256)
+    for part in (tokens[:250], *tokens[250:].split(1)):
+        start = cache.length
+        logits = ours.logits(ours.forward(part, cache))
+        assert (logits - expected[start:cache.length]).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith((
     "qwen3", "qwen2, yarn", "smol", "ministral", "olmo", "granite", "phi"))])
 @torch.inference_mode()

@@ -1,6 +1,8 @@
 """Families that are brought into Llama's form while reading: what transformers saved loads, as
 float, as int8 and in slices; what does not fit is refused."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -17,7 +19,8 @@ from test_config import LLAMA
 from test_model import CASES, ROPE, SMALL
 
 NAMES = ["granite", "granite, odd heads, tied, biases", "granite 4", "phi-3",
-         "phi-3, odd heads, tied", "phi-4-mini, short text"]
+         "phi-3, odd heads, tied", "phi-4-mini, short text", "ministral3",
+         "olmo3, every fourth, odd heads"]
 
 
 @pytest.fixture(params=NAMES)
@@ -26,7 +29,7 @@ def saved(request, tmp_path):
     torch.manual_seed(0)
     stem, changes, rope = CASES[request.param]
     config = getattr(transformers, f"{stem}Config")(
-        **SMALL | changes | {"vocab_size": 320}, rope_parameters=ROPE[rope])
+        **SMALL | changes | {"vocab_size": 320}, rope_parameters=copy.deepcopy(ROPE[rope]))
     theirs = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
     for name, parameter in theirs.named_parameters():
         if "bias" in name:
