@@ -188,12 +188,12 @@ def convert_to_gguf(theirs, file, arch, reordered):
             else:
                 state[name.replace("shared_mlp.output_linear", "mlp.down_proj")] = state[name]
             del state[name]
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
     head_dim = config.hidden_size // config.num_attention_heads
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    rope = config.rope_parameters
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -202,6 +202,14 @@ def convert_to_gguf(theirs, file, arch, reordered):
             if key in rope:
                 key = key.replace("attention", "attn")
                 getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
+    if config.model_type == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+        writer.add_sliding_window(config.sliding_window or 0)
+    if config.model_type == "olmo3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention"
+                                           for kind in config.layer_types])
     if arch == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -510,6 +518,8 @@ def test_gguf_with_biases(tmp_path):
     ("olmo2", "olmo2", None), ("olmo2", "olmo2, odd heads, tied", None),
     ("granite", "granite", None), ("granite", "granite, odd heads, tied, biases", None),
     ("granite", "granite 4", None),
+    ("olmo2", "olmo3", None), ("olmo2", "olmo3, every fourth, odd heads", None),
+    ("mistral3", "ministral3", None), ("mistral3", "ministral3, odd heads, tied, window", None),
     ("phi3", "phi-3", None), ("phi3", "phi-3, odd heads, tied", None),
     ("phi3", "phi-3, long context", 256), ("phi3", "phi-4-mini, short text", None)])
 @torch.inference_mode()
@@ -517,7 +527,7 @@ def test_gguf_families(tmp_path, arch, name, context):
     """A model of transformers, written as GGUF, gives the same logits."""
     theirs, _ = pair(name)
     tokens = torch.randint(theirs.config.vocab_size, (40,))
-    reordered = arch in ("llama", "smollm3", "granite")
+    reordered = arch in ("llama", "smollm3", "granite", "mistral3")
     file = convert_to_gguf(theirs, tmp_path / "m.gguf", arch, reordered)
     ours, _ = checkpoint.load(file, context=context)
     expected = theirs(tokens[None]).logits[0]
@@ -553,10 +563,14 @@ def test_gguf_with_too_long_rope_factors(tmp_path):
             "rope_freqs.weight has shape [9], more than a head of 8")
 
 
-def test_gguf_of_olmo3(tmp_path):
-    embedding = {"model.embed_tokens.weight": torch.ones(320, 32)}
-    refused(write_gguf(tmp_path / "m.gguf", embedding, "olmo2",
-                       **{"olmo2.attention.sliding_window": 8}), "OLMo 3")
+@pytest.mark.parametrize("arch, change, words", [
+    ("olmo2", {"olmo2.attention.sliding_window": 8,
+               "olmo2.attention.sliding_window_pattern": [True] * 3}, "layer_types is [ True"),
+    ("olmo2", {"olmo2.attention.sliding_window": 8,
+               "olmo2.attention.sliding_window_pattern": 4}, "layer_types is 4"),
+    ("mistral3", {"mistral3.attention.temperature_scale": 0.1}, "needs rope.scaling.type 'yarn'")])
+def test_bad_gguf_of_olmo_and_ministral(tmp_path, arch, change, words):
+    refused(write_gguf(tmp_path / "m.gguf", arch=arch, **change), words)
 
 
 @pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])

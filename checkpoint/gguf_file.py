@@ -21,7 +21,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from checkpoint.config import parse_config
+from checkpoint.config import FAMILIES, parse_config
 from checkpoint.gguf_tokenizer import build_tokenizer, special_token
 from checkpoint.opened import Checkpoint, CheckpointError
 from checkpoint.rope import parse_rope
@@ -38,11 +38,11 @@ SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7
            10: "<u8", 11: "<i8", 12: "<f8"}  # type in the header -> dtype
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
-                 "olmo2": "Olmo2ForCausalLM", "granite": "GraniteForCausalLM",
-                 "phi3": "Phi3ForCausalLM"}
-REORDERED = ("llama", "smollm3", "granite")  # whose rows of q and k are (see `GGUFFile.read`)
+ARCHITECTURES = {  # name in the file -> model_type in config.json; OLMo 3 is an olmo2 here
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3", "olmo2": "olmo2",
+    "granite": "granite", "phi3": "phi3", "mistral3": "ministral3"}
+# those whose rows of q and k are in another order (see `GGUFFile.read`)
+REORDERED = ("llama", "smollm3", "granite", "mistral3")
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -231,13 +231,17 @@ class GGUFFile:
         if rope_dim not in (head_dim, None) and self.arch != "phi3":
             raise ValueError(f"it rotates {rope_dim} of {head_dim} dimensions of a head; only "
                              "all is supported")
-        if self.get("attention.sliding_window") and self.arch == "olmo2":
-            raise ValueError("it is an OLMo 3; a window on some of the layers is not supported")
+        model_type = ARCHITECTURES[self.arch]
+        if self.arch == "olmo2" and self.get("attention.sliding_window"):
+            model_type = "olmo3"
+        windowed = self.get("attention.sliding_window_pattern")
+        if isinstance(windowed, np.ndarray) and len(windowed) == self.get("block_count"):
+            windowed = ["sliding_attention" if flag else "full_attention" for flag in windowed]
         ends = [self.metadata.get(f"tokenizer.ggml.{role}_token_id")
                 for role in ("eos", "eot", "eom")]
         config = {
-            "model_type": self.arch,
-            "architectures": [ARCHITECTURES[self.arch]],
+            "model_type": model_type,
+            "architectures": [FAMILIES[model_type]],
             "vocab_size": self.tensors["token_embd.weight"][0][0],
             "hidden_size": self.get("embedding_length"),
             "intermediate_size": self.get("feed_forward_length"),
@@ -247,6 +251,7 @@ class GGUFFile:
             "head_dim": head_dim,
             "max_position_embeddings": self.get("context_length"),
             "sliding_window": self.get("attention.sliding_window") or None,
+            "layer_types": windowed,
             "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon"),
             "rope_theta": self.get("rope.freq_base", 10000.0),
             "rope_scaling": self.rope_scaling(),
@@ -268,6 +273,9 @@ class GGUFFile:
     def rope_scaling(self):
         """The rope_scaling of a config.json, as far as it is metadata; None for the plain RoPE."""
         kind = self.get("rope.scaling.type", "none")
+        growth = self.get("attention.temperature_scale")  # of queries with their position
+        if growth and kind != "yarn":
+            raise ValueError("its attention.temperature_scale needs rope.scaling.type 'yarn'")
         if kind == "none" or any(name in self.tensors for name in ROPE_TENSORS):
             return None
         values = {"factor": self.get("rope.scaling.factor"),
@@ -276,7 +284,11 @@ class GGUFFile:
                   "attention_factor": self.get("rope.scaling.attn_factor",
                                                self.get("rope.scaling.yarn_attn_factor")),
                   "beta_fast": self.get("rope.scaling.yarn_beta_fast"),
-                  "beta_slow": self.get("rope.scaling.yarn_beta_slow")}
+                  "beta_slow": self.get("rope.scaling.yarn_beta_slow"),
+                  "llama_4_scaling_beta": growth}
+        if self.get("rope.scaling.yarn_log_multiplier"):
+            values |= {"mscale": 1.0,
+                       "mscale_all_dim": self.get("rope.scaling.yarn_log_multiplier")}
         return {"rope_type": kind, **{k: v for k, v in values.items() if v is not None}}
 
     def rope(self, config):
