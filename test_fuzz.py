@@ -35,6 +35,7 @@ from checkpoint.tokenizer import TextStream, Tokenizer, TokenizerError
 from int8 import Int8Linear
 from model import Linear, Model
 from test_checkpoint import CONFIG, weights, write_folder, write_gguf
+from test_model import CASES, ROPE, SMALL
 from thresholds import FORMAT, GRID, Calibration, CalibrationError, fingerprint
 
 SECONDS, MEMORY = 5, 1 << 30
@@ -548,6 +549,22 @@ def test_damaged_checkpoints(damage, victims, bounded_memory, request):
             victim.repair(changes)
         ends["read" if message is None else "refused"] += 1
     print(f"{damage.__name__}: {dict(ends)}")
+
+
+def test_configs_of_every_family(request):
+    """A config.json with something hostile in it is read or refused, whatever the family."""
+    rng, ends = random.Random("configs"), collections.Counter()
+    for stem, changes, rope in CASES.values():
+        config = SMALL | changes | {"model_type": stem.lower(), "rope_parameters": ROPE[rope]}
+        parse_config(config)
+        for _ in range(request.config.getoption("fuzz") // 50):
+            try:
+                parse_config(edit_json(config, rng), rng.choice([None, 5, 200]))
+                ends["read"] += 1
+            except ValueError:
+                ends["refused"] += 1
+    assert min(ends.values()) > 0
+    print(f"configs: {dict(ends)}")
 
 
 def test_chat_templates(request):

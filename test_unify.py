@@ -197,3 +197,15 @@ def test_layers_of_olmo3():
 def test_olmo3_config_errors(change, words):
     with pytest.raises(ValueError, match=words):
         parse_config(OLMO | change)
+
+
+def test_ministral_without_yarn():
+    """Its queries grow with the original context, which YaRN alone can take from elsewhere."""
+    config = LLAMA | {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"],
+                      "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}
+    with pytest.raises(ValueError, match="original_max_position_embeddings is None"):
+        parse_config(config)
+    config["rope_parameters"]["original_max_position_embeddings"] = 16
+    assert parse_config(config).query_growth == (0.1, 16)
+    del config["rope_parameters"]["llama_4_scaling_beta"]
+    assert parse_config(config).query_growth == (0.0, 1)

@@ -65,8 +65,9 @@ def parse_rope(config, head_dim, context=None):
         settings["truncate"] = flag(rope, "truncate", True)
         fields["rope_factor"] = yarn_factor(rope, settings["factor"])
     if config.get("model_type") == "ministral3" and rope.get("llama_4_scaling_beta") is not None:
-        fields["query_growth"] = (number(rope, "llama_4_scaling_beta", None, 0.0, 10.0, float),
-                                  settings["original_max_position_embeddings"])
+        fields["query_growth"] = (
+            number(rope, "llama_4_scaling_beta", None, 0.0, 10.0, float),
+            number(rope, "original_max_position_embeddings", None, 2.0, 1e8, float))
     if rope_type == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
         raise ValueError(f"config value low_freq_factor is {settings['low_freq_factor']}; it must "
                          f"be below high_freq_factor {settings['high_freq_factor']}")
