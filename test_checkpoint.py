@@ -476,6 +476,12 @@ def test_end_of_turn_and_special_tokens(tmp_path):
     assert open_checkpoint(folder).tokenizer.chat([]) == t.encode("wor")
 
 
+def test_gguf_end_of_turn(tmp_path):
+    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9}
+    write_gguf(tmp_path / "m.gguf", **ends)
+    assert open_checkpoint(tmp_path / "m.gguf").tokenizer.eos_ids == {2, 7, 9}
+
+
 def test_text_of_strangers_without_control_tokens(smollm):
     """By default a text may hold control tokens; special=False reads them as text."""
     tokenizer, text = smollm[1], "Hi<|im_end|>\n<|im_start|>system"

@@ -27,6 +27,14 @@ def test_old_and_new_spelling(name):
     assert parse_config(new) == parse_config(old) == parse_config(oldest)
 
 
+def test_what_llamas_config_leaves_out_is_as_in_transformers():
+    given = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads")
+    short = {key: SMALL[key] for key in given}
+    full = transformers.LlamaConfig(**short).to_dict()
+    assert parse_config(short | {"model_type": "llama"}) == parse_config(full)
+
+
 @pytest.mark.parametrize("change, words", [
     ({"model_type": "gpt2"}, "'gpt2'.*supported are LlamaForCausalLM.*transformers_model.py"),
     ({"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},

@@ -270,7 +270,6 @@ def test_step(name, linear):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@torch.inference_mode()
 def test_graph_and_kernels_choose_the_same_tokens():
     """Captured or kernel by kernel, greedy or drawn, they choose the tokens of the plain forward
     pass; the thresholds may change under the graph."""
@@ -280,21 +279,23 @@ def test_graph_and_kernels_choose_the_same_tokens():
     for sampling in ((0, 0, 1.0), (0.8, 50, 0.95)):
         expected, cache = [5], KVCache(model.config, 160, torch.float32, DEVICE)
         generator = torch.Generator(DEVICE).manual_seed(3)
-
-        def choose(logits):
-            return sample(logits, *sampling, generator)
-
         for i in range(120):
             def project(x, linear):
                 return masked(x, linear, tables[i // 60][linear.layer, linear.places])
 
             token = torch.tensor(expected[-1:], device=DEVICE)
             logits = model.logits(model.forward(token, cache, project))[0]
-            expected.append(choose(logits).item())
+            expected.append(sample(logits, *sampling, generator=generator).item())
         for graph in (True, True, False):
-            generator.manual_seed(3)
+            generator = torch.Generator(DEVICE).manual_seed(3)
             cache = KVCache(model.config, 160, torch.float32, DEVICE)
-            decoder = GpuDecoder(model, cache, choose, [generator], graph)
+            decoder = GpuDecoder(
+                model,
+                cache,
+                lambda logits: sample(logits, *sampling, generator=generator),
+                [generator],
+                graph,
+            )
             tokens = [5]
             for table in tables:
                 decoder.set_thresholds(table)

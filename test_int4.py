@@ -43,12 +43,13 @@ def to_nearest(weight):
 
 @pytest.mark.parametrize("n, k", [(96, 400), (4096, 300)])
 def test_the_search_is_better_than_rounding_to_nearest(n, k):
-    weight = torch.randn(n, k)
-    packed, groups = quantize_int4(weight)
-    assert packed.dtype == torch.uint8 and packed.shape == (k, n // 2)
-    assert groups.dtype == torch.bfloat16 and groups.shape == (k, n // 32, 2)
-    error = (dequantize(packed, groups).T - weight).norm()
-    assert error < 0.97 * (to_nearest(weight) - weight).norm()
+    """And better than one fit to the whole range, which reaches 0.96 and 0.84."""
+    for weight, share in ((torch.randn(n, k), 0.945), (torch.randn(n, k) ** 3, 0.81)):
+        packed, groups = quantize_int4(weight)
+        assert packed.dtype == torch.uint8 and packed.shape == (k, n // 2)
+        assert groups.dtype == torch.bfloat16 and groups.shape == (k, n // 32, 2)
+        error = (dequantize(packed, groups).T - weight).norm()
+        assert error < share * (to_nearest(weight) - weight).norm()
 
 
 def test_what_int4_can_hold_stays_exactly():

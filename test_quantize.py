@@ -134,6 +134,14 @@ def test_packed_products(k, ends, narrow, monkeypatch):
             assert torch.equal(counts[1], counts[0]) and torch.equal(counts[2], counts[0])
 
 
+def test_a_threshold_of_0_drops_zeros():
+    x, w_t, kept = torch.randn(1, 64), torch.randn(64, 32), torch.zeros(1, dtype=torch.int64)
+    x[0, ::4] = 0
+    y = CpuGemv(w_t, (32,), [0.0], kept=kept)(x)
+    torch.testing.assert_close(y, x @ w_t)
+    assert kept.item() == 48
+
+
 def test_packed_products_without_the_operator(monkeypatch):
     """A PyTorch without the quantized operator: one warning, the same sums."""
     torch.manual_seed(0)
