@@ -30,7 +30,7 @@ from checkpoint.tensors import weight_bytes
 from command_line import add_model_flags, load_model, make_parser, number, run_script
 from decode import CpuDecoder, GpuDecoder
 from files import require_writable, write_whole
-from int4 import Int4Linear, int4_linear
+from int4 import GROUP, GROUP_BYTES, Int4Linear, Int4OnCPU, int4_linear
 from int8 import Int8Linear
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
 from session import block_bytes, cache_bytes, seen
@@ -80,14 +80,16 @@ def random_model(config, dtype, device, quantize):
     options = {"device": model.device, "generator": generator}
     for linear in [*model.linears(), model.lm_head]:
         size = linear.in_features ** -0.5  # the standard deviation of a weight
-        if isinstance(linear, Int4Linear):
-            linear.w_t.random_(generator=generator)
-            linear.scale[..., 0] = size / 4.6  # the standard deviation of 0 ... 15
-            linear.scale[..., 1] = -7.5 * size / 4.6
-            continue
         for i, width in enumerate(linear.widths):
             shape = width, linear.in_features
-            if quantize:
+            if isinstance(linear, (Int4Linear, Int4OnCPU)):
+                groups = torch.randint(0, 256, (width // GROUP, linear.in_features, GROUP_BYTES),
+                                       dtype=torch.uint8, **options)
+                scale, minimum = groups[..., -4:].view(torch.bfloat16).unbind(-1)
+                scale.fill_(size / 4.6)  # 4.6 is the standard deviation of 0 ... 15
+                minimum.fill_(-7.5 * size / 4.6)
+                linear.load_weight(i, groups)
+            elif quantize:
                 q = torch.randint(-127, 128, shape, dtype=torch.int8, **options)
                 linear.load_weight(i, q)
                 linear.load_scale(i, size / 73)  # 73 is the standard deviation of q

@@ -10,8 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from int4 import GROUP, can_be_int4
+from int4_gemv import int4_gemv
 from model import SITES
 from sparse_gemv import sparse_gemv
+
+BITS = {"bfloat16": 16, "int8": 8, "int4": 5}  # of a weight, scales of groups included
+COPIES_BYTES = 400_000_000  # of a product's weights: several times the L2 cache
 
 # ---- the device --------------------------------------------------------------------------------
 
@@ -107,40 +112,36 @@ class Product:
 
     k:    in_features
     ends: the last column + 1 of each of the matrices that lie side by side
+    kind: of the weights, "bfloat16", "int8" or "int4"
+
+    All tensors lie on PyTorch's default device.
     """
 
-    def __init__(self, site, k, ends, dtype):
-        n, int8 = ends[-1], dtype == torch.int8
-        self.k, self.ends, self.bytes = k, ends, k * n * dtype.itemsize
-        copies = max(2, int(4e8 / self.bytes))  # 400 MB overflow the L2 cache several times
-
-        def weight():
-            if int8:
-                return torch.randint(-127, 128, (k, n), dtype=torch.int8, device="cuda")
-            return torch.randn(k, n, device="cuda", dtype=torch.bfloat16)
-
-        self.weights = [weight() for _ in range(copies)]
-        self.x = torch.randn(k, device="cuda", dtype=torch.bfloat16)  # after the fused operations
-        self.options = {"out": torch.empty(n, device="cuda", dtype=torch.bfloat16)}
-        if int8:
-            self.options["scale"] = torch.rand(n, device="cuda")
+    def __init__(self, site, k, ends, kind):
+        n = ends[-1]
+        self.k, self.ends, self.bytes = k, ends, k * n * BITS[kind] // 8
+        self.gemv = int4_gemv if kind == "int4" else sparse_gemv
+        copies = max(2, COPIES_BYTES // self.bytes)
+        self.weights = [random_weight(k, n, kind) for _ in range(copies)]
+        self.x = torch.randn(k, dtype=torch.bfloat16)  # after the fused operations
+        self.options = {"out": torch.empty(n, dtype=torch.bfloat16)}
         if site in ("qkv", "gate_up", "lm_head"):
-            self.options["norm"] = torch.ones(k, device="cuda", dtype=torch.bfloat16), 0.0
+            self.options["norm"] = torch.ones(k, dtype=torch.bfloat16), 0.0
             self.x /= self.x.float().square().mean().sqrt()
         else:
-            self.options["residual"] = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+            self.options["residual"] = torch.randn(n, dtype=torch.bfloat16)
         self.input = self.x
         if site == "down":
             gate = torch.full_like(self.x, 40)  # silu(40) = 40
             self.input, self.options["swiglu"] = torch.cat((gate, self.x)), True
             self.x = gate * self.x
-        self.kept = torch.zeros(len(ends), dtype=torch.int64, device="cuda")
-        self.thresholds = torch.empty(len(ends), device="cuda")
+        self.kept = torch.zeros(len(ends), dtype=torch.int64)
+        self.thresholds = torch.empty(len(ends))
 
     def run(self):
-        for w_t in self.weights:
-            sparse_gemv(self.input, w_t, self.thresholds, ends=self.ends, kept=self.kept,
-                        **self.options)
+        for w_t, scale in self.weights:
+            self.gemv(self.input, w_t, self.thresholds, ends=self.ends, scale=scale,
+                      kept=self.kept, **self.options)
 
     def measure(self, sparsity):
         """(seconds of one product, bytes of the rows that it read)"""
@@ -154,13 +155,23 @@ class Product:
         return seconds(replay) / len(self.weights), self.bytes * share
 
     def cublas_seconds(self):
-        """The dense product by PyTorch, with bfloat16 weights: the faster of both layouts."""
+        """The dense product by PyTorch, of bfloat16 weights: the faster of both layouts."""
         x, best = self.x[None], float("inf")
-        rows = [w.to(torch.bfloat16) for w in self.weights]
+        rows = [w_t for w_t, _ in self.weights]
         for weights in (rows, [w.T.contiguous().T for w in rows]):
             time = seconds(graph_of(lambda: [x @ w for w in weights]))
             best = min(best, time / len(weights))
         return best
+
+
+def random_weight(k, n, kind):
+    """(w_t, scale) of a random matrix, as `sparse_gemv` or `int4_gemv` takes them."""
+    if kind == "int4":
+        return (torch.randint(0, 256, (k, n // 2), dtype=torch.uint8),
+                torch.rand(k, n // GROUP, 2).bfloat16())
+    if kind == "int8":
+        return torch.randint(-127, 128, (k, n), dtype=torch.int8), torch.rand(n)
+    return torch.randn(k, n, dtype=torch.bfloat16), None
 
 
 def products(config):
@@ -172,8 +183,8 @@ def products(config):
 
 
 def kernels(configs, sparsities):
-    """Print every product of the configs (name -> Config), bfloat16 and int8, against the
-    bandwidth and cuBLAS; returns the rows."""
+    """Print every product of the configs (name -> Config), with bfloat16, int8 and int4 weights,
+    against the bandwidth and cuBLAS; returns the rows."""
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth / 1e12:.2f} TB/s; torch "
           f"{torch.__version__}, triton {triton.__version__}")
@@ -186,18 +197,21 @@ def kernels(configs, sparsities):
                 continue
             seen.add((k, *ends))
             cublas = None
-            for dtype in (torch.bfloat16, torch.int8):
-                product = Product(site, k, ends, dtype)
+            for kind in BITS:
+                if kind == "int4" and not can_be_int4(site, ends):
+                    continue
+                with torch.device("cuda"):
+                    product = Product(site, k, ends, kind)
                 cublas = cublas or product.cublas_seconds()
                 for sparsity in sparsities if site != "lm_head" else [0]:
                     time, n_bytes = product.measure(sparsity)
                     row = {"config": name, "site": site, "k": k, "n": ends[-1],
-                           "dtype": str(dtype).removeprefix("torch."), "sparsity": sparsity,
+                           "dtype": kind, "sparsity": sparsity,
                            "microseconds": time * 1e6, "bandwidth": n_bytes / time,
                            "share_of_limit": n_bytes / time / bandwidth,
                            "speedup_over_cublas": cublas / time}
                     rows.append(row)
-                    print(f"{name + ' ' + site:>20} {k:>5}x{ends[-1]:<6} {row['dtype'][:5]:>5} "
+                    print(f"{name + ' ' + site:>20} {k:>5}x{ends[-1]:<6} {kind[:5]:>5} "
                           f"{sparsity:>8.0%} {time * 1e6:>8.2f} {n_bytes / time / 1e12:>6.2f} "
                           f"{row['share_of_limit']:>8.0%} {row['speedup_over_cublas']:>8.2f}",
                           flush=True)

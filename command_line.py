@@ -17,6 +17,8 @@ import torch
 from checkpoint import load, open_checkpoint
 from checkpoint.memory import free_memory
 from files import one_line
+from int4 import Int4OnCPU, can_be_int4
+from model import SITES
 from tensor_parallel import rank, start, stop, world_size
 
 
@@ -105,13 +107,11 @@ def load_model(args, context=None):
 
     context: the longest text, in tokens; None for the model's own limit
     With --quantize auto, a GGUF file of 8 bits or fewer becomes int8 on a CPU, where that decodes
-    faster. args.quantize then says what came of it: "int8" or None.
+    faster. args.quantize then says what came of it: "int8" or None. Standard error tells what int4
+    does not cover.
     Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
     args.device = start(args.device)
-    if args.quantize == "int4" and args.device == "cpu" and rank() == 0:
-        print("int4 runs on a GPU; on this CPU the int4-rounded weights run as int8",
-              file=sys.stderr)
     checkpoint = args.model
     if args.quantize == "auto":
         checkpoint, args.quantize = open_checkpoint(args.model), None
@@ -122,8 +122,24 @@ def load_model(args, context=None):
                       f"{args.dtype}; --quantize none switches that off", file=sys.stderr)
     elif args.quantize == "none":
         args.quantize = None
-    return load(checkpoint, dtype=getattr(torch, args.dtype), device=args.device,
-                quantize=args.quantize, context=context)
+    model, tokenizer = load(checkpoint, dtype=getattr(torch, args.dtype), device=args.device,
+                            quantize=args.quantize, context=context)
+    kinds = {type(linear) for linear in model.linears()}
+    if Int4OnCPU in kinds:
+        print("int4 runs on a GPU; on this CPU the int4-rounded weights run as int8",
+              file=sys.stderr)
+    if args.quantize == "int4" or len(kinds) == 2:  # int4, and int8 where that is impossible
+        tell_int8(model.config)
+    return model, tokenizer
+
+
+def tell_int8(config):
+    """Print which projections of an int4 model are int8 nevertheless, if any are."""
+    left = [name for site, names in SITES.items() for name in names
+            if not can_be_int4(site, config.linear_shape(site)[1])]
+    if left:
+        print(f"{', '.join(left)} are int8: int4 needs columns in multiples of 32",
+              file=sys.stderr)
 
 
 # ---- errors and exit codes ---------------------------------------------------------------------

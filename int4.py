@@ -13,31 +13,39 @@ multiple of 32, the matrix is int8; the LM head always is.
 import torch
 
 from int4_gemv import GROUP
-from int8 import FLOATS, PIECE, Int8Linear
+from int8 import FLOATS, PIECE, Int8Linear, quantize_tensor
 from model import Linear
 
+GROUP_BYTES = GROUP // 2 + 4  # numbers, then scale and minimum
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of a group's range, around its middle
 
 
 def quantize_int4(weight, name="weight"):
-    """A float matrix [N, K], N a multiple of 32 -> (uint8 [K, N / 2], bfloat16 [K, N / 32, 2]).
+    """A float matrix [N, K], N a multiple of 32 -> its groups, uint8 [N / 32, K, 20].
 
-    Byte j of a group holds its column j, and column j + 16 in the high four bits. The second
-    tensor holds scale and minimum. Raises ValueError, naming the tensor, if a weight is infinite
-    or NaN.
+    The first 16 bytes of a group hold its numbers: byte j holds column j in its low four bits and
+    column j + 16 in its high four. The last 4 hold scale and minimum in bfloat16. Raises
+    ValueError, naming the tensor, if a weight is infinite, NaN or immense.
     """
     n, k = weight.shape
-    packed = torch.empty(k, n // 2, dtype=torch.uint8, device=weight.device)
-    groups = torch.empty(k, n // GROUP, 2, dtype=torch.bfloat16, device=weight.device)
-    for i in range(0, k, step := max(1, PIECE // n)):
-        w = weight[:, i:i + step].T.float().reshape(-1, n // GROUP, GROUP)
-        if not w.isfinite().all():
-            raise ValueError(f"tensor {name} holds infinite or NaN weights, which cannot be "
-                             "quantized; get a sound checkpoint")
-        q, groups[i:i + step] = search(w)
+    groups = torch.empty(n // GROUP, k, GROUP_BYTES, dtype=torch.uint8, device=weight.device)
+    step = max(1, PIECE // n)
+    for w, out in zip(weight.split(step, dim=1), groups.split(step, dim=1)):
+        q, scales = search(w.float().unflatten(0, (-1, GROUP)).mT.contiguous())
+        if not scales.isfinite().all():
+            raise ValueError(f"tensor {name} holds weights that are infinite, NaN or immense, "
+                             "which cannot be quantized; get a sound checkpoint")
         low, high = q.to(torch.uint8).chunk(2, dim=-1)
-        packed[i:i + step] = (low | high << 4).flatten(1)
-    return packed, groups
+        out[..., :GROUP // 2] = low | high << 4
+        out[..., GROUP // 2:] = scales.view(torch.uint8)
+    return groups
+
+
+def split_groups(groups):
+    """What `quantize_int4` returns -> (w_t uint8 [K, N / 2], scale and minimum of each group
+    bfloat16 [K, N / 32, 2]), as the kernel reads them."""
+    w_t, scale = groups.transpose(0, 1).split((GROUP // 2, 4), dim=-1)
+    return w_t.flatten(1), scale.view(torch.bfloat16)
 
 
 def search(w):
@@ -73,19 +81,23 @@ def nearest(w, scale, minimum):
     return ((w - minimum) / scale.clamp(min=tiny)).round().clamp(0, 15)
 
 
-def dequantize(packed, groups, dtype=torch.float32):
-    """What `quantize_int4` returns, or some of its groups -> floats [K, N]."""
-    q = packed.view(len(packed), -1, GROUP // 2)
+def dequantize(w_t, scale, dtype=torch.float32):
+    """What `split_groups` returns -> the floats that it stands for, [K, N]."""
+    q = w_t.unflatten(1, (-1, GROUP // 2))
     q = torch.cat((q & 15, q >> 4), -1)
-    scale, minimum = groups.float().split(1, -1)
+    scale, minimum = scale.float().split(1, -1)
     return torch.addcmul(minimum, q.float(), scale).to(dtype).flatten(1)
+
+
+def can_be_int4(site, widths):
+    """Whether the matrices of a site, with these out_features, become int4; else they are int8."""
+    return site != "lm_head" and not any(width % GROUP for width in widths)
 
 
 def int4_linear(layer, site, in_features, widths, has_bias, dtype, device):
     """A matrix for `Model`: int4 where that is possible, else int8 (see the top of this file)."""
-    if site == "lm_head" or any(width % GROUP for width in widths):
-        kind = Int8Linear
-    else:
+    kind = Int8Linear
+    if can_be_int4(site, widths):
         kind = Int4OnCPU if torch.device(device).type == "cpu" else Int4Linear
     return kind(layer, site, in_features, widths, has_bias, dtype, device)
 
@@ -94,7 +106,18 @@ class Int4OnCPU(Int8Linear):
     """An `Int8Linear` of the weights that int4 rounds to."""
 
     def load_weight(self, i, weight):
-        super().load_weight(i, dequantize(*quantize_int4(weight)).T)
+        """Store the weight of projection i: floats, or what `quantize_int4` makes of them."""
+        stored = weight.dtype == torch.uint8
+        step = max(1, PIECE // (self.in_features * GROUP))  # groups
+        parts = weight.split(step if stored else step * GROUP)
+        q = torch.empty(self.widths[i], self.in_features, dtype=torch.int8)
+        scale = torch.empty(self.widths[i])
+        for part, *out in zip(parts, q.split(step * GROUP), scale.split(step * GROUP)):
+            groups = part if stored else quantize_int4(part)
+            for x, rounded in zip(out, quantize_tensor(dequantize(*split_groups(groups)).T)):
+                x.copy_(rounded)
+        super().load_weight(i, q)
+        self.load_scale(i, scale)
 
 
 class Int4Linear(Linear):
@@ -107,15 +130,18 @@ class Int4Linear(Linear):
         self.scale = torch.empty(k, n // GROUP, 2, dtype=torch.bfloat16, device=device)
 
     def load_weight(self, i, weight):
+        """Store the weight of projection i: floats, or what `quantize_int4` makes of them."""
+        if weight.dtype != torch.uint8:
+            weight = quantize_int4(weight)
         start, end = self.starts[i], self.ends[i]
-        packed, groups = quantize_int4(weight)
-        self.w_t[:, start // 2:end // 2] = packed
-        self.scale[:, start // GROUP:end // GROUP] = groups
+        w_t, scale = split_groups(weight)
+        self.w_t[:, start // 2:end // 2] = w_t
+        self.scale[:, start // GROUP:end // GROUP] = scale
 
     def weight(self, start, end):
         """Columns start ... end - 1, multiples of 32, as the floats they stand for."""
-        groups = self.scale[:, start // GROUP:end // GROUP]
-        return dequantize(self.w_t[:, start // 2:end // 2].contiguous(), groups, self.dtype)
+        scale = self.scale[:, start // GROUP:end // GROUP]
+        return dequantize(self.w_t[:, start // 2:end // 2], scale, self.dtype)
 
     def __call__(self, x):
         step = max(1, FLOATS // (self.in_features * GROUP)) * GROUP

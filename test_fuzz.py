@@ -32,6 +32,7 @@ from checkpoint.config import parse_config
 from checkpoint.gguf_file import hf_name
 from checkpoint.tensors import put
 from checkpoint.tokenizer import TextStream, Tokenizer, TokenizerError
+from int4 import int4_linear
 from int8 import Int8Linear
 from model import Linear, Model
 from test_checkpoint import CONFIG, weights, write_folder, write_gguf
@@ -112,6 +113,11 @@ def make_int8(path):
     return path
 
 
+def make_int4(path):
+    quantize.write_folder(open_checkpoint(make_folder(path.with_name("floats"))), path, "int4")
+    return path
+
+
 def make_gguf(path):
     """Floats, and a SentencePiece vocabulary."""
     path.mkdir()
@@ -144,7 +150,8 @@ def make_calibration(path):
     return path / "calibration.safetensors"
 
 
-MAKERS = {"folder": make_folder, "shards": make_shards, "int8": make_int8, "gguf": make_gguf,
+MAKERS = {"folder": make_folder, "shards": make_shards, "int8": make_int8,
+          "int4": make_int4, "gguf": make_gguf,
           "gguf q8": make_gguf_q8,
           "calibration": make_calibration}
 
@@ -416,7 +423,7 @@ def edit_gguf_tensors(victim, rng):
     return {"m.gguf": data}
 
 
-FOLDERS, GGUFS = ("folder", "shards", "int8"), ("gguf", "gguf q8")
+FOLDERS, GGUFS = ("folder", "shards", "int8", "int4"), ("gguf", "gguf q8")
 CALIBRATIONS = ("calibration",)
 EVERYTHING = FOLDERS + GGUFS + CALIBRATIONS
 DAMAGES = {  # what is damaged how -> (on which files, its share of all cases)
@@ -448,7 +455,7 @@ def read_by_other_means(victim):
             data = bytearray((victim.folder / name).read_bytes())
             dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                       "BF16": torch.bfloat16,
-                      "I8": torch.int8}
+                      "I8": torch.int8, "U8": torch.uint8}
             for tensor, entry in json.loads(data[8:start]).items():
                 if tensor != "__metadata__":
                     begin, end = entry["data_offsets"]
@@ -463,9 +470,15 @@ def expected_numbers(victim):
     tensors = read_by_other_means(victim)
     if victim.network is None:
         return [tensors["thresholds"], tensors["sparsities"]]
-    if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
-        return None
+    for tensor in tensors.values():
+        if tensor.dtype == torch.uint8:
+            scale, minimum = tensor[..., 16:].contiguous().view(torch.bfloat16).float().unbind(-1)
+            tensor = torch.stack((minimum, minimum + 15 * scale))
+        if not tensor.float().isfinite().all():
+            return None
     linear = Linear if victim.network.lm_head.scale is None else Int8Linear
+    if any(tensor.dtype == torch.uint8 for tensor in tensors.values()):
+        linear = int4_linear
     network = Model(victim.network.config, linear=linear)
     for name, tensor in tensors.items():
         put(network, name, tensor)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 import triton
 
+import benchmark_gpu
 import checkpoint
-from int4 import Int4Linear, Int4OnCPU, dequantize, quantize_int4
+from int4 import Int4Linear, Int4OnCPU, dequantize, quantize_int4, split_groups
 from int4_gemv import int4_gemv
 from int8 import Int8Linear
 from model import dense
@@ -33,6 +34,11 @@ def seed():
     torch.manual_seed(SEED)
 
 
+def rounded(weight):
+    """Weights [N, K] -> (w_t, scale) as an `Int4Linear` holds them."""
+    return [part.contiguous() for part in split_groups(quantize_int4(weight))]
+
+
 def to_nearest(weight):
     """Weights [N, K] rounded between the extremes of each group, without a search."""
     w = weight.T.float().reshape(weight.shape[1], -1, 32)
@@ -45,28 +51,39 @@ def to_nearest(weight):
 def test_the_search_is_better_than_rounding_to_nearest(n, k):
     """And better than one fit to the whole range, which reaches 0.96 and 0.84."""
     for weight, share in ((torch.randn(n, k), 0.945), (torch.randn(n, k) ** 3, 0.81)):
-        packed, groups = quantize_int4(weight)
-        assert packed.dtype == torch.uint8 and packed.shape == (k, n // 2)
-        assert groups.dtype == torch.bfloat16 and groups.shape == (k, n // 32, 2)
-        error = (dequantize(packed, groups).T - weight).norm()
+        w_t, scale = rounded(weight)
+        assert w_t.dtype == torch.uint8 and w_t.shape == (k, n // 2)
+        assert scale.dtype == torch.bfloat16 and scale.shape == (k, n // 32, 2)
+        error = (dequantize(w_t, scale).T - weight).norm()
         assert error < share * (to_nearest(weight) - weight).norm()
 
 
 def test_what_int4_can_hold_stays_exactly():
     q = torch.arange(16).repeat(2)[torch.randperm(32)]
     weight = (q * 0.25 - 2)[:, None]
-    assert torch.equal(dequantize(*quantize_int4(weight)).T, weight)
+    assert torch.equal(dequantize(*rounded(weight)).T, weight)
     for constant in (0.0, 0.5, -3.0):
         weight = torch.full((64, 3), constant)
-        assert torch.equal(dequantize(*quantize_int4(weight)).T, weight)
+        assert torch.equal(dequantize(*rounded(weight)).T, weight)
+
+
+def test_where_a_group_lies():
+    """Group g of channel k holds columns 32 g ... 32 g + 31: 16 bytes, then scale and minimum."""
+    q = torch.rand(3, 5, 32).argsort(-1) % 16  # [groups, channels, columns]
+    groups = quantize_int4((q * 0.25 - 2).transpose(1, 2).reshape(96, 5))
+    assert groups.dtype == torch.uint8 and groups.shape == (3, 5, 20)
+    assert torch.equal(torch.cat((groups[..., :16] & 15, groups[..., :16] >> 4), -1), q)
+    scales = groups[..., 16:].contiguous().view(torch.bfloat16)
+    assert torch.equal(scales.float(), torch.tensor([0.25, -2.0]).expand(3, 5, 2))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
     weight = torch.zeros(32, 4)
-    weight[5, 2] = value
-    with pytest.raises(ValueError, match="tensor up holds infinite or NaN"):
-        quantize_int4(weight, "up")
+    for weight[5, 2] in (value, 3e38):  # with 3e38, sums of weights overflow
+        weight[6, 2] = -weight[5, 2]
+        with pytest.raises(ValueError, match="tensor up holds weights that are infinite, NaN or"):
+            quantize_int4(weight, "up")
     tensors = weights()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight"):
@@ -82,7 +99,7 @@ def test_a_cpu_runs_the_rounded_weights_as_int8(tmp_path):
         kinds.add(type(ours))
         w = other.weight(0, other.ends[-1]).T
         if isinstance(ours, Int4OnCPU):
-            w = torch.cat([dequantize(*quantize_int4(part)).T for part in w.split(ours.widths)])
+            w = torch.cat([dequantize(*rounded(part)).T for part in w.split(ours.widths)])
         step = w.abs().amax(1) / 127
         off = (ours.weight(0, ours.ends[-1]).T - w).abs().amax(1)
         assert (off <= 0.51 * step).all()
@@ -118,7 +135,7 @@ def test_random_draws():
         ends = rng.choice([(32,), (96,), (160,), (32, 64), (64, 96, 128), (128, 160, 288)])
         dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
         n, swiglu = ends[-1], rng.random() < 0.3
-        packed, groups = quantize_int4(torch.randn(n, k, device=DEVICE))
+        w_t, scale = rounded(torch.randn(n, k, device=DEVICE))
         x = torch.randn(k * (1 + swiglu), device=DEVICE).to(dtype)
         input_ = x
         if swiglu:
@@ -134,9 +151,9 @@ def test_random_draws():
         bias, residual = (torch.randn(n, device=DEVICE).to(dtype) for _ in range(2))
         kept = torch.zeros(len(ends), dtype=torch.int64, device=DEVICE)
         out = torch.full((n,), float("nan"), dtype=dtype, device=DEVICE)
-        int4_gemv(x, packed, t, ends=ends, scale=groups, out=out, bias=bias, swiglu=swiglu,
+        int4_gemv(x, w_t, t, ends=ends, scale=scale, out=out, bias=bias, swiglu=swiglu,
                   residual=residual, kept=kept)
-        w, wanted, start = dequantize(packed, groups).double(), [], 0
+        w, wanted, start = dequantize(w_t, scale).double(), [], 0
         for i, end in enumerate(ends):
             keep = ~(input_.float().abs() <= t[i])
             assert kept[i] == keep.sum()
@@ -151,25 +168,40 @@ def test_random_draws():
 @KERNELS
 def test_norm_split_and_dropped_rows():
     k, n = 1024, 96  # K is split here
-    packed, groups = quantize_int4(torch.randn(n, k, device=DEVICE))
+    w_t, scale = rounded(torch.randn(n, k, device=DEVICE))
     x, weight = torch.randn(k, device=DEVICE), torch.rand(k, device=DEVICE)
     normed = F.rms_norm(x, (k,), weight, 1e-5)
     keep = normed.abs() > 0.3
-    groups[~keep] = float("nan")  # never read
+    scale[~keep] = float("nan")  # never read
     outs = [torch.empty(n, device=DEVICE) for _ in range(3)]
     for out in outs:
-        int4_gemv(x, packed, torch.tensor([0.3], device=DEVICE), ends=(n,), scale=groups, out=out,
+        int4_gemv(x, w_t, torch.tensor([0.3], device=DEVICE), ends=(n,), scale=scale, out=out,
                   norm=(weight, 1e-5))
-    wanted = normed[keep].double() @ dequantize(packed[keep], groups[keep]).double()
+    wanted = normed[keep].double() @ dequantize(w_t[keep], scale[keep]).double()
     assert (outs[0] - wanted).norm() <= 1e-5 * wanted.norm()
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+@KERNELS
+@pytest.mark.parametrize("site", ["o", "down"])
+def test_a_product_that_benchmark_times(site, monkeypatch):
+    monkeypatch.setattr(benchmark_gpu, "COPIES_BYTES", 0)
+    with torch.device(DEVICE):
+        product = benchmark_gpu.Product(site, 200, (96,), "int4")
+    assert product.bytes == sum(part.nbytes for part in product.weights[-1])
+    product.thresholds.fill_(product.x.float().abs().sort().values[99])
+    product.run()
+    x = torch.where(product.x.float().abs() <= product.thresholds, 0, product.x).double()
+    assert product.kept.item() == x.count_nonzero() * len(product.weights)
+    wanted = x @ dequantize(*product.weights[-1]).double() + product.options["residual"]
+    assert (product.options["out"] - wanted).norm() <= 1e-2 * wanted.norm()
+
+
 def test_what_does_not_fit_is_refused():
-    packed, groups = quantize_int4(torch.randn(96, 8))
-    for w_t, scale, ends in ((packed, groups, (64,)), (packed, groups.float(), (96,)),
-                             (packed, groups[:, :2], (96,)), (packed, groups, (40, 96)),
-                             (packed[:7], groups, (96,))):
+    good, scales = rounded(torch.randn(96, 8))
+    for w_t, scale, ends in ((good, scales, (64,)), (good, scales.float(), (96,)),
+                             (good, scales[:, :2], (96,)), (good, scales, (40, 96)),
+                             (good[:7], scales, (96,))):
         with pytest.raises(ValueError, match="int4_gemv"):
             int4_gemv(torch.randn(8), w_t, torch.zeros(1), ends=ends, scale=scale,
                       out=torch.empty(96))
@@ -184,6 +216,6 @@ def test_triton_code_in_the_interpreter():
     """The kernel's own code, on the CPU."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_int4.py",
-         "-k", "draws or split"], cwd=Path(__file__).parent,
+         "-k", "draws or split or times"], cwd=Path(__file__).parent,
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

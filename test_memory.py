@@ -1,12 +1,21 @@
-"""Free memory as containers limit it, read from made-up files."""
+"""Free memory as containers limit it, read from made-up files; and what loading a model needs."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import checkpoint
+import quantize
 from checkpoint import memory
+from checkpoint.config import parse_config
+from checkpoint.tensors import tensor_shapes
+from test_checkpoint import CONFIG, write_folder
 
 G = 1 << 30
 
@@ -56,3 +65,60 @@ def test_too_much_is_refused(monkeypatch):
     words = "the model needs 6.0 GB of memory, but 5.0 GB are free on cpu; buy some"
     with pytest.raises(ValueError, match=words):
         memory.require_memory(6e9, "cpu", "the model", "buy some")
+
+
+# ---- the peak while loading --------------------------------------------------------------------
+
+# In a process of its own: quantize (or load the quantized folder) and print bytes.
+MEASURE = """
+import sys, torch, checkpoint, int4, int8
+from test_memory import resident
+from test_quantize import as_on_a_gpu
+torch.set_num_threads(1)
+tiny, source, quantize, place = sys.argv[1:]
+int4.PIECE = int8.PIECE = 1 << 14  # weights at a time: as small, beside this model, as in use
+if place == "as on a GPU":
+    checkpoint.int4_linear = as_on_a_gpu
+options = {"dtype": torch.bfloat16, "quantize": quantize or None}
+checkpoint.load(tiny, **options)  # memory that is needed but once
+before = resident("VmRSS")
+model, _ = checkpoint.load(source, **options)
+held = [*model.linears(), model.lm_head]
+print(resident("VmHWM") - before, sum(m.w_t.nbytes + m.scale.nbytes for m in held))
+"""
+
+
+# By default, glibc keeps freed blocks of up to 32 MB: little beside a model, but much beside this.
+ENV = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+def resident(field):
+    """Bytes of this process in memory: now, "VmRSS", or at its peak, "VmHWM"."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """{"" or "int4": a folder of floats, 59 MB, or of int4}, and a tiny folder."""
+    folder = tmp_path_factory.mktemp("memory")
+    config = CONFIG | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8,
+                       "num_key_value_heads": 8, "head_dim": 64}
+    tensors = {name: torch.randn(shape, dtype=torch.bfloat16)
+               for name, shape in tensor_shapes(parse_config(config)).items()}
+    floats = write_folder(folder / "floats", config, tensors)
+    quantize.write_folder(checkpoint.open_checkpoint(floats), folder / "int4", "int4")
+    return {"": floats, "int4": folder / "int4", "tiny": write_folder(folder / "tiny")}
+
+
+@pytest.mark.parametrize("form, kind, place", [
+    ("", "int8", "cpu"), ("", "int4", "cpu"), ("", "int4", "as on a GPU"),
+    ("int4", "", "cpu"), ("int4", "", "as on a GPU")])
+def test_loading_needs_the_model_and_twice_its_largest_tensor(form, kind, place, sources):
+    words = sources["tiny"], sources[form], kind or "", place
+    done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, words)],
+                          env=ENV, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, model = map(int, done.stdout.split())
+    largest = 1024 * 4096 * 2
+    assert (model > 3 * largest) == (place == "cpu")  # int8 or int4
+    assert model <= peak <= model + 2 * largest, (peak / 1e6, model / 1e6)

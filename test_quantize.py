@@ -1,5 +1,5 @@
-"""Tests of int8 weights: the rounding, products with them, and the folders of quantize.py. All on
-tiny random models and the CPU."""
+"""Tests of int8 weights (the rounding, products with them) and of the folders of quantize.py, int8
+and int4. All on tiny random models and the CPU."""
 
 import json
 import math
@@ -7,11 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import calibrate
 import checkpoint
@@ -20,9 +21,10 @@ import int8
 import quantize
 from checkpoint.config import parse_config
 from checkpoint.tensors import is_quantized, put, tensor_shapes
-from command_line import run_script
+from command_line import load_model, run_script
 from cpu_gemv import CpuGemv, RowCount, empty_packed, pack, unpack
 from generate import generate_tokens
+from int4 import Int4Linear, Int4OnCPU, can_be_int4
 from int8 import Int8Linear, quantize_tensor
 from model import PROJECTIONS, Linear, Model, dense, masked
 from sparse_gemv import sparse_gemv
@@ -91,12 +93,14 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, run, tmp_path):
     tensors = weights()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     folder = write_folder(tmp_path / "source", tensors=tensors)
-    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight") as raised:
-        checkpoint.load(folder, quantize="int8")
-    assert "\n" not in str(raised.value)
-    code, error = run("--model", folder, "--out", tmp_path / "out")
-    assert code == 2 and error.count("\n") == 1 and "model.layers.1.mlp.up_proj.weight" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    for kind in ("int8", "int4"):
+        with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight") as raised:
+            checkpoint.load(folder, quantize=kind)
+        assert "\n" not in str(raised.value)
+        code, error = run("--model", folder, "--out", tmp_path / "out", "--quantize", kind)
+        assert code == 2 and error.count("\n") == 1
+        assert "model.layers.1.mlp.up_proj.weight" in error
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 # ---- products ----------------------------------------------------------------------------------
@@ -238,32 +242,45 @@ def test_the_int8_model_is_a_model_with_rounded_weights(source):
 
 def same_tensors(ours, theirs):
     """Assert that two models, blocks or matrices hold the same tensors under the same names."""
-    assert vars(ours).keys() == vars(theirs).keys()
+    assert type(ours) is type(theirs) and vars(ours).keys() == vars(theirs).keys()
     for name, value in vars(ours).items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, vars(theirs)[name]), name
         elif isinstance(value, Linear):
-            assert isinstance(value, Int8Linear)
             same_tensors(value, vars(theirs)[name])
 
 
+def as_on_a_gpu(layer, site, in_features, widths, has_bias, dtype, device):
+    """What `int4_linear` makes on a GPU, on any device."""
+    kind = Int4Linear if can_be_int4(site, widths) else Int8Linear
+    return kind(layer, site, in_features, widths, has_bias, dtype, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, holds", [
+    ("int8", {Int8Linear}), ("int4", {Int8Linear, Int4OnCPU}),
+    ("int4 on a GPU", {Int8Linear, Int4Linear})])
 def test_a_folder_is_the_same_model_as_quantizing_while_loading(
-        source, tmp_path, dtype, monkeypatch):
+        source, tmp_path, dtype, kind, holds, monkeypatch):
     monkeypatch.setattr(quantize, "SHARD", 20_000)  # bytes: several files
+    if kind == "int4 on a GPU":
+        monkeypatch.setattr(checkpoint, "int4_linear", as_on_a_gpu)
+    kind = kind[:4]
     opened = checkpoint.open_checkpoint(source)
-    quantize.write_folder(opened, tmp_path / "out")
+    quantize.write_folder(opened, tmp_path / "out", kind)
     written = checkpoint.open_checkpoint(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
-    assert written.quantized and written.config == opened.config
+    assert written.quantized == kind and written.config == opened.config
 
     model, tokenizer = checkpoint.load(tmp_path / "out", dtype=dtype)
-    wanted, theirs = checkpoint.load(source, dtype=dtype, quantize="int8")
+    wanted, theirs = checkpoint.load(source, dtype=dtype, quantize=kind)
+    assert {type(linear) for linear in model.linears()} == holds
     for ours, other in zip((model, *model.blocks), (wanted, *wanted.blocks)):
         same_tensors(ours, other)
-    ours, theirs_too = (list(generate_tokens(m, [1, 50, 60], 32)) for m in (model, wanted))
-    assert ours == theirs_too
+    if Int4Linear not in holds:  # its product for one token runs on a GPU alone
+        ours, expected = (list(generate_tokens(m, [1, 50, 60], 32)) for m in (model, wanted))
+        assert ours == expected
     assert tokenizer.eos_ids == theirs.eos_ids == {2, 5} and tokenizer.special == theirs.special
     assert tokenizer.sampling == theirs.sampling == {"temperature": 0.3, "top_k": 9}
     messages = [{"role": "user", "content": "the"}]
@@ -283,15 +300,19 @@ def test_a_gguf_file_becomes_a_folder(run, tmp_path):
     assert tokenizer.eos_ids == theirs.eos_ids
 
 
-def test_files_hold_int8_and_nothing_twice(source, tmp_path):
-    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "out")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_files_hold_what_the_config_promises_and_nothing_twice(source, tmp_path, kind):
+    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "out", kind)
     before = load_file(source / "model.safetensors")
     after = load_file(tmp_path / "out" / "model-00001.safetensors")
     config = parse_config(json.loads((tmp_path / "out" / "config.json").read_text()))
     shapes = {name: tuple(tensor.shape) for name, tensor in after.items()}
-    assert shapes == tensor_shapes(config, quantized=True)
+    assert shapes == tensor_shapes(config, kind)
     for name, tensor in before.items():
-        assert after[name].dtype == (torch.int8 if is_quantized(name) else tensor.dtype)
+        wanted = torch.uint8 if after[name].ndim == 3 else torch.int8
+        assert after[name].dtype == (wanted if is_quantized(name) else tensor.dtype)
+    # Of two layers, q, k and v stay int8, for k and v have 16 columns.
+    assert sum(t.dtype == torch.uint8 for t in after.values()) == (kind == "int4") * 2 * 4
     n_quantized = sum(is_quantized(name) for name in before)
     assert n_quantized == 2 * len(PROJECTIONS) + (not config.tie_embeddings)
     out = tmp_path / "out"
@@ -340,3 +361,68 @@ def test_damaged_folders_are_refused(tmp_path):
     shutil.copy(tmp_path / "int8" / "model-00001.safetensors", source / "model.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match="is stored as I8; supported are"):
         checkpoint.open_checkpoint(source)
+
+
+def test_damaged_int4_folders_are_refused(tmp_path):
+    folder = tmp_path / "int4"
+    quantize.write_folder(checkpoint.open_checkpoint(write_folder(tmp_path / "source")), folder,
+                          "int4")
+    file, name = folder / "model-00001.safetensors", "model.layers.1.mlp.up_proj.weight"
+    sound = load_file(file)
+
+    def damaged(tensor):
+        save_file(sound | {name: tensor}, file)
+
+    for scale, minimum, words in ((0.5, math.nan, "nan"), (math.inf, 0.0, "[-0-9.]+ to inf"),
+                                  (3e37, 3e38, "[-0-9.]+ to inf")):
+        groups = sound[name].clone()
+        groups[1, 7, 16:] = torch.tensor([scale, minimum]).bfloat16().view(torch.uint8)
+        damaged(groups)
+        with pytest.raises(checkpoint.CheckpointError, match=f"{name} holds weights from {words}"):
+            checkpoint.load(folder)
+    damaged(sound[name].view(torch.int8))
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} is stored as I8, .* U8"):
+        checkpoint.open_checkpoint(folder)
+    damaged(torch.zeros(64, 32, dtype=torch.int8))
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} has shape .64, 32.; the config"):
+        checkpoint.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind, version", [("int4", 2), ("int8", 2), ("int4", [1])])
+def test_a_folder_of_another_version_is_refused(kind, version, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "out"
+    quantize.write_folder(checkpoint.open_checkpoint(write_folder(tmp_path / "source")), folder,
+                          kind)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": f"nanoteal-{kind}", "version": 1}
+    config["quantization_config"]["version"] = version
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(checkpoint.CheckpointError) as raised:
+        checkpoint.load(folder)
+    assert str(raised.value) == (
+        f"{folder}/config.json cannot be read: it names version {version} of the format nanoteal-"
+        f"{kind}, and this program reads version 1; write the folder anew with quantize.py")
+    del config["quantization_config"]["version"]  # as folders were before there was a number
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint.load(folder)
+
+
+def test_a_folder_cannot_become_something_else(tmp_path):
+    source = checkpoint.open_checkpoint(write_folder(tmp_path / "source"))
+    for kind, other in (("int4", "int8"), ("int8", "int4")):
+        quantize.write_folder(source, tmp_path / kind, kind)
+        checkpoint.load(tmp_path / kind, quantize=kind)
+        with pytest.raises(checkpoint.CheckpointError, match=f"cannot become {other}; leave out"):
+            checkpoint.load(tmp_path / kind, quantize=other)
+
+
+def test_what_int4_does_not_cover_is_said(run, tmp_path, monkeypatch, capfd):
+    """By quantize.py, and by whoever loads: a line each."""
+    folder = write_folder(tmp_path / "source")
+    left = "q, k, v are int8: int4 needs columns in multiples of 32\n"
+    assert run("--model", folder, "--out", tmp_path / "out", "--quantize", "int4") == (0, left)
+    on_cpu = "int4 runs on a GPU; on this CPU the int4-rounded weights run as int8\n"
+    for model, kind, wanted in ((folder, "int4", on_cpu + left), (folder, "int8", ""),
+                                (tmp_path / "out", None, on_cpu + left)):
+        load_model(Namespace(model=model, dtype="float32", device="cpu", quantize=kind))
+        assert capfd.readouterr().err == wanted

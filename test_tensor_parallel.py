@@ -7,6 +7,7 @@ The tests start torchrun with this very file, whose `main` is what a rank does.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint
+import quantize
 import tensor_parallel
+from checkpoint.config import parse_config
+from checkpoint.tensors import tensor_shapes
 from session import Session
 
 HERE = Path(__file__).resolve().parent
@@ -67,6 +71,21 @@ def results(folder, device, quantize=None):
     return found
 
 
+@pytest.fixture
+def int4_folder(folder, tmp_path):
+    """An int4 folder of a model whose heads are wide enough for two ranks to share its groups."""
+    config = json.loads((folder / "config.json").read_text()) | {
+        "head_dim": 16, "intermediate_size": 128}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.2
+               for name, shape in tensor_shapes(parse_config(config)).items()}
+    source = shutil.copytree(folder, tmp_path / "source")
+    (source / "config.json").write_text(json.dumps(config))
+    save_file(tensors, source / "model.safetensors")
+    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int4", "int4")
+    return tmp_path / "int4"
+
+
 def main(folder, out, device, quantize):
     """What one rank does: the first one writes the results."""
     found = results(Path(folder), device, quantize or None)
@@ -103,6 +122,25 @@ def test_ranks_give_what_one_process_gives(n, quantize, folder, tmp_path):
     tolerance = 0.02 if quantize else 1e-3
     assert ours["sparse"][1] == pytest.approx(expected["sparse"][1], abs=tolerance)
     assert 0.05 < ours["sparse"][1] < 0.9
+
+
+def test_ranks_share_an_int4_folder(int4_folder, tmp_path):
+    out = tmp_path / "out.json"
+    done = subprocess.run(torchrun("2", __file__, int4_folder, out, "cpu", ""), cwd=HERE, env=ENV,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ours, expected = json.loads(out.read_text()), results(int4_folder, "cpu")
+    off = torch.tensor(ours["logits"]) - torch.tensor(expected["logits"])
+    assert off.norm() <= 0.02 * torch.tensor(expected["logits"]).norm()  # int8, by their slices
+    assert ours["digest"] == expected["digest"]
+    assert ours["sparse"][1] == pytest.approx(expected["sparse"][1], abs=0.02)
+    # Four ranks would have 16 columns of k and of v each.
+    done = subprocess.run(
+        torchrun("4", "generate.py", "--model", int4_folder, "--prompt", "x", "--device", "cpu"),
+        cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("generate.py: error: 4 ranks cannot share tensor model.layers.0.self_"
+                             "attn.q_proj.weight: int4 is cut at multiples of 32 columns") == 1
 
 
 def test_generate_prints_once(folder):

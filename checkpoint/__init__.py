@@ -21,7 +21,7 @@ from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
 from checkpoint.hub import download
 from checkpoint.memory import require_memory
 from checkpoint.opened import Checkpoint, CheckpointError, blame
-from checkpoint.tensors import put, weight_bytes
+from checkpoint.tensors import put, tensor_shapes, weight_bytes
 from digest import Digest
 from int4 import int4_linear
 from int8 import Int8Linear
@@ -36,19 +36,23 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     `device`.
 
     quantize: "int8" or "int4" makes the large matrices so (int4.py says what a CPU does with
-        int4); those that quantize.py wrote are int8 already
+        int4); a folder of quantize.py has them already
     context: replaces the model's context; at most its max_position_embeddings
     Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
     memory, both before memory is allocated. Infinite or NaN weights are found while loading.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    config, quantized = checkpoint.config, "int8" if checkpoint.quantized else quantize
+    config, quantized = checkpoint.config, checkpoint.quantized or quantize
+    if quantize not in (None, quantized):
+        raise CheckpointError(f"{checkpoint.folder} holds {quantized} weights, which cannot become "
+                              f"{quantize}; leave out --quantize {quantize}")
     if context is not None:
         try:
             config = parse_config(checkpoint.config_json, context)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     whole, config = config, rank_config(config, world_size())
+    check_slices(config, checkpoint)
     advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
     kind = quantized or str(dtype).removeprefix("torch.")
     stored = "int8" if quantized and torch.device(device).type == "cpu" else quantized
@@ -71,6 +75,15 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     network.folder = checkpoint.folder
     connect(network, whole)
     return network, checkpoint.tokenizer
+
+
+def check_slices(config, checkpoint):
+    """Raise CheckpointError if a rank, whose Config this is, would cut groups of int4 weights."""
+    for name, shape in tensor_shapes(config, checkpoint.quantized).items():
+        if len(shape) != len(checkpoint.shapes[name]):
+            raise CheckpointError(
+                f"{world_size()} ranks cannot share tensor {name}: int4 is cut at multiples of 32 "
+                "columns; start fewer processes, or quantize the original while loading")
 
 
 def open_checkpoint(model=None):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from checkpoint.config import parse_config, text_part
 from checkpoint.opened import Checkpoint, CheckpointError, blame
-from checkpoint.tensors import METHOD, check_shapes, is_quantized
+from checkpoint.tensors import METHODS, VERSION, check_shapes, is_quantized
 from checkpoint.tokenizer import Tokenizer, guard
 from checkpoint.unify import unify
 from files import one_line
@@ -33,8 +33,7 @@ def open_folder(folder):
     config_json = text_part(read_json(config_file))
     with blame(config_file):
         config = parse_config(config_json)
-    quantization = config_json.get("quantization_config")
-    quantized = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+        quantized = parse_quantization(config_json.get("quantization_config"))
 
     shards = weight_files(folder)
     found = {}  # tensor name -> its shard, shape and dtype
@@ -51,8 +50,8 @@ def open_folder(folder):
             return f.get_slice(name)[part]
 
     with blame(folder):
-        for name, (_, _, dtype) in found.items():
-            check_dtype(name, dtype, quantized)
+        for name, (_, shape, dtype) in found.items():
+            check_dtype(name, shape, dtype, quantized)
         stored = {name: shape for name, (_, shape, _) in found.items()}
         if not quantized:  # quantize.py writes what `unify` made
             stored, read = unify(config_json, config, stored, read)
@@ -64,6 +63,19 @@ def open_folder(folder):
     tokenizer, files = open_tokenizer(folder, config_json, config.vocab_size)
     files = [config_file, *shards, *files]
     return Checkpoint(config, tokenizer, files, shapes, read, config_json, quantized, folder)
+
+
+def parse_quantization(settings):
+    """The quantization_config of a config.json -> "int8" or "int4" if quantize.py wrote it, else
+    None. Raises ValueError if another version of quantize.py did."""
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if not isinstance(method, str) or method not in METHODS:
+        return None  # check_dtype refuses what others quantized
+    version = settings.get("version", 1)
+    if version != VERSION:
+        raise ValueError(f"it names version {str(version)[:20]} of the format {method}, and this "
+                         f"program reads version {VERSION}; write the folder anew with quantize.py")
+    return METHODS[method]
 
 
 def weight_files(folder):
@@ -104,12 +116,13 @@ def read_header(shard):
             return [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
 
 
-def check_dtype(name, dtype, quantized):
+def check_dtype(name, shape, dtype, quantized):
     """Raise ValueError if a tensor is stored in a dtype that it should not have."""
     if quantized and is_quantized(name):
-        if dtype != "I8":
+        wanted = "I8" if len(shape) == 2 else "U8"  # see `tensor_shapes`
+        if dtype != wanted:
             raise ValueError(f"tensor {name} is stored as {dtype}, though the config promises "
-                             "int8; write the folder anew with quantize.py")
+                             f"{wanted}; write the folder anew with quantize.py")
     elif dtype not in FLOATS:
         raise ValueError(f"tensor {name} is stored as {dtype}; supported are "
                          f"{', '.join(FLOATS)}, so use the unquantized checkpoint")

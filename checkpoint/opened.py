@@ -26,11 +26,11 @@ class Checkpoint:
     tokenizer: Tokenizer
     files: list[Path]  # all that it consists of
     shapes: dict[str, tuple]  # Hugging Face tensor name -> shape, exactly those the model needs
-    read: Callable[..., torch.Tensor]  # name, slices -> tensor on the CPU; int8 if quantized
+    read: Callable[..., torch.Tensor]  # name, slices -> tensor on the CPU
     config_json: dict  # what `config` was made from
-    quantized: bool = False  # quantize.py wrote it
-    few_bits: bool = False  # its matrices have 8 bits or fewer, in blocks of a GGUF file
+    quantized: str | None = None  # "int8" or "int4" if quantize.py wrote it
     folder: Path | None = None  # with config.json; None for a single file
+    few_bits: bool = False  # its matrices have 8 bits or fewer, in blocks of a GGUF file
 
     @property
     def tensors(self):

@@ -2,21 +2,25 @@
 
 Names and shapes [out_features, in_features] are those of Hugging Face. A folder that quantize.py
 wrote holds the tensors for which `is_quantized` as int8, and the scales of each, float32
-[out_features], as NAME_scale.
+[out_features], as NAME_scale. With int4, most of them are uint8 [out_features / 32, in_features,
+20] instead, which int4.py explains.
 """
 
 import math
 
 import torch
 
+from int4 import GROUP, GROUP_BYTES, can_be_int4, split_groups
 from model import SITES
 
-METHOD = "nanoteal-int8"  # quant_method in the config.json of quantize.py's folders
+# quant_method in the config.json of quantize.py's folders, and the version of their format
+METHODS = {"nanoteal-int8": "int8", "nanoteal-int4": "int4"}
+VERSION = 1
 LOADERS = {"weight": "load_weight", "bias": "load_bias", "weight_scale": "load_scale"}
 
 
 def is_quantized(name):
-    """Whether the tensor of this name is one that becomes int8: a block's matrix or the head."""
+    """Whether the tensor of this name becomes int8 or int4: a block's matrix or the head."""
     return name.endswith("_proj.weight") or name == "lm_head.weight"
 
 
@@ -31,8 +35,11 @@ def norm_places(config):
     return places
 
 
-def tensor_shapes(config, quantized=False):
-    """{name: shape} of every tensor that a model of this config needs."""
+def tensor_shapes(config, quantized=None):
+    """{name: shape} of every tensor that a model of this config needs.
+
+    quantized: None, "int8" or "int4"; a shape with three numbers is that of an int4 tensor
+    """
     embedding = (config.vocab_size, config.hidden_size)
     shapes = {"model.embed_tokens.weight": embedding, "model.norm.weight": embedding[1:]}
     if not config.tie_embeddings:
@@ -47,17 +54,19 @@ def tensor_shapes(config, quantized=False):
             in_features, widths = config.linear_shape(site)
             module = "self_attn" if site in ("qkv", "o") else "mlp"
             has_bias = {"qkv": config.qkv_bias, "o": config.o_bias}.get(site, False)
+            int4 = quantized == "int4" and can_be_int4(site, widths)
             for name, width in zip(names, widths):
-                shapes[f"model.layers.{i}.{module}.{name}_proj.weight"] = (width, in_features)
+                shape = (width // GROUP, in_features, GROUP_BYTES) if int4 else (width, in_features)
+                shapes[f"model.layers.{i}.{module}.{name}_proj.weight"] = shape
                 if has_bias:
                     shapes[f"model.layers.{i}.{module}.{name}_proj.bias"] = (width,)
     if quantized:
-        scales = {f"{name}_scale": s[:1] for name, s in shapes.items() if is_quantized(name)}
-        shapes |= scales
+        shapes |= {f"{name}_scale": shape[:1] for name, shape in shapes.items()
+                   if is_quantized(name) and len(shape) == 2}
     return shapes
 
 
-def check_shapes(config, found, quantized=False):
+def check_shapes(config, found, quantized=None):
     """Compare {name: shape} of a checkpoint with what its config needs; returns the needed ones.
 
     Raises ValueError, naming the tensor.
@@ -78,16 +87,11 @@ def check_shapes(config, found, quantized=False):
     return needed
 
 
-def weight_bytes(config, dtype, quantized=False):
+def weight_bytes(config, dtype, quantized=None):
     """Bytes of memory that the weights of a Model take; quantized: None, "int8" or "int4"."""
-    shapes = tensor_shapes(config, quantized)
-    sizes = {name: math.prod(s) for name, s in shapes.items()}
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(config, quantized).items()}
     if quantized:  # a head of its own, even if the embedding is tied
         sizes["lm_head.weight"] = config.vocab_size * config.hidden_size
-    if quantized == "int4":  # 4 bits, and 32 for 32 columns; never the head (int4.py)
-        for name, shape in shapes.items():
-            if name.endswith("_proj.weight") and shape[0] % 32 == 0:
-                sizes[name] = sizes[name] * 5 // 8
     return sum(n if quantized and is_quantized(name) else n * dtype.itemsize
                for name, n in sizes.items())
 
@@ -98,12 +102,17 @@ def put(model, name, tensor):
     Raises ValueError, naming the tensor, if the model has no such tensor, its shape differs, or
     it holds weights that are infinite, NaN or too large for the dtype.
     """
-    shape = tensor_shapes(model.config, model.lm_head.scale is not None).get(name)
+    int4 = tensor.dtype == torch.uint8
+    quantized = "int4" if int4 else None if model.lm_head.scale is None else "int8"
+    shape = tensor_shapes(model.config, quantized).get(name)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}; the config asks for "
                          f"{shape}")
     tensor = tensor.to(model.device)
-    if tensor.is_floating_point():
+    if int4:
+        scale, minimum = split_groups(tensor)[1].float().unbind(-1)
+        check_range(name, torch.stack((minimum, minimum + 15 * scale)), model.dtype)
+    elif tensor.is_floating_point():
         check_range(name, tensor, model.dtype)
     module, _, kind = name.rpartition(".")
     if module == "model.norm":
