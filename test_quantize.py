@@ -272,6 +272,8 @@ def test_a_folder_is_the_same_model_as_quantizing_while_loading(
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
     assert written.quantized == kind and written.config == opened.config
+    assert written.folder == tmp_path / "out" and opened.folder == source
+    assert not (written.few_bits or opened.few_bits)  # that is for GGUF files
 
     model, tokenizer = checkpoint.load(tmp_path / "out", dtype=dtype)
     wanted, theirs = checkpoint.load(source, dtype=dtype, quantize=kind)
