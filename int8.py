@@ -82,19 +82,24 @@ class Int8Linear(Linear):
         w = torch.empty(q.shape, dtype=self.dtype, device=q.device)
         return torch.mul(q, self.scale[start:end], out=w)
 
-    def pieces(self):
-        """Some columns at a time as floats: all of them could be the largest thing in memory."""
-        if not self.packed:
-            n, step = self.ends[-1], max(1, FLOATS // self.in_features)
-            for start in range(0, n, step):
-                yield self.weight(start, min(start + step, n))
-            return
-        width, step = self.w_t.shape[2] - ROW_END, max(1, PIECE // self.in_features)
-        for block, scale in zip(self.w_t, self.scale.split(width)):
-            # A piece is small enough to stay in the cache from one operation to the next.
-            for q, s in zip(block[:, :width].split(step, dim=1), scale.split(step)):
-                yield q.float().sub_(128).mul_(s).to(self.dtype)
-
     def __call__(self, x):
-        y = torch.cat([x @ w for w in self.pieces()], dim=-1)
+        if self.packed:
+            # Integers up to 127 are exact in any dtype, but sums of them overflow float16.
+            dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+            pieces = [x.to(dtype) @ q for q in self.integers(dtype)]
+            y = (torch.cat(pieces, dim=-1) * self.scale).to(x.dtype)
+        else:  # all columns as floats could be the largest thing in memory
+            n, step = self.ends[-1], max(1, FLOATS // self.in_features)
+            y = torch.cat([x @ self.weight(start, min(start + step, n))
+                           for start in range(0, n, step)], dim=-1)
         return y if self.bias is None else y + self.bias
+
+    def integers(self, dtype):
+        """The packed columns, unscaled, a piece after the other.
+
+        A piece is small enough to stay in the cache from one operation to the next.
+        """
+        width, step = self.w_t.shape[2] - ROW_END, max(1, PIECE // self.in_features)
+        for block in self.w_t:
+            for q in block[:, :width].split(step, dim=1):
+                yield (q ^ 128).view(torch.int8).to(dtype)

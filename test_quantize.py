@@ -203,8 +203,16 @@ def test_dense_products_in_pieces(dtype, tolerance, monkeypatch):
     close = {"rtol": tolerance, "atol": tolerance * 10}
     for piece in (1 << 24, 1, 64 * 50):
         monkeypatch.setattr(int8, "FLOATS", piece)
+        monkeypatch.setattr(int8, "PIECE", piece)
         torch.testing.assert_close(dense(x, linear).double(), wanted, **close)
     torch.testing.assert_close(masked(x, linear, [-1.0] * 3).double(), wanted, **close)
+
+
+def test_dense_products_whose_integers_sum_up_beyond_float16():
+    linear = Int8Linear(0, "o", 64, (32,), False, torch.float16, "cpu")
+    linear.load_weight(0, torch.full((32, 64), 0.1))
+    y = dense(torch.full((3, 64), 100.0, dtype=torch.float16), linear)  # 64 * 100 * 127 unscaled
+    torch.testing.assert_close(y, torch.full((3, 32), 640.0, dtype=torch.float16))
 
 
 # ---- models and folders ------------------------------------------------------------------------
