@@ -188,6 +188,12 @@ def test_a_file_of_few_bits_without_int8(smollm):
     assert b"of the blocks' 212.3 MB unread" in done.stderr and b"int8" not in done.stderr
 
 
+def test_a_folder_of_many_bits_is_not_quantized(tiny):
+    assert not checkpoint.open_checkpoint(tiny).few_bits
+    done = run("--model", tiny, "--prompt", "abc", "--max-new-tokens", 3)
+    assert done.returncode == 0 and b"int8" not in done.stderr
+
+
 def test_text_ends_before_a_stop_text(smollm):
     _, tokenizer = smollm
     ids = tokenizer.encode("One, two and three. Four")
@@ -303,7 +309,7 @@ def test_first_sparse_run_calibrates(tiny, tmp_path, monkeypatch):
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     assert metadata["source"] == "calibrations/text.txt" and metadata["allocation"] == "fisher"
-    assert metadata["tokens"] == "1536" and metadata["window"] == "64"  # the model's context
+    assert metadata["tokens"] == "2048" and metadata["window"] == "64"  # the model's context
 
 
 def test_ctrl_c_while_calibrating(tiny, monkeypatch, capsys, tmp_path):
