@@ -331,6 +331,18 @@ def test_every_family_reaches_its_target(name, linear, allocation, monkeypatch):
     assert session.sparsity() == pytest.approx(0.5, abs=0.04)
 
 
+def test_targets_are_read_where_they_are_reached_first():
+    """Also where a higher target drops less: at .6 and .8 here."""
+    calibration = Calibration(GRID.expand(2, 7, -1), GRID.expand(2, 7, -1), {})
+    shares = torch.full((2, 7), 1 / 14, dtype=torch.float64)
+    corrected = calibrate.correct(calibration, shares, lambda tables: [
+        torch.full((2, 7), reached, dtype=torch.float64)
+        for reached in (0.2, 0.4, 0.35, 0.3, 0.95)])
+    assert (corrected.table.diff(dim=-1) >= 0).all()
+    for target in (0.1, 0.33, 0.37, 0.39):
+        torch.testing.assert_close(corrected.thresholds(target), torch.full((2, 7), target))
+
+
 # ---- the command line --------------------------------------------------------------------------
 
 class Letters:

@@ -476,6 +476,14 @@ def test_end_of_turn_and_special_tokens(tmp_path):
     assert open_checkpoint(folder).tokenizer.chat([]) == t.encode("wor")
 
 
+def test_tokens_known_to_end_a_turn():
+    tokenizer = spm_tokenizer()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|end_of_text|>",
+                                  "<|eom_id|>", "<|endoftext|>"])
+    assert Tokenizer(tokenizer, 330, {}, [], None).eos_ids == {2, 320, 322, 323, 324, 325}
+    assert Tokenizer(tokenizer, 323, {}, [], None).eos_ids == {2, 320, 322}  # of the model's
+
+
 def test_gguf_end_of_turn(tmp_path):
     ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9}
     write_gguf(tmp_path / "m.gguf", **ends)

@@ -121,6 +121,20 @@ def test_results_table_and_plot(run, tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_all_sparse(run, model, calibration, tmp_path):
+    """The flag reaches the measurement: the first halves are sparse too."""
+    windows = cut(torch.tensor(Letters().encode((tmp_path / "text").read_text())), 64)
+    rows = []
+    for flags in ([], ["--all-sparse"]):
+        code, _, err = run("--sparsity", 0.5, "--json", tmp_path / "r.json", *flags)
+        assert code == 0, err
+        rows = json.loads((tmp_path / "r.json").read_text())
+        result, = evaluate.evaluate(model, windows, [calibration.thresholds(0.5)], bool(flags))
+        assert rows[-1]["all_sparse"] == bool(flags)
+        assert rows[-1]["perplexity"] == pytest.approx(result["perplexity"])
+    assert abs(rows[0]["perplexity"] - rows[1]["perplexity"]) > 0.01
+
+
 def test_results_replace_those_of_the_same_measurement_only(run, tmp_path):
     file = tmp_path / "r.json"
 
