@@ -420,6 +420,13 @@ def test_a_chat_model_answers_all_prompts_in_turn(model):
     assert {*range(2, 21, 2)} <= {id for id, end in zip(text, text[1:]) if end == 0}
 
 
+def test_a_text_without_an_end_has_512_tokens(model):
+    tokenizer = Letters()
+    tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset()
+    text = calibrate.write_text(model, tokenizer, 2 * 512 + 1)
+    assert text[::512].tolist() == [0, 0, 0] and (text == 0).sum() < 100
+
+
 def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
     tokenizer = Letters()
     tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset({5})

@@ -206,6 +206,16 @@ def test_answers_are_part_of_the_conversation():
     assert chat.messages[1] == {"role": "assistant", "content": "4 tokens"}
 
 
+def test_the_system_prompt_can_change():
+    chat, prompts = conversation(system="S")
+    for text in ("T", ""):
+        chat.command("system", text)
+        chat.command("clear", "")
+        chat.ask("one")
+    system, question = [{"role": "system", "content": "T"}], chat.messages[:1]
+    assert prompts == [Letters().chat(system + question), Letters().chat(question)]
+
+
 def test_a_template_error_leaves_the_chat_alive(capsys):
     chat, prompts = conversation()
     for question in ("one", "refuse", "two"):

@@ -398,12 +398,14 @@ def test_what_the_command_line_passes_on(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(generate_module, "Session", Watched)
     arguments = ["--model", str(tiny), "--prompt", "abc", "--top-k", "7", "--top-p", "0.6",
+                 "--min-p", "0.2", "--repetition-penalty", "1.3",
                  "--temperature", "0.9", "--seed", "11", "--max-new-tokens", "5", "--json"]
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
     generate_module.main()
     passed, = made
     assert passed["stop"] == {255} and passed["top_k"] == 7 and passed["top_p"] == 0.6
     assert passed["temperature"] == 0.9 and passed["seed"] == 11
+    assert passed["min_p"] == 0.2 and passed["repetition_penalty"] == 1.3
     assert '"realised_sparsity": 0.123' in capsys.readouterr().err
 
 
