@@ -12,8 +12,9 @@ shares is computed once for 32 weights. Tiles are [rows, bytes]: in three dimens
 lays threads along the rows, which scatters the loads.
 
 Converting integers is slow on GPUs. The float32 with the bits 0x3F800000 is 1, and q in the top 4
-bits of its mantissa makes it 1 + q / 16: a shift and one logical operation convert a weight. The
-scales absorb the factor and the offset: (16 x s) * (1 + q / 16) + (x m - 16 x s).
+bits of its mantissa makes it 1 + q / 16. A shift and a mask turn four weights into the bytes
+0x80 + 8 q, and for each of them one permutation of bytes makes the float. The scales absorb the
+factor and the offset: (16 x s) * (1 + q / 16) + (x m - 16 x s).
 """
 
 import torch
@@ -30,16 +31,15 @@ GROUP = 32  # columns that share a scale and a minimum; the kernel's 16 is a gro
 def _halves(w):
     """Bytes -> 1 + q / 16 as float32, of their low and of their high four bits."""
     if PTX:
+        # prmt.b32 takes bytes 0, 0, one of t, 0x3F: digits 4 and 7 are of 0x3F000000, 0 to 3 of t.
         low, high = tl.inline_asm_elementwise("""{
-            .reg .b32 t;
-            shl.b32 t, $8, 19; lop3.b32 $0, t, 0x00780000, 0x3F800000, 0xEA;
-            shl.b32 t, $8, 11; lop3.b32 $1, t, 0x00780000, 0x3F800000, 0xEA;
-            shl.b32 t, $8, 3;  lop3.b32 $2, t, 0x00780000, 0x3F800000, 0xEA;
-            shr.b32 t, $8, 5;  lop3.b32 $3, t, 0x00780000, 0x3F800000, 0xEA;
-            shl.b32 t, $8, 15; lop3.b32 $4, t, 0x00780000, 0x3F800000, 0xEA;
-            shl.b32 t, $8, 7;  lop3.b32 $5, t, 0x00780000, 0x3F800000, 0xEA;
-            shr.b32 t, $8, 1;  lop3.b32 $6, t, 0x00780000, 0x3F800000, 0xEA;
-            shr.b32 t, $8, 9;  lop3.b32 $7, t, 0x00780000, 0x3F800000, 0xEA;
+            .reg .b32 t, u;
+            shl.b32 t, $8, 3; lop3.b32 t, t, 0x78787878, 0x80808080, 0xEA;
+            shr.b32 u, $8, 1; lop3.b32 u, u, 0x78787878, 0x80808080, 0xEA;
+            prmt.b32 $0, t, 0x3F000000, 0x7044; prmt.b32 $1, t, 0x3F000000, 0x7144;
+            prmt.b32 $2, t, 0x3F000000, 0x7244; prmt.b32 $3, t, 0x3F000000, 0x7344;
+            prmt.b32 $4, u, 0x3F000000, 0x7044; prmt.b32 $5, u, 0x3F000000, 0x7144;
+            prmt.b32 $6, u, 0x3F000000, 0x7244; prmt.b32 $7, u, 0x3F000000, 0x7344;
             }""", "=r,=r,=r,=r,=r,=r,=r,=r,r", [w], dtype=(tl.int32, tl.int32), is_pure=True,
             pack=4)
         return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
