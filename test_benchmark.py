@@ -39,7 +39,7 @@ def run(monkeypatch, capfd):
 # ---- models ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["own head", "tied"])
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_random_models(config, quantize):
     model = benchmark.random_model(config, torch.float32, "cpu", quantize)
     assert all(isinstance(linear, Int8Linear) == (quantize is not None)
