@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from checkpoint.config import parse_config
+from checkpoint.config import FAMILIES, parse_config
 from checkpoint.tensors import put
 from model import Model
 from test_model import CASES, ROPE, SMALL
@@ -33,6 +33,22 @@ def test_what_llamas_config_leaves_out_is_as_in_transformers():
     short = {key: SMALL[key] for key in given}
     full = transformers.LlamaConfig(**short).to_dict()
     assert parse_config(short | {"model_type": "llama"}) == parse_config(full)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_a_family_leaves_out_is_as_in_transformers(model_type):
+    given = SMALL | {"num_local_experts": 0, "layer_types": ["full_attention"] * 3}
+    if model_type == "granitemoehybrid":
+        given |= {"position_embedding_type": "rope", "shared_intermediate_size": 48,
+                  "mamba_n_heads": 4}
+    elif model_type == "olmo3":
+        given["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    elif model_type == "ministral3":  # YaRN, whose numbers no config leaves out
+        given["rope_parameters"] = ROPE["ministral"]
+    full = transformers.AutoConfig.for_model(model_type, **given).to_dict()
+    short = {key: full[key] for key in full if key in given}
+    short |= {"model_type": model_type, "max_position_embeddings": full["max_position_embeddings"]}
+    assert parse_config(short) == parse_config(full)
 
 
 @pytest.mark.parametrize("change, words", [

@@ -22,6 +22,15 @@ FAMILIES = {  # model_type in config.json -> the architecture there
     "phi3": "Phi3ForCausalLM",
 }
 WINDOWED = ("mistral", "ministral3", "olmo3", "phi3")  # those that heed sliding_window
+DEFAULTS = {  # what a family's config.json means where it leaves a key out, unlike the others'
+    "mistral": {"sliding_window": 4096},
+    "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True},
+    "ministral3": {"rms_norm_eps": 1e-5, "head_dim": 128},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
+    "phi3": {"rms_norm_eps": 1e-5},
+    "qwen3": {"head_dim": 128},
+}
 FIXED = {"hidden_act": "silu", "mlp_bias": False}
 
 
@@ -32,6 +41,7 @@ def parse_config(config, context=None):
     Raises ValueError, naming the key and its value.
     """
     model_type = check_family(config)
+    config = DEFAULTS.get(model_type, {}) | config
     for key, wanted in FIXED.items():
         if config.get(key, wanted) not in (wanted, None):
             raise ValueError(
