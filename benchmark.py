@@ -18,7 +18,7 @@ import os
 import time
 
 # Before PyTorch starts its threads, as in generate.py, which says why.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 

@@ -3,7 +3,7 @@
 import os
 
 # As in generate.py, before anything imports PyTorch.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import pytest
 

@@ -18,7 +18,7 @@ import sys
 
 # Before PyTorch starts OpenMP: threads that spin for long while they wait for each other, the
 # default, make decoding several times slower on a busy machine.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 

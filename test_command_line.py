@@ -86,7 +86,7 @@ def test_how_long_threads_spin(name, given):
         environment["GOMP_SPINCOUNT"] = given
     done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=environment,
                           capture_output=True, text=True)
-    assert done.stdout.strip() == (given or "1000"), done.stderr
+    assert done.stdout.strip() == (given or "2000"), done.stderr
 
 
 def raising(error):
