@@ -117,9 +117,8 @@ def load_model(args, context=None):
         checkpoint, args.quantize = open_checkpoint(args.model), None
         if checkpoint.few_bits and args.device == "cpu":
             args.quantize = "int8"
-            if rank() == 0:
-                print("the file's weights of 8 bits or fewer run as int8, faster than "
-                      f"{args.dtype}; --quantize none switches that off", file=sys.stderr)
+            print("the file's weights of 8 bits or fewer run as int8, faster than "
+                  f"{args.dtype}; --quantize none switches that off", file=sys.stderr)
     elif args.quantize == "none":
         args.quantize = None
     model, tokenizer = load(checkpoint, dtype=getattr(torch, args.dtype), device=args.device,
