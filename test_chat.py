@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,14 @@ class Terminal:
 
     def type(self, text):
         os.write(self.keyboard, text.encode())
+
+    def type_ctrl_c(self):
+        """Ctrl-C, once the program sleeps. Of one that comes between the prompt and the wait for
+        keys, Python's readline learns only with the next key."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+        self.type("\x03")
 
     def wait_for(self, pattern, timeout=120):
         """What is printed up to a pattern that begins after what was read before."""
@@ -118,7 +127,9 @@ def test_a_paste_is_one_message(terminal):
 def test_ctrl_c(terminal):
     chat = terminal("--max-new-tokens", "5")
     chat.wait_for(PROMPT)
-    chat.type("half a line\x03")
+    chat.type("half a line")
+    chat.wait_for("half a line")
+    chat.type_ctrl_c()
     chat.wait_for("Ctrl-C again or Ctrl-D leaves")
     chat.wait_for(PROMPT)
     chat.type("hi\n")  # the line was cleared
@@ -127,10 +138,10 @@ def test_ctrl_c(terminal):
     chat.type("/stats\n")
     chat.wait_for("last answer: prompt 4 tokens")
     chat.wait_for(PROMPT)
-    chat.type("\x03")
+    chat.type_ctrl_c()
     chat.wait_for("again")
     chat.wait_for(PROMPT)
-    chat.type("\x03")
+    chat.type_ctrl_c()
     code, text = chat.exit_code()
     assert code == 0 and "new 5 tokens" in text and "Traceback" not in text
 
