@@ -30,6 +30,7 @@ class CpuGemv:
     thresholds: one float for each of them; x[k] is dropped where |x[k]| <= threshold
     scale:      float32 [N], multiplies the sums, or None
     bias:       [N], added next, or None
+    dtype:      of x and y where w_t is packed; else it is that of w_t
 
     Each row of w_t is cut into n_blocks equal blocks. The same memory is then a table [K *
     n_blocks, N / n_blocks], and one bag sums up one block of columns. So every matrix can have
@@ -38,10 +39,10 @@ class CpuGemv:
     a matrix begins.
     """
 
-    def __init__(self, w_t, ends, thresholds, scale=None, bias=None):
+    def __init__(self, w_t, ends, thresholds, scale=None, bias=None, dtype=torch.float32):
         self.packed = w_t.dtype == torch.uint8
         self.n, self.scale, self.bias = ends[-1], scale, bias
-        self.dtype = torch.float32 if self.packed else w_t.dtype  # of the rows' factors
+        self.dtype = dtype if self.packed else w_t.dtype
         k = w_t.shape[1] if self.packed else w_t.shape[0]
         width = self.n // w_t.shape[0] if self.packed else block_width(ends, thresholds)
         n_blocks = self.n // width
@@ -50,23 +51,26 @@ class CpuGemv:
         self.order, self.rows = bags(k, n_blocks, self.packed, self.sparse)
         self.bounds = np.arange(0, k * n_blocks + 1, k)
         self.starts = self.bounds.copy()
+        self.offsets = torch.from_numpy(self.starts)  # the same memory
         self.first_bags = [start // width for start in (0, *ends[:-1])]
-        self.x = np.empty((n_blocks, k), dtype=np.float32)  # each bag's copy
         limits = [next(t for end, t in zip(ends, thresholds) if block * width < end)
                   for block in range(n_blocks)]
-        self.limits = np.array(limits, dtype=np.float32).view(np.int32)[:, None]
+        self.limits = largest_bits(torch.tensor(limits), self.dtype).repeat(k)
+        self.mask = np.iinfo(self.limits.dtype).max  # all bits but the sign
+        # Where every row is read: x, once for each bag.
+        self.values = torch.empty(n_blocks, k, dtype=torch.float32 if self.packed else self.dtype)
 
     def __call__(self, x):
         if self.sparse:
             rows, values = self.find_rows(x)
         else:
-            rows, values = self.rows, x.to(self.dtype).expand(len(self.x), -1).reshape(-1)
-        starts = torch.from_numpy(self.starts)
+            rows, values = self.rows, self.values.copy_(x).view(-1)
         if self.packed:
-            y = byte_bags()(self.table, rows, starts, per_sample_weights=values,
+            y = byte_bags()(self.table, rows, self.offsets, per_sample_weights=values,
                             include_last_offset=True)
         else:
-            y = torch.embedding_bag(self.table, rows, starts, False, 0, False, values, True)[0]
+            y = torch.embedding_bag(self.table, rows, self.offsets, False, 0, False, values,
+                                    True)[0]
         y = y.view(1, self.n)
         if self.scale is not None:
             y = y * self.scale
@@ -74,13 +78,23 @@ class CpuGemv:
 
     def find_rows(self, x):
         """Of the kept entries of x: their rows in the table, bag after bag, and their values."""
-        x = x.float().numpy()[0].take(self.order)
-        self.x[:] = x
+        bits = x.view(BITS[x.element_size()]).numpy()[0].take(self.order)  # each bag's copy
         # Floats without a sign are in the order of their bits, and NaN is the largest: kept.
-        kept = ((x.view(np.int32) & 0x7FFFFFFF) > self.limits).ravel().nonzero()[0]
+        kept = ((bits & self.mask) > self.limits).nonzero()[0]
         self.starts[:] = kept.searchsorted(self.bounds)
-        values = torch.from_numpy(self.x.take(kept)).to(self.dtype)
-        return torch.from_numpy(self.rows.numpy().take(kept)), values
+        values = torch.from_numpy(bits.take(kept)).view(x.dtype)
+        return torch.from_numpy(self.rows.numpy().take(kept)), values.to(self.values.dtype)
+
+
+BITS = {2: torch.int16, 4: torch.int32}  # an integer dtype for the bits of floats of a size
+
+
+def largest_bits(thresholds, dtype):
+    """float32 thresholds [n] -> the bits of the largest numbers of `dtype` not above them, NumPy
+    [n]; -1 for a negative threshold."""
+    rounded = thresholds.abs().to(dtype)
+    above = (rounded.float() > thresholds.abs()).to(BITS[dtype.itemsize])
+    return torch.where(thresholds >= 0, rounded.view(above.dtype) - above, -1).numpy()
 
 
 class RowCount:
@@ -111,8 +125,8 @@ def block_width(ends, thresholds):
 
 @functools.lru_cache(maxsize=None)
 def bags(k, n_blocks, packed, shuffled):
-    """The order in which every bag takes the entries of x, NumPy [K]; and each entry's row in the
-    table, bag after bag, int64 [n_blocks * K].
+    """Bag after bag, the entries of x that it takes, NumPy [n_blocks * K]; and each entry's row in
+    the table, int64.
 
     Where some rows are skipped, the order is shuffled. The processor fetches ahead what it takes
     for a pattern; of half the rows in order, it would fetch many that are dropped.
@@ -123,7 +137,7 @@ def bags(k, n_blocks, packed, shuffled):
     blocks = torch.arange(n_blocks)[:, None]
     # Packed weights lie block after block; others row after row, so that the blocks alternate.
     rows = blocks * k + order if packed else order * n_blocks + blocks
-    return order.numpy(), rows.view(-1)
+    return order.repeat(n_blocks).numpy(), rows.view(-1)
 
 
 @functools.lru_cache(maxsize=None)

@@ -39,7 +39,9 @@ class CpuDecoder:
         head = model.lm_head
         # The ordinary product is the faster one where all rows of a float32 matrix are read.
         self.lm_head = head if head.w_t.dtype == torch.float32 else CpuGemv(
-            head.w_t, head.ends, [-1.0], head.scale)
+            head.w_t, head.ends, [-1.0], head.scale, dtype=head.dtype)
+        norms = [norm for block in model.blocks for norm in (block.attn_norm, block.mlp_norm)]
+        self.twice = {id(norm): torch.cat((norm, norm)) for norm in [*norms, model.norm]}
         self.set_thresholds(torch.full(self.kept.shape, -1.0))
 
     def set_thresholds(self, thresholds):
@@ -48,7 +50,7 @@ class CpuDecoder:
         for linear in self.model.linears():
             at = linear.layer, linear.places
             self.products[linear] = CpuGemv(linear.w_t, linear.ends, thresholds[at].tolist(),
-                                            linear.scale, linear.bias)
+                                            linear.scale, linear.bias, linear.dtype)
         self.rows_read = RowCount(self.products.values())
 
     def start(self, token, position):
@@ -101,8 +103,9 @@ class CpuDecoder:
     def norm(self, x, weight):
         """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: half F.rms_norm's time here."""
         n = x.shape[-1]
-        twice = F.layer_norm(torch.cat((x, -x), -1), (2 * n,), eps=self.model.config.norm_eps)
-        return twice[..., :n] * weight
+        y = F.layer_norm(torch.cat((x, -x), -1), (2 * n,), self.twice[id(weight)],
+                         eps=self.model.config.norm_eps)
+        return y[..., :n]
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose."""

@@ -22,7 +22,7 @@ import quantize
 from checkpoint.config import parse_config
 from checkpoint.tensors import is_quantized, put, tensor_shapes
 from command_line import load_model, run_script
-from cpu_gemv import CpuGemv, RowCount, empty_packed, pack, unpack
+from cpu_gemv import BITS, CpuGemv, RowCount, empty_packed, largest_bits, pack, unpack
 from generate import generate_tokens
 from int4 import Int4Linear, Int4OnCPU, can_be_int4
 from int8 import Int8Linear, quantize_tensor
@@ -129,7 +129,7 @@ def test_packed_products(k, ends, narrow, monkeypatch):
             thresholds = threshold if isinstance(threshold, list) else [threshold] * len(ends)
             counts = torch.zeros(3, len(ends), dtype=torch.int64)
             wanted = reference(x, q, thresholds, ends=ends, kept=counts[0], **options)
-            product = CpuGemv(packed, ends, thresholds, scale, bias)
+            product = CpuGemv(packed, ends, thresholds, scale, bias, dtype)
             for y in (product(x),
                       sparse_gemv(x, q, thresholds, ends=ends, kept=counts[2], **options)):
                 assert y.dtype == dtype and y.shape == (1, ends[-1])
@@ -144,6 +144,17 @@ def test_a_threshold_of_0_drops_zeros():
     product = CpuGemv(w_t, (32,), [0.0])
     torch.testing.assert_close(product(x), x @ w_t)
     assert RowCount([product])().tolist() == [48]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_thresholds_as_bits(dtype):
+    """Integers decide as floats do: at a threshold, next to it, near 0 and beyond the range."""
+    t = torch.cat((torch.rand(500) * 3, torch.rand(50) * 1e-7,
+                   torch.tensor([0.0, -0.0, 7e4, 1e-45, -1e-9, -1.0])))
+    x = torch.cat((t, t.nextafter(torch.tensor(math.inf)), torch.randn(500))).to(dtype)
+    bits = x.view(BITS[dtype.itemsize])
+    kept = (bits & torch.iinfo(bits.dtype).max)[:, None] > torch.from_numpy(largest_bits(t, dtype))
+    assert torch.equal(kept, ~(x.float().abs()[:, None] <= t))
 
 
 def test_packed_products_without_the_operator(monkeypatch):

@@ -81,8 +81,9 @@ def _workspace(device, n_chunks):
 def likeliest(logits):
     """Logits [V] -> the likeliest id, int64 [1]: of equals the first; -1 if not all are finite."""
     if not (logits.is_cuda or INTERPRETED):
-        finite = logits.isfinite().all()
-        return logits.argmax(-1, keepdim=True).masked_fill_(~finite, -1)
+        finite = torch.stack(logits.aminmax()).isfinite().all()  # NaN if one of them is
+        # NumPy's argmax takes a tenth of PyTorch's time.
+        return torch.tensor([logits.float().numpy().argmax() if finite else -1])
     n_chunks = triton.cdiv(logits.numel(), LOGITS)
     token = torch.empty(1, dtype=torch.int64, device=logits.device)
     pdl = supports_pdl(logits.device)
