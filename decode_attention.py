@@ -86,8 +86,10 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, g
     position = tl.load(position_ptr).to(tl.int32)
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
     length = position - first  # tokens in the cache that this one sees
-    # At least two blocks a chunk: less would not be worth the combination.
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S), 2) * BLOCK_S
+    # At least two blocks a chunk, and up to four in a single one: less would not be worth the
+    # combination.
+    least = tl.where(length <= 4 * BLOCK_S, 4, 2)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S), least) * BLOCK_S
     n_chunks = tl.maximum(tl.cdiv(length, chunk), 1)
     if split >= n_chunks:
         return

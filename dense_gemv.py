@@ -33,7 +33,8 @@ def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual
                   finished_ptr, kept_ptr, eps, K: tl.constexpr, N: tl.constexpr,
                   SEGMENTS: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
                   SWIGLU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  ROWS_AT_ONCE: tl.constexpr, K_PADDED: tl.constexpr, PDL: tl.constexpr):
+                  ROWS_AT_ONCE: tl.constexpr, K_PADDED: tl.constexpr, SMALL: tl.constexpr,
+                  PDL: tl.constexpr):
     """One program: BLOCK_N columns, summed over CHUNK rows."""
     program, part = tl.program_id(0), tl.program_id(1)
     FULL_TILES: tl.constexpr = N % BLOCK_N == 0
@@ -43,7 +44,8 @@ def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual
     w = _weights(w_ptr, k, end_k, n, K, N, FULL_TILES)
     if PDL:  # The kernel in front may still run: wait here until what it writes is there.
         gdc_wait()
-        gdc_launch_dependents()  # its programs ask for their weights as soon as there is room
+        if not SMALL:
+            gdc_launch_dependents()  # its programs ask for their weights as soon as there is room
     inverse_rms = 1.0
     if norm_ptr is not None:
         every_k = tl.arange(0, K_PADDED)
@@ -67,6 +69,8 @@ def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual
         k += BLOCK_K
         w = next_w
 
+    if PDL and SMALL:  # Programs that wait would fill the multiprocessors unevenly.
+        gdc_launch_dependents()
     if kept_ptr is not None and (program == 0) & (part == 0):
         segment = tl.arange(0, 4)
         tl.store(kept_ptr + segment, tl.load(kept_ptr + segment, mask=segment < SEGMENTS) + K,
@@ -107,8 +111,10 @@ def dense_gemv(x, w_t, out, *, ends=None, scale=None, bias=None, norm=None, swig
     k, n = w_t.shape
     block_n = min(64, max(16, triton.next_power_of_2(n)))
     tiles = triton.cdiv(n, block_n)
-    # Chosen by timing whole 1B and 7B models on an H100: small matrices want more programs.
-    programs, most, least = (1024, 16, 128) if min(k, n) <= 2048 else (768, 8, 256)
+    # Chosen by timing whole 1B and 7B models on an H100: small matrices want more programs, and
+    # the next kernel later.
+    small = min(k, n) <= 2048
+    programs, most, least = (1024, 16, 128) if small else (768, 8, 256)
     splits = max(1, min(most, round(programs / tiles), k // least))
     block_k = min(128, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))
     chunk = triton.cdiv(triton.cdiv(k, splits), block_k) * block_k
@@ -122,6 +128,6 @@ def dense_gemv(x, w_t, out, *, ends=None, scale=None, bias=None, norm=None, swig
             *_workspace(x.device, n, splits, tiles), kept, eps, K=k, N=n,
             SEGMENTS=len(ends or [n]), CHUNK=chunk, SPLITS=splits, SWIGLU=swiglu,
             BLOCK_N=block_n, BLOCK_K=block_k, ROWS_AT_ONCE=rows_at_once,
-            K_PADDED=triton.next_power_of_2(k), PDL=pdl, num_warps=WARPS,
+            K_PADDED=triton.next_power_of_2(k), SMALL=small, PDL=pdl, num_warps=WARPS,
             **({"launch_pdl": True} if pdl else {}))
     return out

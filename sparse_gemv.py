@@ -108,9 +108,9 @@ def _to_float32(w):
 
 
 @triton.jit
-def _entries(rows_ptr, values_ptr, i, count):
-    """Row numbers and values of the list's entries i; past its end, the last row times 0."""
-    place = tl.maximum(tl.minimum(i, count - 1), 0)
+def _entries(rows_ptr, values_ptr, i, count, CHUNK: tl.constexpr):
+    """Row numbers and values of the list's entries i; past its end, any row times 0."""
+    place = tl.minimum(i, CHUNK - 1)  # not count - 1: these loads need not wait for the count
     values = tl.load(values_ptr + place).to(tl.float32)
     return tl.load(rows_ptr + place), tl.where(i < count, values, 0.0)
 
@@ -144,10 +144,10 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
     count = tl.load(counts_ptr + item)
     i = tl.arange(0, BLOCK_K)
     total = tl.zeros([ROWS_AT_ONCE, BLOCK_N], tl.float32)
-    k, x = _entries(rows_ptr, values_ptr, i, count)
+    k, x = _entries(rows_ptr, values_ptr, i, count, CHUNK)
     for first in tl.range(0, count, BLOCK_K, num_stages=1):
         # The next entries are on their way while these rows are loaded.
-        next_k, next_x = _entries(rows_ptr, values_ptr, first + BLOCK_K + i, count)
+        next_k, next_x = _entries(rows_ptr, values_ptr, first + BLOCK_K + i, count, CHUNK)
         offsets = (k.to(tl.int64) if K * N >= 2 ** 31 else k)[:, None] * N + n[None, :]
         inside = (first + i < count)[:, None]  # not the last row again: infinity times 0 is NaN
         if not FULL_TILES:
