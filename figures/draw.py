@@ -7,7 +7,7 @@ Solid lines are measured. Dashed lines are the limit: read bandwidth over the by
 reads.
 
     python -m figures.draw idea figures/idea.png
-    python -m figures.draw speed figures/speed.png results/llama-2-7b.json results/llama-3-8b.json
+    python -m figures.draw speed figures/speed.png results/llama-2-7b-h100.json
 """
 
 import json
