@@ -30,7 +30,7 @@ class CpuGemv:
     thresholds: one float for each of them; x[k] is dropped where |x[k]| <= threshold
     scale:      float32 [N], multiplies the sums, or None
     bias:       [N], added next, or None
-    dtype:      of x and y where w_t is packed; else it is that of w_t
+    dtype:      in which x is compared where w_t is packed; else it is that of w_t
 
     Each row of w_t is cut into n_blocks equal blocks. The same memory is then a table [K *
     n_blocks, N / n_blocks], and one bag sums up one block of columns. So every matrix can have
@@ -78,6 +78,7 @@ class CpuGemv:
 
     def find_rows(self, x):
         """Of the kept entries of x: their rows in the table, bag after bag, and their values."""
+        x = x.to(self.dtype)  # that of the limits
         bits = x.view(BITS[x.element_size()]).numpy()[0].take(self.order)  # each bag's copy
         # Floats without a sign are in the order of their bits, and NaN is the largest: kept.
         kept = ((bits & self.mask) > self.limits).nonzero()[0]

@@ -146,6 +146,15 @@ def test_a_threshold_of_0_drops_zeros():
     assert RowCount([product])().tolist() == [48]
 
 
+def test_x_of_another_dtype_than_the_limits():
+    q, x = torch.randint(-127, 128, (48, 32), dtype=torch.int8), torch.randn(1, 48).bfloat16()
+    packed = empty_packed(48, (32,))
+    pack(packed, 0, q.T)
+    product = CpuGemv(packed, (32,), [0.5])  # limits in float32
+    wanted = torch.where(x.float().abs() <= 0.5, 0, x.double()) @ q.double()
+    torch.testing.assert_close(product(x).double(), wanted, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_thresholds_as_bits(dtype):
     """Integers decide as floats do: at a threshold, next to it, near 0 and beyond the range."""
