@@ -14,7 +14,7 @@ lays threads along the rows, which scatters the loads.
 Converting integers is slow on GPUs. The float32 with the bits 0x3F800000 is 1, and q in the top 4
 bits of its mantissa makes it 1 + q / 16. A shift and a mask turn four weights into the bytes
 0x80 + 8 q, and for each of them one permutation of bytes makes the float. The scales absorb the
-factor and the offset: (16 x s) * (1 + q / 16) + (x m - 16 x s), the second part once for a group.
+factor and the offset: (16 x s) * (1 + q / 16) + (x m - 16 x s).
 """
 
 import torch
@@ -78,7 +78,6 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr, out_pt
     i = tl.arange(0, BLOCK_K)
     low_sum = tl.zeros([ROWS_AT_ONCE, BLOCK_N // 2], tl.float32)
     high_sum = tl.zeros([ROWS_AT_ONCE, BLOCK_N // 2], tl.float32)
-    minima = tl.zeros([BLOCK_K, GROUPS], tl.float32)  # shared by the columns of a group
     k, x = _entries(rows_ptr, values_ptr, i, count, CHUNK)
     for first in tl.range(0, count, BLOCK_K, num_stages=1):
         next_k, next_x = _entries(rows_ptr, values_ptr, first + BLOCK_K + i, count, CHUNK)
@@ -90,12 +89,13 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr, out_pt
         pair = tl.load(groups_ptr + k[:, None] * (N // 32) + group[None, :],
                        mask=rows & (group * 32 < end)[None, :], other=0)  # two bfloat16 at once
         scale = 16 * x[:, None] * (pair << 16).to(tl.float32, bitcast=True)
-        minima += x[:, None] * (pair & -65536).to(tl.float32, bitcast=True) - scale
-        # A thread holds the 16 bytes of a group: give each of them the group's scale.
-        scale = tl.broadcast_to(scale[:, :, None], [BLOCK_K, GROUPS, 16])
-        scale = tl.reshape(scale, [BLOCK_K, BLOCK_N // 2])
+        minimum = x[:, None] * (pair & -65536).to(tl.float32, bitcast=True) - scale
+        # A thread holds the 16 bytes of a group: give each of them the group's numbers.
+        shape: tl.constexpr = [BLOCK_K, GROUPS, 16]
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], shape), [BLOCK_K, BLOCK_N // 2])
+        minimum = tl.reshape(tl.broadcast_to(minimum[:, :, None], shape), [BLOCK_K, BLOCK_N // 2])
         low, high = _halves(w)
-        low, high = low * scale, high * scale
+        low, high = low * scale + minimum, high * scale + minimum
         low_sum += tl.sum(tl.reshape(low, [ROUNDS, ROWS_AT_ONCE, BLOCK_N // 2]), axis=0)
         high_sum += tl.sum(tl.reshape(high, [ROUNDS, ROWS_AT_ONCE, BLOCK_N // 2]), axis=0)
         k, x = next_k, next_x
@@ -104,7 +104,6 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr, out_pt
         gdc_launch_dependents()
     both = tl.join(tl.sum(low_sum, axis=0), tl.sum(high_sum, axis=0))  # [bytes, halves]
     both = tl.permute(tl.reshape(both, [GROUPS, 16, 2]), (0, 2, 1))
-    both += tl.sum(minima, axis=0)[:, None, None]
     y = tl.reshape(both, [BLOCK_N])
     if SPLITS > 1:
         tl.store(sums_ptr + part * N + n, y, mask=n < end)
@@ -125,8 +124,8 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr, out_pt
 def _launch_shape(k, n):
     """(BLOCK_N, BLOCK_K, SPLITS): tiles of 64 bytes a row, split as in sparse_gemv.py."""
     block_n = min(128, triton.next_power_of_2(n))
-    splits = max(1, min(16, round(1024 / triton.cdiv(n, block_n)), k // 128))
-    block_k = min(64, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))
+    splits = max(1, min(16, round(768 / triton.cdiv(n, block_n)), k // 256))
+    block_k = min(128, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))
     return block_n, block_k, splits
 
 
