@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_gemv import gpu_gemv
 from int4 import GROUP, can_be_int4
-from int4_gemv import int4_gemv
 from model import SITES
-from sparse_gemv import sparse_gemv
 
 BITS = {"bfloat16": 16, "int8": 8, "int4": 5}  # of a weight, scales of groups included
 COPIES_BYTES = 400_000_000  # of a product's weights: several times the L2 cache
@@ -120,7 +119,6 @@ class Product:
     def __init__(self, site, k, ends, kind):
         n = ends[-1]
         self.k, self.ends, self.bytes = k, ends, k * n * BITS[kind] // 8
-        self.gemv = int4_gemv if kind == "int4" else sparse_gemv
         copies = max(2, COPIES_BYTES // self.bytes)
         self.weights = [random_weight(k, n, kind) for _ in range(copies)]
         self.x = torch.randn(k, dtype=torch.bfloat16)  # after the fused operations
@@ -137,17 +135,19 @@ class Product:
             self.x = gate * self.x
         self.kept = torch.zeros(len(ends), dtype=torch.int64)
         self.thresholds = torch.empty(len(ends))
+        self.sparse = True
 
     def run(self):
         for w_t, scale in self.weights:
-            self.gemv(self.input, w_t, self.thresholds, ends=self.ends, scale=scale,
-                      kept=self.kept, **self.options)
+            gpu_gemv(self.input, w_t, self.thresholds if self.sparse else None, ends=self.ends,
+                     scale=scale, kept=self.kept, **self.options)
 
     def measure(self, sparsity):
         """(seconds of one product, bytes of the rows that it read)"""
         magnitude = self.x.float().abs().sort().values
         dropped = round(sparsity * self.k)
-        self.thresholds.fill_(magnitude[dropped - 1] if dropped else -1.0)
+        self.thresholds.fill_(magnitude[dropped - 1])
+        self.sparse = dropped > 0
         replay = graph_of(self.run)
         self.kept.zero_()
         replay()
@@ -165,7 +165,7 @@ class Product:
 
 
 def random_weight(k, n, kind):
-    """(w_t, scale) of a random matrix, as `sparse_gemv` or `int4_gemv` takes them."""
+    """(w_t, scale) of a random matrix, as `gpu_gemv` takes them."""
     if kind == "int4":
         return (torch.randint(0, 256, (k, n // 2), dtype=torch.uint8),
                 torch.rand(k, n // GROUP, 2).bfloat16())

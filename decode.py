@@ -14,10 +14,9 @@ import torch.nn.functional as F
 
 from cpu_gemv import CpuGemv, RowCount
 from decode_attention import Workspace, decode_attention
-from dense_gemv import dense_gemv
-from int4_gemv import int4_gemv
+from gpu_gemv import gpu_gemv
 from model import PROJECTIONS, rms_norm
-from sparse_gemv import sparse_gemv, supports_pdl
+from sparse_gemv import supports_pdl
 from token_kernels import embed
 
 # ---- one step on a CPU -------------------------------------------------------------------------
@@ -122,8 +121,8 @@ class GpuDecoder:
     A step reads weights for a few milliseconds. Hundreds of small kernels, launched one by one
     from Python, would cost as much again in gaps. So a layer is five operations: RMSNorm + q|k|v,
     attention with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down +
-    residual. A product is one kernel if all rows are read (dense_gemv.py), else two
-    (sparse_gemv.py). Whatever changes from token to token lives in GPU memory: the token, its
+    residual. A product is one kernel if all rows are read, else two: gpu_gemv.py
+    chooses. Whatever changes from token to token lives in GPU memory: the token, its
     position, thresholds, random state. So each of the two kinds of step is captured once, when
     first asked for. Then the host only asks for replays and fetches tokens.
 
@@ -155,15 +154,13 @@ class GpuDecoder:
         self.logits = buffer(config.vocab_size)
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
         self.n_steps, self.generators = 0, generators
-        # Fewer bits cost instructions as much as bytes, and dense_gemv saves none: it is slower.
-        self.few_bits = block.qkv.w_t.dtype != model.dtype
-        self.sparse = self.few_bits
+        self.sparse = False
         self.graphs = {} if graph else None  # whether sparse -> the captured step
 
     def set_thresholds(self, thresholds):
         """Decode with thresholds float32 [n_layers, 7] from now on; -1 keeps everything."""
         self.thresholds.copy_(thresholds)
-        self.sparse = self.few_bits or bool((thresholds >= 0).any())
+        self.sparse = bool((thresholds >= 0).any())
         self.prepare()
 
     def start(self, token, position):
@@ -183,11 +180,7 @@ class GpuDecoder:
         at = linear.layer, linear.places
         options = fused | {"ends": linear.ends, "kept": self.kept[at], "scale": linear.scale,
                            "bias": linear.bias, "out": out}
-        if self.sparse:
-            gemv = int4_gemv if linear.w_t.dtype == torch.uint8 else sparse_gemv
-            gemv(x, linear.w_t, self.thresholds[at], **options)
-        else:
-            dense_gemv(x, linear.w_t, **options)
+        gpu_gemv(x, linear.w_t, self.thresholds[at] if self.sparse else None, **options)
 
     def add(self, inputs, block, linear, norm, **fused):
         """Add a product to the residual stream, behind a norm where the model has it there."""
@@ -220,8 +213,8 @@ class GpuDecoder:
             front = None if config.norms_behind else (block.mlp_norm, eps)
             self.project(x, block.gate_up, self.gate_up, norm=front)
             self.add(self.gate_up, block, block.down, block.mlp_norm, swiglu=True)
-        dense_gemv(x, model.lm_head.w_t, self.logits, scale=model.lm_head.scale,
-                   norm=(model.norm, eps))
+        head = model.lm_head
+        gpu_gemv(x, head.w_t, None, self.logits, scale=head.scale, norm=(model.norm, eps))
         self.token.copy_(self.choose(self.logits))
 
     def capture(self):

@@ -101,6 +101,11 @@ def _workspace(device, n, splits, n_programs):
             torch.zeros(n_programs, dtype=torch.int32, device=device))
 
 
+def is_small(k, n):
+    """Whether a matrix [k, n] counts as small in what follows."""
+    return min(k, n) <= 2048
+
+
 def dense_gemv(x, w_t, out, *, ends=None, scale=None, bias=None, norm=None, swiglu=False,
                residual=None, kept=None):
     """`sparse_gemv` with the threshold -1, on a GPU or in the interpreter; the same arguments.
@@ -113,7 +118,7 @@ def dense_gemv(x, w_t, out, *, ends=None, scale=None, bias=None, norm=None, swig
     tiles = triton.cdiv(n, block_n)
     # Chosen by timing whole 1B and 7B models on an H100: small matrices want more programs, and
     # the next kernel later.
-    small = min(k, n) <= 2048
+    small = is_small(k, n)
     programs, most, least = (1024, 16, 128) if small else (768, 8, 256)
     splits = max(1, min(most, round(programs / tiles), k // least))
     block_k = min(128, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))

@@ -12,9 +12,9 @@ multiple of 32, the matrix is int8; the LM head always is.
 
 import torch
 
-from int4_gemv import GROUP
 from int8 import FLOATS, PIECE, Int8Linear, quantize_tensor
 from model import Linear
+from tensor_gemv import GROUP
 
 GROUP_BYTES = GROUP // 2 + 4  # numbers, then scale and minimum
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of a group's range, around its middle

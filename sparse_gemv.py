@@ -181,16 +181,16 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < end)
 
 
-def _launch_shape(k, n):
-    """(BLOCK_N, BLOCK_K, SPLITS) for w_t [k, n].
+def _launch_shape(k, n, size):
+    """(BLOCK_N, BLOCK_K, SPLITS) for w_t [k, n] with `size` bytes a weight.
 
-    A tile of 64 columns reads whole sectors of a row, even in int8. With 64 rows, each of 64
-    threads loads 64 weights at once. K is split until each of some 130 multiprocessors has about
-    eight programs: enough to hide the latency. Chosen by timing whole 1B and 7B models.
+    64 columns are whole sectors of a row, even in int8. A tile has 8 KB: each of 64 threads loads
+    128 bytes at once. K is split until each of some 130 multiprocessors has about eight programs:
+    enough to hide the latency. Chosen by timing whole 1B and 7B models.
     """
     block_n = min(64, max(16, triton.next_power_of_2(n)))
     splits = max(1, min(16, round(1024 / triton.cdiv(n, block_n)), k // 128))
-    block_k = min(64, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))
+    block_k = min(128 // size, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))
     return block_n, block_k, splits
 
 
@@ -216,7 +216,7 @@ def _gemv_gpu(x, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out
     k, n = w_t.shape
     segments = len(ends)
     end0, end1, _ = (*ends, n, n)[:3]
-    block_n, block_k, splits = _launch_shape(k, n)
+    block_n, block_k, splits = _launch_shape(k, n, w_t.element_size())
     chunk = triton.cdiv(k, splits)
     tiles = sum(triton.cdiv(width, block_n) for width in (end0, end1 - end0, n - end1))
     norm_weight, eps = norm if norm is not None else (None, 0.0)

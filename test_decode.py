@@ -15,8 +15,9 @@ import torch
 import decode
 import decode_attention
 import dense_gemv
-import int4_gemv
+import gpu_gemv
 import sparse_gemv
+import tensor_gemv
 import token_kernels
 from decode import CpuDecoder, GpuDecoder
 from decode_attention import Workspace, decode_attention_reference
@@ -92,6 +93,56 @@ def test_dense_gemv(k, n):
     assert torch.equal(*outs)
 
 
+@needs_kernels
+@pytest.mark.parametrize("k, n", [(48, 80), (600, 256), (2300, 72)])
+@pytest.mark.parametrize("fused", ["norm", "swiglu", None])
+def test_dense_products_on_tensor_cores(k, n, fused):
+    """As above, in bfloat16. A NaN in x stays visible."""
+    def random(*size):
+        return torch.randn(size, device=DEVICE).bfloat16()
+
+    x, w_t, bias, residual = random(2 * k if fused == "swiglu" else k), random(k, n), *random(2, n)
+    norm, inputs = (random(k), 1e-5) if fused == "norm" else None, x.double()
+    if fused == "swiglu":
+        inputs = torch.nn.functional.silu(inputs[:k]) * inputs[k:]
+    if fused == "norm":
+        inputs = torch.nn.functional.rms_norm(inputs, (k,), norm[0].double(), 1e-5)
+    expected = inputs @ w_t.double() + bias + residual
+    outs = []
+    for _ in range(2):
+        outs.append(torch.full((n,), float("nan"), dtype=x.dtype, device=DEVICE))
+        kept = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        options = {"norm": norm, "swiglu": fused == "swiglu", "bias": bias, "residual": residual}
+        tensor_gemv.tensor_gemv(x, w_t, None, outs[-1], kept=kept, **options)
+        assert (outs[-1] - expected).norm() <= 1e-2 * expected.norm() and kept.item() == k
+    assert torch.equal(*outs)
+    x[k // 2] = float("nan")
+    tensor_gemv.tensor_gemv(x, w_t, None, outs[0], **options)
+    assert outs[0].isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype, k, n, kernel", [
+    (torch.bfloat16, 2112, 2112, "tensor_gemv"), (torch.bfloat16, 2048, 4096, "dense_gemv"),
+    (torch.float32, 2112, 2112, "dense_gemv"), (torch.int8, 64, 64, "sparse_gemv"),
+    (torch.uint8, 64, 64, "tensor_gemv")])
+def test_which_kernel(dtype, k, n, kernel, monkeypatch):
+    """`gpu_gemv` passes everything on; with thresholds, to a kernel that takes them."""
+    calls = []
+    for name in ("sparse_gemv", "dense_gemv", "tensor_gemv"):
+        monkeypatch.setattr(gpu_gemv, name, lambda *a, name=name, **o: calls.append((name, a, o)))
+    x = torch.empty(k, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
+    w_t, out, thresholds = torch.empty(k, n, dtype=dtype), torch.empty(n), torch.zeros(1)
+    gpu_gemv.gpu_gemv(x, w_t, None, out, bias=out)
+    gpu_gemv.gpu_gemv(x, w_t, thresholds, out, bias=out)
+    sparse = kernel if dtype == torch.uint8 else "sparse_gemv"
+    assert [name for name, _, _ in calls] == [kernel, sparse]
+    for _, arguments, options in calls:
+        assert options["bias"] is out and arguments[:2] == (x, w_t)
+        assert any(each is out for each in (*arguments, *options.values()))
+    assert calls[1][1][2] is thresholds
+
+
 # ---- the device: Triton launches on the current one, which need not be that of the tensors ------
 
 
@@ -115,7 +166,7 @@ def guard(monkeypatch):
             return lambda *_, **__: notes.append((self.name, held[-1] if held else None))
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module in (sparse_gemv, dense_gemv, int4_gemv, decode_attention, token_kernels, decode):
+    for module in (sparse_gemv, dense_gemv, tensor_gemv, decode_attention, token_kernels, decode):
         if hasattr(module, "supports_pdl"):
             monkeypatch.setattr(module, "supports_pdl", lambda device: False)
         if hasattr(module, "INTERPRETED"):
@@ -133,8 +184,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(guard):
     calls = {
         "sparse_gemv": lambda: sparse_gemv.sparse_gemv(x, w_t, 0.1),
         "dense_gemv": lambda: dense_gemv.dense_gemv(x, w_t, out),
-        "int4_gemv": lambda: int4_gemv.int4_gemv(
-            x, torch.zeros(64, 16, dtype=torch.uint8), one, ends=(32,), out=out,
+        "tensor_gemv": lambda: tensor_gemv.tensor_gemv(
+            x, torch.zeros(64, 16, dtype=torch.uint8), one, out, ends=(32,),
             scale=torch.zeros(64, 1, 2, dtype=torch.bfloat16)),
         "decode_attention": lambda: decode_attention.decode_attention(
             x[:48], cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8), torch.ones(8),

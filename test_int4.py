@@ -16,11 +16,11 @@ import triton
 import benchmark_gpu
 import checkpoint
 from int4 import Int4Linear, Int4OnCPU, dequantize, quantize_int4, split_groups
-from int4_gemv import int4_gemv
 from int8 import Int8Linear
 from model import dense
 from session import bytes_per_weight
 from sparse_gemv import INTERPRETED
+from tensor_gemv import tensor_gemv
 from test_checkpoint import CONFIG, weights, write_folder
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -128,7 +128,7 @@ def test_dense_products():
 
 @KERNELS
 def test_random_draws():
-    """200 draws of sizes, types, thresholds and fused forms, against float64."""
+    """200 draws of sizes, types, thresholds and fused forms, against float64; some are dense."""
     rng = random.Random(SEED)
     for _ in range(200):
         k = rng.choice([1, 7, 33, 64, 100, 256, 577])
@@ -148,11 +148,14 @@ def test_random_draws():
                          device=DEVICE)
         if swiglu:
             t.fill_(rng.choice([-1.0, 1e9]))
+        dense = rng.random() < 0.3
+        if dense:
+            t.fill_(-1)
         bias, residual = (torch.randn(n, device=DEVICE).to(dtype) for _ in range(2))
         kept = torch.zeros(len(ends), dtype=torch.int64, device=DEVICE)
         out = torch.full((n,), float("nan"), dtype=dtype, device=DEVICE)
-        int4_gemv(x, w_t, t, ends=ends, scale=scale, out=out, bias=bias, swiglu=swiglu,
-                  residual=residual, kept=kept)
+        tensor_gemv(x, w_t, None if dense else t, out, ends=ends, scale=scale, bias=bias,
+                    swiglu=swiglu, residual=residual, kept=kept)
         w, wanted, start = dequantize(w_t, scale).double(), [], 0
         for i, end in enumerate(ends):
             keep = ~(input_.float().abs() <= t[i])
@@ -162,7 +165,7 @@ def test_random_draws():
         wanted = torch.cat(wanted) + bias.double() + residual.double()
         tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
         size = max(wanted.norm(), (input_.double() ** 2 @ w ** 2).sqrt().norm())
-        assert (out.double() - wanted).norm() <= tolerance * size, (k, ends, dtype, swiglu)
+        assert (out.double() - wanted).norm() <= tolerance * size, (k, ends, dtype, swiglu, dense)
 
 
 @KERNELS
@@ -175,9 +178,15 @@ def test_norm_split_and_dropped_rows():
     scale[~keep] = float("nan")  # never read
     outs = [torch.empty(n, device=DEVICE) for _ in range(3)]
     for out in outs:
-        int4_gemv(x, w_t, torch.tensor([0.3], device=DEVICE), ends=(n,), scale=scale, out=out,
-                  norm=(weight, 1e-5))
+        tensor_gemv(x, w_t, torch.tensor([0.3], device=DEVICE), out, ends=(n,), scale=scale,
+                    norm=(weight, 1e-5))
     wanted = normed[keep].double() @ dequantize(w_t[keep], scale[keep]).double()
+    assert (outs[0] - wanted).norm() <= 1e-5 * wanted.norm()
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    scale.nan_to_num_(1.0)
+    for out in outs:
+        tensor_gemv(x, w_t, None, out, norm=(weight, 1e-5), ends=(n,), scale=scale)
+    wanted = normed.double() @ dequantize(w_t, scale).double()
     assert (outs[0] - wanted).norm() <= 1e-5 * wanted.norm()
     assert all(torch.equal(out, outs[0]) for out in outs)
 
@@ -201,9 +210,9 @@ def test_what_does_not_fit_is_refused():
     for w_t, scale, ends in ((good, scales, (64,)), (good, scales.float(), (96,)),
                              (good, scales[:, :2], (96,)), (good, scales, (40, 96)),
                              (good[:7], scales, (96,))):
-        with pytest.raises(ValueError, match="int4_gemv"):
-            int4_gemv(torch.randn(8), w_t, torch.zeros(1), ends=ends, scale=scale,
-                      out=torch.empty(96))
+        with pytest.raises(ValueError, match="tensor_gemv"):
+            tensor_gemv(torch.randn(8), w_t, torch.zeros(1), torch.empty(96), ends=ends,
+                        scale=scale)
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the process it starts, or a GPU")

@@ -1,0 +1,27 @@
+"""Which kernel computes a product y = W x of a decode step on a GPU, as whole models timed it.
+
+| weights | all rows | some rows |
+|---|---|---|
+| bfloat16 | `tensor_gemv`; matrices of a side of 2,048 and less: `dense_gemv` | `sparse_gemv` |
+| float32, float16 | `dense_gemv` | `sparse_gemv` |
+| int8 | `sparse_gemv`: dense_gemv saves bytes there, but no instructions | `sparse_gemv` |
+| 4 bits | `tensor_gemv` | `tensor_gemv` |
+"""
+
+import torch
+
+from dense_gemv import dense_gemv, is_small
+from sparse_gemv import sparse_gemv
+from tensor_gemv import tensor_gemv
+
+
+def gpu_gemv(x, w_t, thresholds, out, **options):
+    """y = W x into `out`, with the arguments of `sparse_gemv`; `thresholds` None reads all rows."""
+    if w_t.dtype == torch.uint8:
+        tensor_gemv(x, w_t, thresholds, out, **options)
+    elif w_t.dtype == torch.int8 or thresholds is not None:
+        sparse_gemv(x, w_t, -1.0 if thresholds is None else thresholds, out=out, **options)
+    elif x.dtype == torch.bfloat16 and not is_small(*w_t.shape):
+        tensor_gemv(x, w_t, None, out, **options)
+    else:
+        dense_gemv(x, w_t, out, **options)
