@@ -200,9 +200,10 @@ def rms_norm(x, weight, eps):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the pairs (j, j + head_dim / 2) of x [T, heads, head_dim], in float32."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotate the pairs (j, j + head_dim / 2) of x [T, heads, head_dim], in float32, as cos is."""
+    a, b = x.chunk(2, dim=-1)
+    rotated = a * cos - b * sin, b * cos + a * sin
+    return torch.cat([half.to(x.dtype) for half in rotated], dim=-1)
 
 
 # ---- the KV cache and the model ----------------------------------------------------------------
