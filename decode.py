@@ -121,8 +121,8 @@ class GpuDecoder:
     A step reads weights for a few milliseconds. Hundreds of small kernels, launched one by one
     from Python, would cost as much again in gaps. So a layer is five operations: RMSNorm + q|k|v,
     attention with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down +
-    residual. A product is one kernel if all rows are read, else two: gpu_gemv.py
-    chooses. Whatever changes from token to token lives in GPU memory: the token, its
+    residual. A product is one kernel if all rows are read or a program has few, else two:
+    gpu_gemv.py chooses. Whatever changes from token to token lives in GPU memory: the token, its
     position, thresholds, random state. So each of the two kinds of step is captured once, when
     first asked for. Then the host only asks for replays and fetches tokens.
 

@@ -2,15 +2,17 @@
 
 | weights | all rows | some rows |
 |---|---|---|
-| bfloat16 | `tensor_gemv`; matrices of a side of 2,048 and less: `dense_gemv` | `sparse_gemv` |
-| float32, float16 | `dense_gemv` | `sparse_gemv` |
+| bfloat16 | `tensor_gemv`; matrices of a side of 2,048 and less: `dense_gemv` | `sparse_gemv` (*) |
+| float32, float16 | `dense_gemv` | `sparse_gemv` (*) |
 | int8 | `sparse_gemv`: dense_gemv saves bytes there, but no instructions | `sparse_gemv` |
 | 4 bits | `tensor_gemv` | `tensor_gemv` |
+
+(*) Where a program has few rows, `dense_gemv`, which saves a launch.
 """
 
 import torch
 
-from dense_gemv import dense_gemv, is_small
+from dense_gemv import dense_gemv, is_small, one_kernel_pays
 from sparse_gemv import sparse_gemv
 from tensor_gemv import tensor_gemv
 
@@ -19,6 +21,8 @@ def gpu_gemv(x, w_t, thresholds, out, **options):
     """y = W x into `out`, with the arguments of `sparse_gemv`; `thresholds` None reads all rows."""
     if w_t.dtype == torch.uint8:
         tensor_gemv(x, w_t, thresholds, out, **options)
+    elif thresholds is not None and one_kernel_pays(x, w_t, options.get("ends")):
+        dense_gemv(x, w_t, out, thresholds=thresholds, **options)
     elif w_t.dtype == torch.int8 or thresholds is not None:
         sparse_gemv(x, w_t, -1.0 if thresholds is None else thresholds, out=out, **options)
     elif x.dtype == torch.bfloat16 and not is_small(*w_t.shape):

@@ -6,6 +6,7 @@ test_sparse_gemv.py starts this file in the interpreter.
 
 import contextlib
 import math
+import random
 import types
 from unittest import mock
 
@@ -25,6 +26,7 @@ from int8 import Int8Linear
 from model import Config, KVCache, Linear, Model, masked
 from sampling import sample
 from sparse_gemv import INTERPRETED
+from test_sparse_gemv import SEED, TOLERANCE, error, reference
 from token_kernels import likeliest
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -122,11 +124,15 @@ def test_dense_products_on_tensor_cores(k, n, fused):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype, k, n, kernel", [
-    (torch.bfloat16, 2112, 2112, "tensor_gemv"), (torch.bfloat16, 2048, 4096, "dense_gemv"),
-    (torch.float32, 2112, 2112, "dense_gemv"), (torch.int8, 64, 64, "sparse_gemv"),
-    (torch.uint8, 64, 64, "tensor_gemv")])
-def test_which_kernel(dtype, k, n, kernel, monkeypatch):
+@pytest.mark.parametrize("dtype, k, n, dense, sparse", [
+    (torch.bfloat16, 2112, 2112, "tensor_gemv", "dense_gemv"),
+    (torch.bfloat16, 2112, 2080, "tensor_gemv", "sparse_gemv"),
+    (torch.bfloat16, 2048, 16384, "dense_gemv", "sparse_gemv"),
+    (torch.float32, 2112, 2112, "dense_gemv", "dense_gemv"),
+    (torch.float32, 8192, 2048, "dense_gemv", "sparse_gemv"),
+    (torch.int8, 64, 64, "sparse_gemv", "sparse_gemv"),
+    (torch.uint8, 64, 64, "tensor_gemv", "tensor_gemv")])
+def test_which_kernel(dtype, k, n, dense, sparse, monkeypatch):
     """`gpu_gemv` passes everything on; with thresholds, to a kernel that takes them."""
     calls = []
     for name in ("sparse_gemv", "dense_gemv", "tensor_gemv"):
@@ -135,12 +141,113 @@ def test_which_kernel(dtype, k, n, kernel, monkeypatch):
     w_t, out, thresholds = torch.empty(k, n, dtype=dtype), torch.empty(n), torch.zeros(1)
     gpu_gemv.gpu_gemv(x, w_t, None, out, bias=out)
     gpu_gemv.gpu_gemv(x, w_t, thresholds, out, bias=out)
-    sparse = kernel if dtype == torch.uint8 else "sparse_gemv"
-    assert [name for name, _, _ in calls] == [kernel, sparse]
+    assert [name for name, _, _ in calls] == [dense, sparse]
     for _, arguments, options in calls:
         assert options["bias"] is out and arguments[:2] == (x, w_t)
         assert any(each is out for each in (*arguments, *options.values()))
-    assert calls[1][1][2] is thresholds
+    assert any(each is thresholds for each in (*calls[1][1], *calls[1][2].values()))
+
+
+def leveled(k):
+    """Numbers around 1, 2, 3 and 4 of random sign: no rounding moves one past 1.5, 2.5 or 3.5."""
+    signs = torch.randint(0, 2, (k,)) * 2 - 1
+    return (signs * torch.randint(1, 5, (k,)) * (1 + 0.1 * torch.rand(k))).to(DEVICE)
+
+
+def draw_masked(rng, k, ends, dtype, form):
+    """x, w_t, thresholds and options of a sparse product, its values on both sides of thresholds.
+
+    A matrix's dropped rows are NaN or infinite.
+    """
+    n, x, options = ends[-1], leveled(k), {"ends": ends}
+    thresholds = torch.tensor([rng.choice([-1.0, 1.5, 2.5, 3.5, 9.0]) for _ in ends]).to(DEVICE)
+    levels = x
+    # x and weights are rounded later: still no value is within 3% of a threshold
+    if form == "swiglu":
+        gate = 1 + torch.rand(k, device=DEVICE)
+        x = torch.cat((gate, x / torch.nn.functional.silu(gate)))
+    if form == "norm":
+        weight = torch.randn(k, device=DEVICE).sign() * (1 + 0.02 * torch.rand(k, device=DEVICE))
+        options["norm"] = weight.to(dtype), 1e-5
+        levels = torch.nn.functional.rms_norm(x, (k,), weight, 1e-5)
+        thresholds *= k**0.5 / x.norm()
+    w_t = torch.randn(k, n, device=DEVICE).to(dtype)
+    for t, start, end in zip(thresholds, (0, *ends), ends):
+        dropped = (levels.abs() <= t).nonzero().view(-1)
+        w_t[dropped, start:end] = float("nan")
+        w_t[dropped[::2], start:end] = float("inf")
+    for name in ("bias", "residual"):
+        if rng.random() < 0.5:
+            options[name] = torch.randn(n, device=DEVICE).to(dtype)
+    return x.to(dtype), w_t, thresholds, options
+
+
+@needs_kernels
+def test_masked_gemv():
+    """Random draws against float64 and the counts of `sparse_gemv`: rows of any number, one split
+    and many, up to three matrices with thresholds of their own. Dropped rows are never read; the
+    same bits twice."""
+    rng = random.Random(SEED)
+    torch.manual_seed(SEED)
+    sizes = [(k, ends) for k in (1, 33, 64, 200, 577, 1100) for ends in ((64,), (64, 192, 256))]
+    sizes += [(129, (128, 192)), (6300, (64,)), (2300, (128,))]
+    for k, ends in sizes:
+        for form in ("plain", "norm", "swiglu"):
+            dtype = rng.choice([torch.float32, torch.bfloat16])
+            x, w_t, thresholds, options = draw_masked(rng, k, ends, dtype, form)
+            counts = [torch.full((len(ends),), 7, device=DEVICE) for _ in range(4)]
+            expected = reference(
+                x, w_t, thresholds, swiglu=form == "swiglu", kept=counts[0], **options)
+            options["swiglu"] = form == "swiglu"
+            sparse_gemv.sparse_gemv(x, w_t, thresholds, kept=counts[1], **options)
+            outs = []
+            for kept in counts[2:]:
+                outs.append(torch.full((ends[-1],), float("nan"), dtype=dtype, device=DEVICE))
+                assert outs[-1] is dense_gemv.dense_gemv(
+                    x, w_t, outs[-1], thresholds=thresholds, kept=kept, **options)
+            case = SEED, k, ends, form, dtype
+            fused = 1 if form == "plain" else 2  # x is rounded too
+            assert error(outs[0], expected) <= fused * TOLERANCE[dtype], case
+            assert torch.equal(*outs), case
+            assert all(torch.equal(count, counts[0]) for count in counts), case
+
+
+@needs_kernels
+def test_masked_gemv_spreads_nan_and_infinity():
+    """As in dense arithmetic where they are kept, and not at all where they are dropped."""
+    x, w_t = leveled(200), torch.rand(200, 128, device=DEVICE) + 1
+    thresholds = torch.tensor([1.5, 2.5], device=DEVICE)
+
+    def product():
+        out = torch.full((128,), float("nan"), device=DEVICE)
+        return dense_gemv.dense_gemv(x, w_t, out, thresholds=thresholds, ends=(64, 128))
+
+    x[9], w_t[9, :64], w_t[9, 64:] = 1.5, float("nan"), 1.0  # a tie is dropped
+    x[150], w_t[150] = 2.0, float("inf")  # kept by the first matrix alone
+    out = product()
+    assert (out[:64] == float("inf")).all() and out[64:].isfinite().all()
+    x[150] = float("-inf")
+    assert (product() == -float("inf")).all()
+    thresholds[1] = float("inf")  # |x| <= infinity is dropped
+    out = product()
+    assert (out[:64] == -float("inf")).all() and (out[64:] == 0).all()
+    x[150] = float("nan")  # not (|nan| <= t): kept
+    assert product().isnan().all()
+
+
+def test_one_kernel_pays_for_few_rows():
+    """On the shapes that were timed: Llama-3.2-1B, Llama-2-7B, Llama-3-8B."""
+    def pays(k, *ends, dtype=torch.bfloat16):
+        x = torch.empty(k, dtype=torch.bfloat16, device="meta")
+        w_t = torch.empty(k, ends[-1], dtype=dtype, device="meta")
+        return dense_gemv.one_kernel_pays(x, w_t, ends)
+
+    assert pays(2048, 2048, 2560, 3072) and pays(2048, 2048)
+    assert pays(4096, 4096, 5120, 6144) and pays(4096, 4096)
+    assert not pays(4096, 4096, 8192, 12288) and not pays(2048, 8192, 16384)
+    assert not pays(8192, 2048) and not pays(14336, 4096)
+    assert not pays(2048, 2000, 2048) and not pays(2048, 2080)  # a tile within one matrix
+    assert not pays(2048, 2048, dtype=torch.int8) and not pays(2048, 2048, dtype=torch.uint8)
 
 
 # ---- the device: Triton launches on the current one, which need not be that of the tensors ------
@@ -232,6 +339,26 @@ def test_the_decoder_captures_replays_and_records_on_its_device(guard, monkeypat
     assert all(place is not None for _, place in guard.notes) and not guard.held
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_sparse_products_take_one_kernel_or_two(guard, int8):
+    """Two for the last of four, with seven tiles of 64 rows a program, and for all in int8."""
+    model = random_model(Config(101, 64, 6208, 1, 4, 2, 32, context=160), device="cpu")
+    for linear in model.linears() if int8 else ():
+        linear.w_t, linear.scale = linear.w_t.to(torch.int8), torch.ones(linear.ends[-1])
+    decoder = GpuDecoder(model, KVCache(model.config, 160), token_kernels.likeliest, graph=False)
+    one = ["dense_gemv._dense_kernel"]
+    two = ["sparse_gemv._select_kernel", "sparse_gemv._sum_rows_kernel"]
+    for t in (-1.0, 0.3):
+        decoder.set_thresholds(torch.full((1, 7), t))
+        guard.notes.clear()
+        decoder.step()
+        products = [name for name, _ in guard.notes if name.startswith(("dense", "sparse"))]
+        if int8:
+            assert products == 4 * two + one  # one: the LM head
+        else:
+            assert products == 3 * one + (one if t < 0 else two) + one
+
+
 def random_model(config, linear=Linear, device=DEVICE):
     model = Model(config, torch.float32, device, linear)
     for tensor in [model.norm] + [
@@ -261,6 +388,8 @@ CONFIGS = {
                          rope_divisors=(1, 1, 1, 2, 4, 8, math.inf, math.inf)),
     "smollm3": Config(101, 48, 80, 2, 6, 2, 16, context=160, no_rope_layers=(1,)),
     "olmo2": Config(101, 48, 80, 2, 6, 2, 16, context=160, qk_norm="all", norms_behind=True),
+    # products of one kernel and of two: 64 columns divide all matrices but gate and up
+    "both forms": Config(101, 64, 96, 2, 4, 2, 32, context=160),
     "qwen2": Config(101, 48, 80, 2, 3, 1, 16, context=160, qkv_bias=True),
 }
 
