@@ -12,6 +12,7 @@ import gc
 import torch
 import torch.nn.functional as F
 
+from compile_ahead import compile_together
 from cpu_gemv import CpuGemv, RowCount
 from decode_attention import Workspace, decode_attention
 from gpu_gemv import gpu_gemv
@@ -36,7 +37,7 @@ class CpuDecoder:
         self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64)
         self.n_steps = 0
         head = model.lm_head
-        # The ordinary product is the faster one where all rows of a float32 matrix are read.
+        # The ordinary product is faster where all rows of a float32 matrix are read.
         self.lm_head = head if head.w_t.dtype == torch.float32 else CpuGemv(
             head.w_t, head.ends, [-1.0], head.scale, dtype=head.dtype)
         norms = [norm for block in model.blocks for norm in (block.attn_norm, block.mlp_norm)]
@@ -118,15 +119,15 @@ class CpuDecoder:
 class GpuDecoder:
     """Runs decode steps of a model on its GPU over a KV cache, captured as a CUDA graph.
 
-    A step reads weights for a few milliseconds. Hundreds of small kernels, launched one by one
-    from Python, would cost as much again in gaps. So a layer is five operations: RMSNorm + q|k|v,
-    attention with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down +
-    residual. A product is one kernel if all rows are read or a program has few, else two:
-    gpu_gemv.py chooses. Whatever changes from token to token lives in GPU memory: the token, its
-    position, thresholds, random state. So each of the two kinds of step is captured once, when
-    first asked for. Then the host only asks for replays and fetches tokens.
+    A step reads weights for a few milliseconds. Hundreds of small kernels, launched from Python,
+    would cost as much again in gaps. So a layer is five operations: RMSNorm + q|k|v, attention
+    with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down + residual. A product
+    is one kernel if all rows are read or a program has few, else two: gpu_gemv.py chooses. Whatever
+    changes from token to token lives in GPU memory: the token, its position, thresholds, random
+    state. So each of the two kinds of step is captured once, when first asked for. Then the host
+    only asks for replays and fetches tokens.
 
-    choose:     a function of logits [V] that returns a token id, int64 [1], by GPU operations alone
+    choose:     a function from any logits [V] to a token id, int64 [1], by GPU operations alone
     generators: the torch.Generators that `choose` draws from
     graph:      False launches every kernel from Python: the same result, slow, for debugging
 
@@ -219,15 +220,16 @@ class GpuDecoder:
 
     def capture(self):
         """Compile the kernels and capture one step. Whatever the trial step changes is put back."""
-        states = [generator.get_state() for generator in self.generators]
-        changed = self.token, self.position, self.kept
-        before = [tensor.clone() for tensor in changed]
+        states = [(generator, generator.get_state()) for generator in self.generators]
+        changed = [(t, t.clone()) for t in (self.token, self.position, self.kept)]
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
         gc.collect()  # an earlier decoder's graph must not be destroyed while this one is captured
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            compile_together(self.step, self.x)
+            self.token.zero_()  # chosen from nothing
             # The trial step writes the cache's last row, which is free until the end.
             self.position.fill_(self.cache.context - 2)
             self.step()
@@ -235,9 +237,9 @@ class GpuDecoder:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
-        for generator, state in zip(self.generators, states):
+        for generator, state in states:
             generator.set_state(state)
-        for tensor, value in zip(changed, before):
+        for tensor, value in changed:
             tensor.copy_(value)
         return graph
 

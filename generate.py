@@ -3,8 +3,7 @@
 The command line and the Python API. Behind them: `session.py` (one text), `chat.py` (a
 conversation).
 
-Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL,
-arXiv:2408.14690).
+Method: Liu et al., "TEAL" (arXiv:2408.14690).
 
     python generate.py --sparsity 0.4 --prompt "Explain in one sentence why the sky is blue."
     python generate.py --chat --model meta-llama/Llama-3.2-1B-Instruct --sparsity 0.5
@@ -27,15 +26,7 @@ from chat import Chat, edit_lines
 from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
 from command_line import add_model_flags, load_model, make_parser, number, run_script
-from report import (
-    explain_end,
-    report,
-    say,
-    summary,
-    warn_of_broken_text,
-    warn_of_sparsity,
-    write,
-)
+from report import explain_end, report, say, summary, warn_of_broken_text, warn_of_sparsity, write
 from session import Session, SparsityWatch, cache_bytes
 from tensor_parallel import from_first, rank, refuse
 from thresholds import CalibrationError, cache_path, find

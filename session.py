@@ -91,7 +91,8 @@ class Session:
             finite = high.float() - low.float() < math.inf
             token = sample(logits, *self.sampling).masked_fill(~finite, -1)
         if self.penalty != 1:
-            self.seen.index_fill_(0, token.clamp(min=0), True)
+            # -1 is no token, nor is what stands there while a decoder compiles its kernels
+            self.seen.index_fill_(0, token.clamp(0, len(self.seen) - 1), True)
         return token
 
     @torch.inference_mode()

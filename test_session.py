@@ -445,6 +445,14 @@ def test_penalty_and_min_p_are_those_of_transformers():
     assert not (drawn & ~kept).any() and drawn.sum() >= kept.sum() - 2 > 0
 
 
+@pytest.mark.parametrize("token", [-1, 2**40])
+def test_a_penalty_bears_any_token(monkeypatch, token):
+    """-1 stands for broken logits; while a decoder compiles its kernels, a token is any number."""
+    monkeypatch.setattr(session_module, "likeliest", lambda logits: torch.tensor([token]))
+    session = Session(random_model(CONFIGS["llama"], device="cpu"), repetition_penalty=1.1)
+    assert session.choose(torch.zeros(101)).tolist() == [token]
+
+
 def test_repetition_penalty_over_a_text(smollm):
     """Greedy with a penalty is transformers' definition, step by step, in the prompt too."""
     model, tokenizer = smollm

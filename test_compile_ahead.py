@@ -1,0 +1,256 @@
+"""Kernels compiled together: all that a step needs, none launched, each for the right GPU.
+
+Triton also compiles without a GPU. So a driver that only pretends to have one is enough here.
+"""
+
+import contextlib
+import gc
+import threading
+import types
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+import decode
+import decode_attention
+import dense_gemv
+import sparse_gemv
+import tensor_gemv
+import token_kernels
+from compile_ahead import compile_together
+from decode import GpuDecoder
+from int4 import Int4Linear
+from model import Config, KVCache, Linear
+from test_decode import CONFIGS, random_model
+from token_kernels import likeliest
+
+pytestmark = pytest.mark.skipif(
+    sparse_gemv.INTERPRETED, reason="the interpreter compiles nothing")
+MODULES = (sparse_gemv, dense_gemv, tensor_gemv, decode_attention, token_kernels)
+KERNELS = {kernel for module in MODULES for name, kernel in vars(module).items()
+           if name.endswith("_kernel")}
+DEVICE, OTHER_DEVICE = 990, 991  # numbers that no real GPU has
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(y_ptr + i, tl.load(x_ptr + i))
+
+
+@triton.jit
+def _broken_kernel(x_ptr, SIZE: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, SIZE + 1), 0)  # not a power of two
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A driver of two Hopper GPUs that loads and launches by noting it. Nothing is compiled yet."""
+    thread, notes = threading.local(), types.SimpleNamespace(loaded=[], launched=[])
+
+    class Driver:
+        def get_current_device(self):
+            return getattr(thread, "device", DEVICE)
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def launcher_cls(self, src, metadata):
+            return lambda *arguments: notes.launched.append(src.fn)
+
+        class utils:
+            @staticmethod
+            def get_device_properties(device):
+                return {"max_shared_mem": 232448}
+
+            @staticmethod
+            def load_binary(name, code, shared, device):
+                notes.loaded.append((name, device))
+                return "module", "function", 32, 0, 1024
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        before, thread.device = Driver().get_current_device(), tensor.gpu
+        yield
+        thread.device = before
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.Tensor, "gpu", DEVICE, raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = {_copy_kernel, _broken_kernel} | KERNELS
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(
+            kernel.create_binder))
+    for module in (*MODULES, decode):
+        if hasattr(module, "supports_pdl"):
+            monkeypatch.setattr(module, "supports_pdl", lambda device: True)
+        if hasattr(module, "INTERPRETED"):
+            monkeypatch.setattr(module, "INTERPRETED", True)  # take the kernels' way on a CPU
+    yield notes
+    for kernel in kernels:
+        for compiled, *_ in kernel.device_caches.values():
+            for one in compiled.values():
+                one.module = None  # there is nothing to unload
+
+
+def copy(x):
+    with torch.cuda.device_of(x):
+        _copy_kernel[(1,)](x, torch.empty_like(x), SIZE=16)
+
+
+def test_missing_kernels_are_compiled_and_loaded_and_none_is_launched(driver):
+    x, half = torch.zeros(16), torch.zeros(16, dtype=torch.float16)
+    compile_together(lambda: copy(x), x)
+    assert len(driver.loaded) == 1 and not driver.launched
+
+    def run():
+        for _ in range(3):
+            copy(x), copy(half)  # the first is compiled, the second is not
+
+    compile_together(run, x)
+    assert len(driver.loaded) == 2 and not driver.launched
+    triton.knobs.runtime.jit_cache_hook = lambda **_: pytest.fail("compiled once more")
+    try:
+        run()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+    assert driver.launched == [_copy_kernel] * 6 and len(driver.loaded) == 2
+
+
+def test_kernels_are_for_the_tensors_gpu(driver):
+    x = torch.zeros(16)
+    x.gpu = OTHER_DEVICE
+    compile_together(lambda: copy(x), x)
+    assert driver.loaded == [("_copy_kernel", OTHER_DEVICE)]
+    assert _copy_kernel.device_caches.keys() == {OTHER_DEVICE}
+
+
+def test_they_are_compiled_at_the_same_time(driver, monkeypatch):
+    """Each waits until both have begun. The garbage collector waits for both."""
+    begun, preload = threading.Barrier(2, timeout=60), triton.JITFunction.preload
+
+    def watched(kernel, variant):
+        begun.wait()
+        assert not gc.isenabled()
+        return preload(kernel, variant)
+
+    monkeypatch.setattr(triton.JITFunction, "preload", watched)
+    x = torch.zeros(16)
+    compile_together(lambda: (copy(x), copy(x.long())), x)
+    assert len(driver.loaded) == 2
+
+
+def test_errors_surface_and_triton_is_left_as_it_was(driver, monkeypatch):
+    def hook(**_):
+        return False
+
+    def fail():
+        copy(x)
+        raise KeyError("of run")
+
+    x, launch = torch.zeros(16), triton.JITFunction.run
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+    with pytest.raises(KeyError, match="of run"):
+        compile_together(fail, x)
+    assert not driver.loaded
+    with pytest.raises(triton.CompilationError, match="power of 2"):
+        compile_together(lambda: (copy(x), _broken_kernel[(1,)](x, SIZE=16)), x)
+    assert not driver.launched
+    assert gc.isenabled() and triton.knobs.runtime.jit_cache_hook is hook
+    assert triton.JITFunction.run is launch
+
+
+def int4_linear(layer, *arguments):
+    """The LM head is never of 4 bits."""
+    return (Linear if layer is None else Int4Linear)(layer, *arguments)
+
+
+def make_decoder(n_layers=2, linear=Linear, sparse=False):
+    config = Config(96, 64, 96, n_layers, 4, 2, 16, context=160, tie_embeddings=False)
+    model = random_model(config, linear, "cpu")
+    decoder = GpuDecoder(model, KVCache(config, 160), likeliest)
+    decoder.sparse = sparse
+    return decoder
+
+
+@pytest.mark.parametrize("linear, sparse, products", [
+    (Linear, False, {"_dense_kernel"}),
+    (Linear, True, {"_select_kernel", "_sum_rows_kernel", "_dense_kernel"}),
+    (int4_linear, True, {"_select_kernel", "_kernel", "_dense_kernel"})])
+def test_a_steps_kernels_are_complete(driver, linear, sparse, products):
+    """What is compiled ahead is exactly what a step then finds; the step's state stays."""
+    decoder = make_decoder(2, linear, sparse)
+    decoder.position.fill_(7)
+    compile_together(decoder.step, decoder.x)
+    assert decoder.position.item() == 7 and decoder.kept.sum() == 0 and not driver.launched
+    loaded = [name for name, _ in driver.loaded]
+    assert set(loaded) == products | {
+        "_embed_kernel", "_decode_attention_kernel", "_likeliest_kernel"}
+    decoder.step()
+    assert len(driver.loaded) == len(loaded)  # a step compiles nothing
+    assert len(driver.launched) == 3 + 2 * 4 * (1 + sparse) + 2
+
+
+@pytest.mark.parametrize("linear", [Linear, int4_linear])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_more_layers_need_no_more_kernels(driver, monkeypatch, linear, sparse):
+    """Though their thresholds and counters lie at other places of a table."""
+    def note(kernel, variant):
+        found.append(kernel.__name__)
+        return types.SimpleNamespace(run=None)
+
+    monkeypatch.setattr(triton.JITFunction, "preload", note)
+    counts = []
+    for n_layers in (1, 5):
+        found, decoder = [], make_decoder(n_layers, linear, sparse)
+        compile_together(decoder.step, decoder.x)
+        counts.append(sorted(found))
+    assert counts[0] == counts[1] and ("_select_kernel" in found) == sparse
+
+
+def test_the_trial_step_reads_a_token_that_exists(monkeypatch):
+    """What was chosen while kernels were compiled could be any number."""
+    def spoil(run, x):
+        steps.append("compiled")
+        decoder.token.fill_(2**40)
+
+    for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(decode, "compile_together", spoil)
+    decoder, steps = make_decoder(), []
+    decoder.step = lambda: steps.append((decoder.token.item(), decoder.position.item()))
+    decoder.token.fill_(9)
+    decoder.position.fill_(7)
+    decoder.capture()
+    assert steps == ["compiled", (0, 158), (0, 158)]
+    assert (decoder.token.item(), decoder.position.item()) == (9, 7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_together_or_one_by_one_they_choose_the_same_tokens(monkeypatch, tmp_path):
+    """Some kernels may be there already, as if another decoder had used them."""
+    model = random_model(CONFIGS["llama"], device="cuda")
+    tokens = []
+    for i, compile_kernels in enumerate((compile_together, lambda run, x: None)):
+        monkeypatch.setattr(decode, "compile_together", compile_kernels)
+        for known in (set(), {sparse_gemv._sum_rows_kernel, token_kernels._embed_kernel,
+                              decode_attention._decode_attention_kernel}):
+            monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / f"{i}{len(known)}"))
+            for kernel in KERNELS - known:
+                kernel.device_caches.clear()
+            cache = KVCache(model.config, 160, torch.float32, "cuda")
+            decoder, chosen = GpuDecoder(model, cache, likeliest), []
+            for threshold in (-1.0, 0.3):
+                decoder.set_thresholds(torch.full((2, 7), threshold))
+                decoder.start(5, len(chosen))
+                chosen += decoder.tokens(40)
+            tokens.append(chosen)
+    assert all(chosen == tokens[0] for chosen in tokens)
