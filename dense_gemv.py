@@ -64,7 +64,7 @@ def _weights(w_ptr, k, end_k, keep, n, K: tl.constexpr, N: tl.constexpr,
     return tl.load(w_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["kept_ptr", "threshold_ptr"])
 def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr,
                   finished_ptr, kept_ptr, threshold_ptr, eps, K: tl.constexpr, N: tl.constexpr,
                   END0: tl.constexpr, END1: tl.constexpr, CHUNK: tl.constexpr,

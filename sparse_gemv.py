@@ -45,7 +45,7 @@ WARPS = 2  # of a program that sums rows
 
 # ---- GPU ---------------------------------------------------------------------------------------
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["kept_ptr", "threshold_ptr"])
 def _select_kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, kept_ptr, threshold_ptr, eps,
                    K: tl.constexpr, CHUNK: tl.constexpr, SWIGLU: tl.constexpr,
                    CHUNK_PADDED: tl.constexpr, K_PADDED: tl.constexpr, PDL: tl.constexpr):

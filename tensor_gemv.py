@@ -102,7 +102,7 @@ def _own_rows(total, PARTS: tl.constexpr, WORDS: tl.constexpr):
     return tl.sum(tl.where(own, total, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["kept_ptr"])
 def _kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr, out_ptr, bias_ptr,
             residual_ptr, sums_ptr, squares_ptr, finished_ptr, kept_ptr, eps, K: tl.constexpr,
             N: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr, SEGMENTS: tl.constexpr,
