@@ -102,6 +102,13 @@ def _own_rows(total, PARTS: tl.constexpr, WORDS: tl.constexpr):
     return tl.sum(tl.where(own, total, 0.0), axis=0)
 
 
+@triton.jit
+def _four_bytes(t0, t1, t2, t3, PARTS: tl.constexpr, WORDS: tl.constexpr):
+    """The sums of a word's bytes 0 to 3 -> [WORDS, i, j], byte 2 j + i."""
+    return tl.join(tl.join(_own_rows(t0, PARTS, WORDS), _own_rows(t1, PARTS, WORDS)),
+                   tl.join(_own_rows(t2, PARTS, WORDS), _own_rows(t3, PARTS, WORDS)))
+
+
 @triton.jit(do_not_specialize_on_alignment=["kept_ptr"])
 def _kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr, out_ptr, bias_ptr,
             residual_ptr, sums_ptr, squares_ptr, finished_ptr, kept_ptr, eps, K: tl.constexpr,
@@ -137,7 +144,7 @@ def _kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr
     squares = tl.zeros([BLOCK_K], tl.float32)
     if INT4:
         minima = tl.zeros([BLOCK_K, GROUPS], tl.float32)
-        none = tl.zeros([16, WORDS], tl.float32)
+        none = tl.zeros([16, WORDS], tl.float32)  # t0 ... t7: of a word's eight digits
         t0, t1, t2, t3, t4, t5, t6, t7 = none, none, none, none, none, none, none, none
     else:
         total = tl.zeros([16, BLOCK_N], tl.float32)
@@ -183,14 +190,11 @@ def _kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr
     if PDL:  # Not earlier: waiting programs of the next kernel would fill multiprocessors unevenly.
         gdc_launch_dependents()
     if INT4:
-        low = tl.join(tl.join(_own_rows(t0, PARTS, WORDS), _own_rows(t2, PARTS, WORDS)),
-                      tl.join(_own_rows(t4, PARTS, WORDS), _own_rows(t6, PARTS, WORDS)))
-        high = tl.join(tl.join(_own_rows(t1, PARTS, WORDS), _own_rows(t3, PARTS, WORDS)),
-                       tl.join(_own_rows(t5, PARTS, WORDS), _own_rows(t7, PARTS, WORDS)))
-        y = tl.join(low, high / 16)  # [WORDS, i, j, half]: column 4 word + 2 j + i of the half
-        y = tl.permute(tl.reshape(y, [GROUPS, 4, 2, 2, 2]), (0, 4, 1, 3, 2))
-        y = tl.reshape(y, [GROUPS, 32]) * DOWN + tl.sum(minima, axis=0)[:, None]
-        y = tl.reshape(y, [BLOCK_N])
+        low = _four_bytes(t0, t2, t4, t6, PARTS, WORDS)  # [WORDS, 2, 2]
+        high = _four_bytes(t1, t3, t5, t7, PARTS, WORDS) / 16
+        y = tl.reshape(tl.join(low, high), [GROUPS, 4, 2, 2, 2])  # group, word, i, j, half
+        y = tl.reshape(tl.permute(y, (0, 4, 1, 3, 2)), [GROUPS, 32])
+        y = tl.reshape(y * DOWN + tl.sum(minima, axis=0)[:, None], [BLOCK_N])
     else:
         y = tl.max(total, axis=0)  # of equals
     square = tl.sum(squares)
@@ -253,8 +257,9 @@ def tensor_gemv(x, w_t, thresholds, out, *, ends=None, scale=None, bias=None, no
     scale:      with 4-bit weights, bfloat16 [K, N / 32, 2]: scale and minimum of each group
 
     `out` may be `residual` itself. The same inputs give the same bits. Call it once with these
-    shapes before capturing a CUDA graph. Raises ValueError if 4-bit weights, scale or ends do not
-    fit each other and x; else nothing is checked.
+    shapes before capturing a CUDA graph. The kernel in front must not write w_t: it is read before
+    that kernel ends. With 4-bit weights, x times a scale must stay below 2**47. Raises ValueError
+    if 4-bit weights, scale or ends do not fit each other and x; else nothing is checked.
     """
     k, n = w_t.shape[0], ends[-1] if ends else w_t.shape[1]
     ends = tuple(ends or (n,))
