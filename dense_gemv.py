@@ -64,6 +64,37 @@ def _weights(w_ptr, k, end_k, keep, n, K: tl.constexpr, N: tl.constexpr,
     return tl.load(w_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
+@triton.jit
+def _is_not_last(y, sums_ptr, inside, finished_ptr, SPLITS: tl.constexpr):
+    """Leave y for the program that finishes last; whether this one is another."""
+    tl.store(sums_ptr, y, mask=inside)
+    tl.debug_barrier()  # all threads have stored
+    return tl.atomic_add(finished_ptr, 1, sem="acq_rel") < SPLITS - 1
+
+
+@triton.jit
+def _add_splits(sums_ptr, inside, finished_ptr, N: tl.constexpr, SPLITS: tl.constexpr):
+    """What all splits left, added up in their order."""
+    y = tl.zeros(inside.shape, tl.float32)
+    for other in tl.static_range(SPLITS):
+        # ".cg": from the L2 cache, where the other multiprocessors' sums arrive
+        y += tl.load(sums_ptr + other * N, mask=inside, other=0.0, cache_modifier=".cg")
+    tl.store(finished_ptr, 0)  # for the next launch
+    return y
+
+
+@triton.jit
+def _store(y, n, end, out_ptr, scale_ptr, bias_ptr, residual_ptr):
+    """Apply what is fused into a product, and store it."""
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < end)
+
+
 @triton.jit(do_not_specialize_on_alignment=["kept_ptr", "threshold_ptr"])
 def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr,
                   finished_ptr, kept_ptr, threshold_ptr, eps, K: tl.constexpr, N: tl.constexpr,
@@ -130,21 +161,10 @@ def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual
             tl.store(kept_ptr + every, tl.load(kept_ptr + every, mask=inside) + K, mask=inside)
     y = tl.sum(total, axis=0)
     if SPLITS > 1:
-        tl.store(sums_ptr + part * N + n, y, mask=n < N)
-        tl.debug_barrier()  # all threads have stored
-        if tl.atomic_add(finished_ptr + program, 1, sem="acq_rel") < SPLITS - 1:
+        if _is_not_last(y, sums_ptr + part * N + n, n < N, finished_ptr + program, SPLITS):
             return
-        y = tl.zeros([BLOCK_N], tl.float32)
-        for other in tl.static_range(SPLITS):
-            y += tl.load(sums_ptr + other * N + n, mask=n < N, other=0.0, cache_modifier=".cg")
-        tl.store(finished_ptr + program, 0)  # for the next launch
-    if scale_ptr is not None:
-        y *= tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
+        y = _add_splits(sums_ptr + n, n < N, finished_ptr + program, N, SPLITS)
+    _store(y, n, N, out_ptr, scale_ptr, bias_ptr, residual_ptr)
 
 
 @functools.lru_cache(maxsize=None)

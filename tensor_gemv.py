@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dense_gemv import _add_splits, _is_not_last, _store
 from sparse_gemv import PTX, _entries, _select_kernel, supports_pdl
 from sparse_gemv import _workspace as _lists
 
@@ -203,26 +204,18 @@ def _kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr
             s = tl.arange(0, 4)
             tl.store(kept_ptr + s, tl.load(kept_ptr + s, mask=s < SEGMENTS) + K, mask=s < SEGMENTS)
     if SPLITS > 1:
-        tl.store(sums_ptr + part * N + n, y, mask=n < end)
         if norm_ptr is not None:
             tl.store(squares_ptr + program * SPLITS + part, square)
-        tl.debug_barrier()  # all threads have stored
-        if tl.atomic_add(finished_ptr + program, 1, sem="acq_rel") < SPLITS - 1:
+        if _is_not_last(y, sums_ptr + part * N + n, n < end, finished_ptr + program, SPLITS):
             return
-        y = tl.zeros([BLOCK_N], tl.float32)
-        square = 0.0
-        for other in tl.static_range(SPLITS):
-            y += tl.load(sums_ptr + other * N + n, mask=n < end, other=0.0, cache_modifier=".cg")
-            if norm_ptr is not None:
+        y = _add_splits(sums_ptr + n, n < end, finished_ptr + program, N, SPLITS)
+        if norm_ptr is not None:
+            square = 0.0
+            for other in tl.static_range(SPLITS):
                 square += tl.load(squares_ptr + program * SPLITS + other, cache_modifier=".cg")
-        tl.store(finished_ptr + program, 0)  # for the next launch
     if norm_ptr is not None:
         y *= tl.rsqrt(square / K + eps)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < end, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + n, mask=n < end, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < end)
+    _store(y, n, end, out_ptr, None, bias_ptr, residual_ptr)
 
 
 @functools.lru_cache(maxsize=None)
