@@ -11,6 +11,7 @@ import sys
 
 from checkpoint.tokenizer import TokenizerError
 from command_line import number
+from files import read_input
 from report import say
 from tensor_parallel import from_first, rank
 
@@ -145,13 +146,13 @@ def read_line():
     terminal = sys.stdin.isatty()
     try:
         try:
-            return input("> " if terminal else "")
+            return read_input(lambda: input("> " if terminal else ""))
         except KeyboardInterrupt:  # clears the line
             if not terminal:
                 return None
             print()
             say("Ctrl-C again or Ctrl-D leaves")
-            return input("> ")
+            return read_input(lambda: input("> "))
     except (EOFError, KeyboardInterrupt):
         if terminal:
             print()

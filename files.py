@@ -51,6 +51,16 @@ def read_text(path):
                          "name another file") from None
 
 
+def read_input(read):
+    """What read() takes from standard input. Raises ValueError if that is not UTF-8 text."""
+    try:
+        text = read()
+        text.encode()  # in some locales Python reads other bytes as halves of characters
+        return text
+    except UnicodeError:
+        raise ValueError("standard input is not UTF-8 text; convert it") from None
+
+
 def one_line(error):
     """An error's first 300 printable characters in a line: it may quote a stranger's file."""
     line = str(error).strip().partition("\n")[0][:300]

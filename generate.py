@@ -26,6 +26,7 @@ from chat import Chat, edit_lines
 from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
 from command_line import add_model_flags, load_model, make_parser, number, run_script
+from files import read_input
 from report import explain_end, report, say, summary, warn_of_broken_text, warn_of_sparsity, write
 from session import Session, SparsityWatch, cache_bytes
 from tensor_parallel import from_first, rank, refuse
@@ -173,7 +174,7 @@ def main():
         torch.set_num_threads(args.threads)
     prompt = args.prompt
     if prompt == "-":
-        prompt = sys.stdin.read() if rank() == 0 else None
+        prompt = read_input(sys.stdin.read) if rank() == 0 else None
     model, tokenizer = load_model(args, context=args.context)
     prompt, args.seed = from_first((prompt, args.seed))
     if args.thinking is not None and not tokenizer.can_think:

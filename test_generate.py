@@ -85,8 +85,8 @@ def command(*arguments):
 
 def run(*arguments, stdin=""):
     return subprocess.run(
-        command(*arguments), input=stdin.encode(), capture_output=True, timeout=120
-    )
+        command(*arguments), input=stdin if isinstance(stdin, bytes) else stdin.encode(),
+        capture_output=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,14 @@ def test_seed_is_told(tiny):
     two = run("--model", tiny, "--raw", "--prompt", "-", "--max-new-tokens", "20",
               "--seed", seed, stdin="abc")
     assert one.returncode == two.returncode == 0 and one.stdout == two.stdout
+
+
+@pytest.mark.parametrize("way", [["--prompt", "-", "--raw"], ["--chat"]])
+def test_input_of_another_encoding(tiny, way):
+    done = run("--model", tiny, *way, stdin="na\xefve\n".encode("latin-1"))
+    assert done.returncode == 2
+    assert done.stderr.decode().splitlines()[-1] == (
+        "generate.py: error: standard input is not UTF-8 text; convert it")
 
 
 def test_what_ended_the_text(tiny, monkeypatch, capsys):
