@@ -66,6 +66,13 @@ def _digits(w):
 
 
 @triton.jit
+def _wait():
+    """`gdc_wait` in a loop. Newer Tritons do not pipeline loops that hold their own."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32,
+                              is_pure=False, pack=1)
+
+
+@triton.jit
 def _dot(a, b, total):
     """total + a @ b, a [16, BLOCK_K] in bfloat16, total in float32"""
     if PTX:
@@ -170,7 +177,7 @@ def _kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr
             w = tl.load(w_ptr + row * N + n[None, :], mask=mask, other=0.0)
         if not LISTS:
             if PDL:  # Behind the loads: those of the first tiles are issued before the loop begins.
-                gdc_wait()
+                _wait()
             x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
             if SWIGLU:
                 up = tl.load(x_ptr + K + k, mask=inside, other=0.0).to(tl.float32)

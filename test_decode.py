@@ -12,6 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 import decode
 import decode_attention
@@ -123,7 +126,32 @@ def test_dense_products_on_tensor_cores(k, n, fused):
     assert outs[0].isnan().all()
 
 
-@needs_kernels
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("int4", [False, True])
+def test_weights_are_asked_for_before_x_and_x_is_not(int4):
+    """Compiled for a Hopper GPU, a dense product on tensor cores has its first weights on their way
+    to shared memory when it waits for the kernel in front. What x depends on comes behind."""
+    kernel = tensor_gemv._kernel
+    types = {"x_ptr": "*bf16", "norm_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16",
+             "sums_ptr": "*fp32", "squares_ptr": "*fp32", "finished_ptr": "*i32",
+             "residual_ptr": "*bf16", "eps": "fp32"}
+    if int4:
+        types |= {"w_ptr": "*i32", "groups_ptr": "*i32"}
+    constants = {name: None for name in kernel.arg_names if name not in types} | {
+        "K": 4096, "N": 4096, "END0": 4096, "END1": 4096, "SEGMENTS": 1, "CHUNK": 512,
+        "SPLITS": 8, "SWIGLU": False, "PARTS": 2, "BLOCK_N": 256 if int4 else 128, "BLOCK_K": 64,
+        "STAGES": 3, "PDL": True}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+               for name in types if name != "eps"}
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
+                              target=GPUTarget("cuda", 90, 32),
+                              options={"num_warps": 4, "launch_pdl": True})
+    before, _, after = compiled.asm["ptx"].partition("griddepcontrol.wait")
+    assert "cp.async.cg" in before and "cp.async.commit_group" in before
+    assert "ld.global" not in before and "ld.global" in after and "mma.sync" in after
+
+
 @pytest.mark.parametrize("dtype, k, n, dense, sparse", [
     (torch.bfloat16, 2112, 2112, "tensor_gemv", "dense_gemv"),
     (torch.bfloat16, 2112, 2080, "tensor_gemv", "sparse_gemv"),
