@@ -49,18 +49,22 @@ def test_attention(n_heads, n_kv_heads, head_dim, context, window):
     angles = torch.outer(torch.arange(context).float(), torch.rand(head_dim // 2)).to(DEVICE)
     rope = angles.cos(), angles.sin(), 1 + torch.rand(context, device=DEVICE)
     workspace = Workspace(n_heads, n_kv_heads, head_dim, DEVICE)
-    for position in (0, 63, 64, context - 1):
+    head_norms = *torch.rand(2, head_dim, device=DEVICE), 1e-5
+    for position, norms in zip((0, 63, 64, context - 1, 64), (None,) * 4 + (head_norms,)):
         qkv = torch.randn((n_heads + 2 * n_kv_heads) * head_dim, device=DEVICE)
+        if norms:
+            qkv /= 300  # the norms' eps matters
         at, out = (
             torch.tensor([position], device=DEVICE),
             torch.empty(n_heads * head_dim, device=DEVICE),
         )
         k_expected, v_expected = k.clone(), v.clone()
         expected = decode_attention_reference(
-            qkv, k_expected, v_expected, *rope, position, window
+            qkv, k_expected, v_expected, *rope, position, window, norms
         )
         for _ in range(2):  # the second time finds the workspace as the first left it
-            decode_attention.decode_attention(qkv, k, v, *rope, at, workspace, out, window)
+            decode_attention.decode_attention(
+                qkv, k, v, *rope, at, workspace, out, window, norms)
             assert (out - expected).abs().max() <= 2e-5
         assert torch.allclose(k, k_expected, atol=1e-6) and torch.equal(v, v_expected)
 
@@ -114,13 +118,12 @@ def test_dense_products_on_tensor_cores(k, n, fused):
         x /= 300  # the norm's eps matters
         inputs = torch.nn.functional.rms_norm(x.double(), (k,), norm[0].double(), 1e-5)
     expected = inputs @ w_t.double() + bias + residual
-    outs = []
-    for _ in range(2):
+    outs, kept = [], torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    options = {"norm": norm, "swiglu": fused == "swiglu", "bias": bias, "residual": residual}
+    for times in (1, 2):
         outs.append(torch.full((n,), float("nan"), dtype=x.dtype, device=DEVICE))
-        kept = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        options = {"norm": norm, "swiglu": fused == "swiglu", "bias": bias, "residual": residual}
         tensor_gemv.tensor_gemv(x, w_t, None, outs[-1], kept=kept, **options)
-        assert (outs[-1] - expected).norm() <= 1e-2 * expected.norm() and kept.item() == k
+        assert (outs[-1] - expected).norm() <= 1e-2 * expected.norm() and kept.item() == times * k
     assert torch.equal(*outs)
     x[k // 2] = float("nan")
     tensor_gemv.tensor_gemv(x, w_t, None, outs[0], **options)
