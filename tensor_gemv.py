@@ -281,7 +281,7 @@ def tensor_gemv(x, w_t, thresholds, out, *, ends=None, scale=None, bias=None, no
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if thresholds is None:
             chunk = triton.cdiv(triton.cdiv(k, splits), block_k) * block_k
-            splits = triton.cdiv(k, chunk)
+            splits = triton.cdiv(k, chunk)  # each program has rows: it waits for x in its loop
             rows = values = counts = None
             sums, squares, finished = _workspace(x.device, n, splits, tiles)
         else:

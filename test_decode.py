@@ -130,6 +130,24 @@ def test_dense_products_on_tensor_cores(k, n, fused):
     assert outs[0].isnan().all()
 
 
+@pytest.mark.parametrize("k, n", [(2304, 4096), (4100, 2100), (11008, 4096), (129, 64)])
+def test_every_program_on_tensor_cores_has_rows(k, n, monkeypatch):
+    """One without would never wait for the kernel in front, and finish before it."""
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **options: launches.append((grid, options))
+
+    monkeypatch.setattr(tensor_gemv, "_kernel", Kernel())
+    monkeypatch.setattr(tensor_gemv, "supports_pdl", lambda device: False)
+    x, w_t, out = (torch.empty(size, dtype=torch.bfloat16) for size in ((k,), (k, n), (n,)))
+    tensor_gemv.tensor_gemv(x, w_t, None, out)
+    ((tiles, splits), options), = launches
+    assert tiles * options["BLOCK_N"] >= n and splits == options["SPLITS"]
+    assert (splits - 1) * options["CHUNK"] < k <= splits * options["CHUNK"]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("int4", [False, True])
 def test_weights_are_asked_for_before_x_and_x_is_not(int4):
