@@ -134,20 +134,18 @@ class Product:
             self.input, self.options["swiglu"] = torch.cat((gate, self.x)), True
             self.x = gate * self.x
         self.kept = torch.zeros(len(ends), dtype=torch.int64)
-        self.thresholds = torch.empty(len(ends))
-        self.sparse = True
+        self.thresholds = None  # every row
 
     def run(self):
         for w_t, scale in self.weights:
-            gpu_gemv(self.input, w_t, self.thresholds if self.sparse else None, ends=self.ends,
-                     scale=scale, kept=self.kept, **self.options)
+            gpu_gemv(self.input, w_t, self.thresholds, ends=self.ends, scale=scale,
+                     kept=self.kept, **self.options)
 
     def measure(self, sparsity):
         """(seconds of one product, bytes of the rows that it read)"""
         magnitude = self.x.float().abs().sort().values
         dropped = round(sparsity * self.k)
-        self.thresholds.fill_(magnitude[dropped - 1])
-        self.sparse = dropped > 0
+        self.thresholds = magnitude[dropped - 1].repeat(len(self.ends)) if dropped else None
         replay = graph_of(self.run)
         self.kept.zero_()
         replay()

@@ -1,9 +1,10 @@
 """y = W x in one Triton kernel, where `sparse_gemv` needs two: every row of W, or those x keeps.
 
-**Every row**, for dense decoding and the LM head. `sparse_gemv` needs a list of rows before it can
-ask for the first of them. A dense product knows its rows from the start, and its weights do not
-depend on the kernel in front of it. So with programmatic dependent launch, a program asks for its
-first weights, then waits for x. The memory stays busy between two kernels.
+**Every row**, for small matrices and the dtypes that `tensor_gemv` does not take. `sparse_gemv`
+needs a list of rows before it can ask for the first of them. A dense product knows its rows from
+the start, and its weights do not depend on the kernel in front of it. So with programmatic
+dependent launch, a program asks for its first weights, then waits for x. The memory stays busy
+between two kernels.
 
 **The rows that x keeps**, where a program has few rows. A list of rows needs a kernel of its own,
 which costs a launch. Here each program looks at its own piece of x, and the mask of its loads is
@@ -65,6 +66,13 @@ def _weights(w_ptr, k, end_k, keep, n, K: tl.constexpr, N: tl.constexpr,
 
 
 @triton.jit
+def _count_every_row(kept_ptr, matrices, K: tl.constexpr):
+    """Add K to the counts of so many matrices side by side."""
+    i = tl.arange(0, 4)
+    tl.store(kept_ptr + i, tl.load(kept_ptr + i, mask=i < matrices) + K, mask=i < matrices)
+
+
+@triton.jit
 def _is_not_last(y, sums_ptr, inside, finished_ptr, SPLITS: tl.constexpr):
     """Leave y for the program that finishes last; whether this one is another."""
     tl.store(sums_ptr, y, mask=inside)
@@ -84,10 +92,8 @@ def _add_splits(sums_ptr, inside, finished_ptr, N: tl.constexpr, SPLITS: tl.cons
 
 
 @triton.jit
-def _store(y, n, end, out_ptr, scale_ptr, bias_ptr, residual_ptr):
-    """Apply what is fused into a product, and store it."""
-    if scale_ptr is not None:
-        y *= tl.load(scale_ptr + n, mask=n < end, other=0.0).to(tl.float32)
+def _store(y, n, end, out_ptr, bias_ptr, residual_ptr):
+    """Add what is fused into a product, and store it."""
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < end, other=0.0).to(tl.float32)
     if residual_ptr is not None:
@@ -96,7 +102,7 @@ def _store(y, n, end, out_ptr, scale_ptr, bias_ptr, residual_ptr):
 
 
 @triton.jit(do_not_specialize_on_alignment=["kept_ptr", "threshold_ptr"])
-def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr,
+def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, bias_ptr, residual_ptr, sums_ptr,
                   finished_ptr, kept_ptr, threshold_ptr, eps, K: tl.constexpr, N: tl.constexpr,
                   END0: tl.constexpr, END1: tl.constexpr, CHUNK: tl.constexpr,
                   SPLITS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -156,15 +162,13 @@ def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, residual
             if (start == 0) | (start == END0) | (start == END1):  # a matrix's first tile
                 tl.atomic_add(kept_ptr + segment, tl.sum(count).to(tl.int64), sem="relaxed")
         elif (program == 0) & (part == 0):
-            every = tl.arange(0, 4)
-            inside = every < 1 + (END0 < N) + (END1 < N)
-            tl.store(kept_ptr + every, tl.load(kept_ptr + every, mask=inside) + K, mask=inside)
+            _count_every_row(kept_ptr, 1 + (END0 < N) + (END1 < N), K)
     y = tl.sum(total, axis=0)
     if SPLITS > 1:
         if _is_not_last(y, sums_ptr + part * N + n, n < N, finished_ptr + program, SPLITS):
             return
         y = _add_splits(sums_ptr + n, n < N, finished_ptr + program, N, SPLITS)
-    _store(y, n, N, out_ptr, scale_ptr, bias_ptr, residual_ptr)
+    _store(y, n, N, out_ptr, bias_ptr, residual_ptr)
 
 
 @functools.lru_cache(maxsize=None)
@@ -175,7 +179,7 @@ def _workspace(device, n, splits, n_programs):
 
 
 def is_small(k, n):
-    """Whether a matrix [k, n] counts as small in what follows."""
+    """Whether a matrix [k, n] counts as small, here and in gpu_gemv.py."""
     return min(k, n) <= 2048
 
 
@@ -206,10 +210,11 @@ def one_kernel_pays(x, w_t, ends):
     return chunk <= 6 * 64
 
 
-def dense_gemv(x, w_t, out, *, thresholds=None, ends=None, scale=None, bias=None, norm=None,
-               swiglu=False, residual=None, kept=None):
-    """`sparse_gemv` in one kernel, on a GPU or in the interpreter; the same arguments.
+def dense_gemv(x, w_t, out, *, thresholds=None, ends=None, bias=None, norm=None, swiglu=False,
+               residual=None, kept=None):
+    """`sparse_gemv` in one kernel, on a GPU or in the interpreter; the same arguments but for:
 
+    w_t:        of x's dtype
     thresholds: None to read every row, as the threshold -1 would; or float32, one for each of the
                 matrices of `ends`, where every end is a multiple of 64 (see `one_kernel_pays`)
 
@@ -226,7 +231,7 @@ def dense_gemv(x, w_t, out, *, thresholds=None, ends=None, scale=None, bias=None
     rows_at_once = min(block_k, WARPS * 32 * (16 // w_t.element_size()) // block_n)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _dense_kernel[(tiles, splits)](
-            x, norm_weight, w_t, out, scale, bias, residual,
+            x, norm_weight, w_t, out, bias, residual,
             *_workspace(x.device, n, splits, tiles), kept, thresholds, eps, K=k, N=n, END0=end0,
             END1=end1, CHUNK=chunk, SPLITS=splits, SWIGLU=swiglu, BLOCK_N=block_n,
             BLOCK_K=block_k, ROWS_AT_ONCE=rows_at_once, K_PADDED=triton.next_power_of_2(k),

@@ -17,14 +17,15 @@ from sparse_gemv import sparse_gemv
 from tensor_gemv import tensor_gemv
 
 
-def gpu_gemv(x, w_t, thresholds, out, **options):
+def gpu_gemv(x, w_t, thresholds, out, *, scale=None, **options):
     """y = W x into `out`, with the arguments of `sparse_gemv`; `thresholds` None reads all rows."""
     if w_t.dtype == torch.uint8:
-        tensor_gemv(x, w_t, thresholds, out, **options)
+        tensor_gemv(x, w_t, thresholds, out, scale=scale, **options)
     elif thresholds is not None and one_kernel_pays(x, w_t, options.get("ends")):
         dense_gemv(x, w_t, out, thresholds=thresholds, **options)
     elif w_t.dtype == torch.int8 or thresholds is not None:
-        sparse_gemv(x, w_t, -1.0 if thresholds is None else thresholds, out=out, **options)
+        t = -1.0 if thresholds is None else thresholds
+        sparse_gemv(x, w_t, t, scale=scale, out=out, **options)
     elif x.dtype == torch.bfloat16 and not is_small(*w_t.shape):
         tensor_gemv(x, w_t, None, out, **options)
     else:

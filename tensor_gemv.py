@@ -1,8 +1,8 @@
 """y = W x on a GPU's tensor cores: dense products in bfloat16, and all products of 4-bit weights.
 
-Where every row is read, or a row has few bytes, instructions cost as much time as memory. A tensor
-core multiplies a tile of weights by 16 vectors at once, in one instruction where `sparse_gemv.py`
-needs a hundred. One vector is x. What to do with the other 15?
+Where every row is read, or a row has few bytes, instructions cost as much time as memory. Tensor
+cores need few: one instruction multiplies 128 weights by 16 vectors. One vector is x. What to do
+with the other 15?
 
 **bfloat16.** Nothing: all 16 rows are x. The gain is on the way: weights go through shared memory
 (`num_stages`: Triton asks for the next tiles while this one is multiplied), which holds more of
@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dense_gemv import _add_splits, _is_not_last, _store
+from dense_gemv import _add_splits, _count_every_row, _is_not_last, _store
 from sparse_gemv import PTX, _entries, _select_kernel, supports_pdl
 from sparse_gemv import _workspace as _lists
 
@@ -208,8 +208,7 @@ def _kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr
     square = tl.sum(squares)
     if kept_ptr is not None and not LISTS:  # the select kernel counts those of the lists
         if (program == 0) & (part == 0):
-            s = tl.arange(0, 4)
-            tl.store(kept_ptr + s, tl.load(kept_ptr + s, mask=s < SEGMENTS) + K, mask=s < SEGMENTS)
+            _count_every_row(kept_ptr, SEGMENTS, K)
     if SPLITS > 1:
         if norm_ptr is not None:
             tl.store(squares_ptr + program * SPLITS + part, square)
@@ -222,7 +221,7 @@ def _kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, groups_ptr
                 square += tl.load(squares_ptr + program * SPLITS + other, cache_modifier=".cg")
     if norm_ptr is not None:
         y *= tl.rsqrt(square / K + eps)
-    _store(y, n, end, out_ptr, None, bias_ptr, residual_ptr)
+    _store(y, n, end, out_ptr, bias_ptr, residual_ptr)
 
 
 @functools.lru_cache(maxsize=None)
@@ -236,7 +235,7 @@ def _workspace(device, n, splits, n_programs):
 def _check_int4(x, w_t, ends, scale, swiglu):
     k, n = w_t.shape[0], ends[-1]
     if (x.numel() != k * (1 + swiglu) or tuple(w_t.shape) != (k, n // 2)
-            or w_t.dtype != torch.uint8 or tuple(scale.shape) != (k, n // GROUP, 2)
+            or tuple(scale.shape) != (k, n // GROUP, 2)
             or scale.dtype != torch.bfloat16 or any(end % GROUP for end in ends)
             or not (w_t.is_contiguous() and scale.is_contiguous())):
         raise ValueError(
