@@ -189,11 +189,13 @@ def test_which_kernel(dtype, k, n, dense, sparse, monkeypatch):
         monkeypatch.setattr(gpu_gemv, name, lambda *a, name=name, **o: calls.append((name, a, o)))
     x = torch.empty(k, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
     w_t, out, thresholds = torch.empty(k, n, dtype=dtype), torch.empty(n), torch.zeros(1)
-    gpu_gemv.gpu_gemv(x, w_t, None, out, bias=out)
-    gpu_gemv.gpu_gemv(x, w_t, thresholds, out, bias=out)
+    scale = torch.ones(n) if dtype.itemsize == 1 else None
+    gpu_gemv.gpu_gemv(x, w_t, None, out, bias=out, scale=scale)
+    gpu_gemv.gpu_gemv(x, w_t, thresholds, out, bias=out, scale=scale)
     assert [name for name, _, _ in calls] == [dense, sparse]
     for _, arguments, options in calls:
-        assert options["bias"] is out and arguments[:2] == (x, w_t)
+        assert options["bias"] is out and options.get("scale") is scale
+        assert arguments[:2] == (x, w_t)
         assert any(each is out for each in (*arguments, *options.values()))
     assert any(each is thresholds for each in (*calls[1][1], *calls[1][2].values()))
 
