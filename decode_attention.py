@@ -70,8 +70,8 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, g
                              N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
                              WINDOW: tl.constexpr, SPLITS: tl.constexpr,
                              GROUP_PADDED: tl.constexpr, MEMBERS: tl.constexpr,
-                             SPLITS_PADDED: tl.constexpr, CHUNKS_AT_ONCE: tl.constexpr,
-                             HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr):
+                             CHUNKS_AT_ONCE: tl.constexpr, HALF_PADDED: tl.constexpr,
+                             BLOCK_S: tl.constexpr, PDL: tl.constexpr):
     """One program: one chunk of the context for one key head and the GROUP query heads that share
     it."""
     head, split = tl.program_id(0), tl.program_id(1)
@@ -156,18 +156,18 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, g
     tl.debug_barrier()  # all threads have stored
     if tl.atomic_add(counter_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
         _combine(sums_ptr, stats_ptr, out_ptr, head, n_chunks, GROUP, HEAD_DIM, SPLITS, MEMBERS,
-                 DIM_PADDED, SPLITS_PADDED, CHUNKS_AT_ONCE)
+                 DIM_PADDED, CHUNKS_AT_ONCE)
         tl.store(counter_ptr + head, 0)  # for the next launch
 
 
 @triton.jit
 def _combine(sums_ptr, stats_ptr, out_ptr, head, n_chunks, GROUP: tl.constexpr,
              HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, MEMBERS: tl.constexpr,
-             DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr, CHUNKS_AT_ONCE: tl.constexpr):
+             DIM_PADDED: tl.constexpr, CHUNKS_AT_ONCE: tl.constexpr):
     """Write one head's output: its chunks' sums, each scaled to the largest score of all chunks."""
     member, dim = tl.arange(0, MEMBERS), tl.arange(0, DIM_PADDED)
-    every = tl.arange(0, SPLITS_PADDED)
-    slots = (head * SPLITS + every)[:, None] * GROUP + member[None, :]  # [SPLITS_PADDED, MEMBERS]
+    every = tl.arange(0, SPLITS)
+    slots = (head * SPLITS + every)[:, None] * GROUP + member[None, :]  # [SPLITS, MEMBERS]
     used = (every < n_chunks)[:, None] & (member < GROUP)[None, :]
     maxima = tl.load(stats_ptr + slots * 2, mask=used, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(stats_ptr + slots * 2 + 1, mask=used, other=0.0, cache_modifier=".cg")
@@ -193,9 +193,9 @@ class Workspace:
     """What the chunks of a head leave for one another, allocated before a graph is captured."""
 
     def __init__(self, n_heads, n_kv_heads, head_dim, device):
-        # For long contexts as many programs as the GPU holds at once, three a multiprocessor, but
-        # not more chunks than one combination can take.
-        self.splits = min(32, max(4, 384 // n_kv_heads))
+        # For long contexts at least as many programs as the GPU holds at once, three a
+        # multiprocessor, but not more chunks than one combination can take. A power of two.
+        self.splits = min(32, max(4, triton.next_power_of_2(384 // n_kv_heads)))
         n_slots = n_heads * self.splits
         self.sums = torch.empty(n_slots * head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(n_slots * 2, dtype=torch.float32, device=device)
@@ -230,7 +230,6 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, growth, position, workspac
             NORM=norms is not None,
             N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0,
             SPLITS=workspace.splits, GROUP_PADDED=max(16, members), MEMBERS=members,
-            SPLITS_PADDED=triton.next_power_of_2(workspace.splits),
             CHUNKS_AT_ONCE=max(1, min(32, 16384 // (members * dim_padded))),
             HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),
             BLOCK_S=64 if head_dim * qkv.element_size() <= 256 else 32, PDL=pdl, num_warps=4,

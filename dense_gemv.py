@@ -26,28 +26,33 @@ from sparse_gemv import WARPS, _to_float32, supports_pdl
 
 
 @triton.jit
-def _inputs(x_ptr, norm_ptr, k, end_k, inverse_rms, K: tl.constexpr, SWIGLU: tl.constexpr):
-    """x[k], and 0 beyond the last."""
+def _norm_weights(norm_ptr, k, end_k):
+    if norm_ptr is None:
+        return 1.0
+    else:
+        return tl.load(norm_ptr + k, mask=k < end_k, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _inputs(x_ptr, norm, k, end_k, inverse_rms, K: tl.constexpr, SWIGLU: tl.constexpr):
+    """x[k], and 0 beyond the last; `norm` are its RMSNorm's weights."""
     inside = k < end_k
     x = tl.load(x_ptr + k, mask=inside, other=0.0)
     if SWIGLU:
         gate = x.to(tl.float32)
         up = tl.load(x_ptr + K + k, mask=inside, other=0.0).to(tl.float32)
         x = (gate / (1 + tl.exp(-gate)) * up).to(x.dtype)
-    if norm_ptr is not None:
-        weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        x = (x.to(tl.float32) * inverse_rms * weight).to(x.dtype)
-    return x
+    return (x.to(tl.float32) * inverse_rms * norm).to(x.dtype)
 
 
 @triton.jit
-def _kept_inputs(x_ptr, norm_ptr, k, end_k, inverse_rms, threshold, K: tl.constexpr,
+def _kept_inputs(x_ptr, norm, k, end_k, inverse_rms, threshold, K: tl.constexpr,
                  SWIGLU: tl.constexpr):
     """x[k] in float32, 0 if dropped, and whether it is kept.
 
     A dropped row of weights is 0 without being read. Times an infinite x, it would be NaN.
     """
-    x = _inputs(x_ptr, norm_ptr, k, end_k, inverse_rms, K, SWIGLU).to(tl.float32)
+    x = _inputs(x_ptr, norm, k, end_k, inverse_rms, K, SWIGLU).to(tl.float32)
     keep = (k < end_k) & ~(tl.abs(x) <= threshold)
     return tl.where(keep, x, 0.0), keep
 
@@ -120,6 +125,7 @@ def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, bias_ptr, residual_ptr, sums_
         start = program * BLOCK_N
         segment = (start >= END0).to(tl.int32) + (start >= END1).to(tl.int32)
         threshold = tl.load(threshold_ptr + segment)
+        norm = _norm_weights(norm_ptr, k, end_k)
     else:
         w = _weights(w_ptr, k, end_k, keep, n, K, N, FULL_TILES)
     if PDL:  # The kernel in front may still run: wait here until what it writes is there.
@@ -133,7 +139,7 @@ def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, bias_ptr, residual_ptr, sums_
         inverse_rms = tl.rsqrt(tl.sum(hidden * hidden) / K + eps)
     total = tl.zeros([ROWS_AT_ONCE, BLOCK_N], tl.float32)
     if SPARSE:
-        x, keep = _kept_inputs(x_ptr, norm_ptr, k, end_k, inverse_rms, threshold, K, SWIGLU)
+        x, keep = _kept_inputs(x_ptr, norm, k, end_k, inverse_rms, threshold, K, SWIGLU)
         w = _weights(w_ptr, k, end_k, keep, n, K, N, FULL_TILES)
         count = keep.to(tl.int32)
     # If ptxas knew that a sparse loop has one turn, it would load the rows one after the other.
@@ -141,12 +147,14 @@ def _dense_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, bias_ptr, residual_ptr, sums_
     for first in tl.range(0, rows, BLOCK_K, num_stages=1):
         # The next weights are on their way while these are multiplied.
         if SPARSE:
-            next_x, keep = _kept_inputs(x_ptr, norm_ptr, k + BLOCK_K, end_k, inverse_rms,
-                                        threshold, K, SWIGLU)
+            norm = _norm_weights(norm_ptr, k + BLOCK_K, end_k)
+            next_x, keep = _kept_inputs(x_ptr, norm, k + BLOCK_K, end_k, inverse_rms, threshold,
+                                        K, SWIGLU)
             count += keep.to(tl.int32)
         next_w = _weights(w_ptr, k + BLOCK_K, end_k, keep, n, K, N, FULL_TILES)
         if not SPARSE:
-            x = _inputs(x_ptr, norm_ptr, k, end_k, inverse_rms, K, SWIGLU)
+            norm = _norm_weights(norm_ptr, k, end_k)
+            x = _inputs(x_ptr, norm, k, end_k, inverse_rms, K, SWIGLU)
         products = _to_float32(w) * x.to(tl.float32)[:, None]
         products = tl.reshape(products, [BLOCK_K // ROWS_AT_ONCE, ROWS_AT_ONCE, BLOCK_N])
         total += tl.sum(products, axis=0)

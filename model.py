@@ -202,7 +202,7 @@ def rms_norm(x, weight, eps):
 def apply_rope(x, cos, sin):
     """Rotate the pairs (j, j + head_dim / 2) of x [T, heads, head_dim], in float32, as cos is."""
     a, b = x.chunk(2, dim=-1)
-    rotated = a * cos - b * sin, b * cos + a * sin
+    rotated = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     return torch.cat([half.to(x.dtype) for half in rotated], dim=-1)
 
 

@@ -51,13 +51,15 @@ def _select_kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, kept_ptr, 
                    CHUNK_PADDED: tl.constexpr, K_PADDED: tl.constexpr, PDL: tl.constexpr):
     """One program: the list of kept entries of one chunk of x, for one of the matrices."""
     segment, part = tl.program_id(0), tl.program_id(1)
-    if PDL:  # The kernel in front may still run: wait here until what it writes is there.
-        gdc_wait()
-        gdc_launch_dependents()
-    threshold = tl.load(threshold_ptr + segment)
     i = tl.arange(0, CHUNK_PADDED)
     k = part * CHUNK + i
     inside = (i < CHUNK) & (k < K)
+    threshold = tl.load(threshold_ptr + segment)
+    if norm_ptr is not None:
+        weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if PDL:  # The kernel in front may still run: wait here until the x that it writes is there.
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + k, mask=inside, other=0.0)
     if SWIGLU:
         gate = x.to(tl.float32)
@@ -67,7 +69,6 @@ def _select_kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, kept_ptr, 
         every_k = tl.arange(0, K_PADDED)
         hidden = tl.load(x_ptr + every_k, mask=every_k < K, other=0.0).to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(hidden * hidden) / K + eps)
-        weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) * inverse_rms * weight).to(x.dtype)  # rounded as RMSNorm's output is
 
     keep = inside & ~(tl.abs(x.to(tl.float32)) <= threshold)
