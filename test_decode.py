@@ -37,10 +37,18 @@ KERNELS = DEVICE == "cuda" or INTERPRETED
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="needs a GPU or TRITON_INTERPRET=1")
 
 
+def test_chunks_of_attention_are_a_power_of_two():
+    """A tile of all chunks needs that."""
+    for n_kv_heads in range(1, 500):
+        splits = Workspace(n_kv_heads, n_kv_heads, 1, "cpu").splits
+        assert splits in (4, 8, 16, 32) and splits >= min(32, 384 // n_kv_heads)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     "n_heads, n_kv_heads, head_dim, context, window",
-    [(4, 2, 16, 300, None), (3, 3, 24, 700, None), (8, 2, 64, 600, 100), (6, 1, 128, 700, None)],
+    [(4, 2, 16, 300, None), (3, 3, 24, 700, None), (8, 2, 64, 600, 100), (6, 1, 128, 700, None),
+     (2, 1, 16, 4100, None)],  # as many chunks as there can be
 )
 def test_attention(n_heads, n_kv_heads, head_dim, context, window):
     """Every length, one chunk and many, inside and outside the window; the cache gets the new key
