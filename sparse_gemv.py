@@ -54,12 +54,12 @@ def _select_kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, kept_ptr, 
     i = tl.arange(0, CHUNK_PADDED)
     k = part * CHUNK + i
     inside = (i < CHUNK) & (k < K)
-    threshold = tl.load(threshold_ptr + segment)
     if norm_ptr is not None:
         weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    if PDL:  # The kernel in front may still run: wait here until the x that it writes is there.
+    if PDL:  # The kernel in front may still run: wait here until what it writes is there.
         gdc_wait()
         gdc_launch_dependents()
+    threshold = tl.load(threshold_ptr + segment)
     x = tl.load(x_ptr + k, mask=inside, other=0.0)
     if SWIGLU:
         gate = x.to(tl.float32)
@@ -291,8 +291,8 @@ def sparse_gemv(x, w_t, threshold, *, ends=None, scale=None, bias=None, norm=Non
     Returns y in x's dtype, shaped like x with N in place of K. Sums are float32, and the same
     inputs give the same bits. With `out`, a GPU call never synchronises, and allocates only when
     it meets a new shape: call it once before capturing a CUDA graph. Calls on different streams
-    must not overlap. Raises ValueError, naming the argument, for shapes, dtypes, strides or
-    devices that do not fit.
+    must not overlap, and the kernel in front must not write norm's weight. Raises ValueError,
+    naming the argument, for shapes, dtypes, strides or devices that do not fit.
     """
     ends = tuple(ends) if ends else (w_t.shape[-1],)
     thresholds = threshold
