@@ -63,14 +63,14 @@ def read_bandwidth():
     return x.nbytes / min(times)
 
 
-def matmul_rate(dtype, n=40):
-    """Operations a second (2 for each multiply-add) of n products of 8192 x 8192 matrices.
+def matmul_rate(dtype):
+    """Operations a second (2 for each multiply-add) of products of 8192 x 8192 matrices.
 
-    40 of them take as long as a prefill. A GPU slows down while it works: an H100 from 765 to
+    40 in a row take as long as a prefill. A GPU slows down while it works: an H100 from 765 to
     710 TFLOP/s.
     """
     a, b, c = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(3))
-    return n * 2 * 8192 ** 3 / seconds(lambda: [torch.mm(a, b, out=c) for _ in range(n)])
+    return 40 * 2 * 8192 ** 3 / seconds(lambda: [torch.mm(a, b, out=c) for _ in range(40)])
 
 
 # ---- a model -----------------------------------------------------------------------------------

@@ -194,7 +194,8 @@ class Workspace:
 
     def __init__(self, n_heads, n_kv_heads, head_dim, device):
         # For long contexts at least as many programs as the GPU holds at once, three a
-        # multiprocessor, but not more chunks than one combination can take. A power of two.
+        # multiprocessor, but not more chunks than one combination can take. A power of two, as
+        # the size of every tile.
         self.splits = min(32, max(4, triton.next_power_of_2(384 // n_kv_heads)))
         n_slots = n_heads * self.splits
         self.sums = torch.empty(n_slots * head_dim, dtype=torch.float32, device=device)

@@ -27,6 +27,7 @@ from sparse_gemv import WARPS, _to_float32, supports_pdl
 
 @triton.jit
 def _norm_weights(norm_ptr, k, end_k):
+    """RMSNorm's weights of x[k] in float32; 1 if there is no norm."""
     if norm_ptr is None:
         return 1.0
     else:
@@ -227,8 +228,8 @@ def dense_gemv(x, w_t, out, *, thresholds=None, ends=None, bias=None, norm=None,
                 matrices of `ends`, where every end is a multiple of 64 (see `one_kernel_pays`)
 
     `out` may be `residual` itself. The same inputs give the same bits. Call it once with these
-    shapes before capturing a CUDA graph. The kernel in front must not write w_t or thresholds:
-    they are read before it ends. Nothing is checked here.
+    shapes before capturing a CUDA graph. The kernel in front must not write w_t, thresholds or
+    norm's weight: they are read before it ends. Nothing is checked here.
     """
     k, n = w_t.shape
     block_n, block_k, chunk, late = _launch_shape(k, n, thresholds is not None)
