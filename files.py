@@ -1,7 +1,10 @@
 """What every script does with files: cache, UTF-8, whole files or none, short errors."""
 
 import contextlib
+import fcntl
+import glob
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,6 +12,44 @@ from pathlib import Path
 def cache_folder():
     """This machine's downloads and calibrations: nanoteal in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
+
+
+@contextlib.contextmanager
+def temporary_folder(path):
+    """Yield a new hidden folder beside `path`, for what is to become `path`; removed at the end.
+
+    A killed process cannot remove its own. The next one for the same path does: what no living
+    process has locked is stale. Raises OSError.
+    """
+    prefix = f".nanoteal-{path.name[:60]}-"
+    for stale in path.parent.glob(glob.escape(prefix) + "*"):
+        if (lock := lock_folder(stale)) is not None:
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))
+    lock = lock_folder(folder)
+    try:
+        folder = folder.rename(folder.with_name(prefix + folder.name[1:]))  # locked: now visible
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def lock_folder(folder):
+    """A file descriptor that keeps others from locking a folder until it is closed or its process
+    ends; None if that cannot be had."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except OSError:  # locked, or a file system without locks
+        os.close(lock)
+        return None
 
 
 @contextlib.contextmanager
@@ -20,8 +61,8 @@ def write_whole(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        temporary = Path(folder) / path.name
+    with temporary_folder(path) as folder:
+        temporary = folder / path.name
         yield temporary
         os.replace(temporary, path)
 
@@ -34,7 +75,7 @@ def require_writable(path, flag):
     path = Path(path).absolute()
     try:
         folder = next(parent for parent in path.parents if parent.exists())
-        with tempfile.TemporaryDirectory(dir=folder, prefix="."):
+        with temporary_folder(folder / path.name):
             reason = "it is a folder" if path.is_dir() else None
     except OSError as error:
         reason = error.strerror

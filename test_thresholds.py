@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import calibrate
 from calibrate import BINS, byte_shares, quantile
 from calibrations import convert
+from files import write_whole
 from model import SITES, Config
 from test_calibrate import CONFIG, run_in_process, tiny
 from thresholds import (
@@ -93,7 +94,12 @@ def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypa
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(calibration.save, [file] * 32))
     assert torch.equal(Calibration.load(file, CONFIG).table, calibration.table)
-    assert len(list(tmp_path.iterdir())) == 2  # and what the killed process left
+    assert list(tmp_path.iterdir()) == [file]  # what the killed process left is gone
+    with write_whole(file) as temporary:
+        temporary.write_text("of a living process")
+        calibration.save(file)
+        assert temporary.exists()
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == "of a living process"
 
 
 def damaged(calibration, **changes):
