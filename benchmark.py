@@ -22,17 +22,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 
-import benchmark_gpu as gpu
 import calibrate
+from calibrations.thresholds import find
+from checkpoint.files import require_writable, write_whole
 from checkpoint.known_models import KNOWN_MODELS
 from checkpoint.memory import require_memory
 from checkpoint.tensors import weight_bytes
-from command_line import add_model_flags, load_model, make_parser, number, run_script
+from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
 from decode import CpuDecoder, GpuDecoder
-from files import require_writable, write_whole
-from int4 import GROUP, GROUP_BYTES, Int4Linear, Int4OnCPU, int4_linear
-from int8 import Int8Linear
+from gpu import benchmark_gpu as gpu
+from gpu.token_kernels import likeliest
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
+from quantize import GROUP, GROUP_BYTES, Int4Linear, Int4OnCPU, Int8Linear, int4_linear
 from session import block_bytes, cache_bytes, seen
 from tensor_parallel import (
     all_reduce,
@@ -44,8 +45,6 @@ from tensor_parallel import (
     start,
     world_size,
 )
-from thresholds import find
-from token_kernels import likeliest
 
 TEXT = "It was a bright cold day in April."  # what a real model continues
 

@@ -22,14 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from command_line import add_model_flags, load_model, make_parser, number, run_script
-from digest import weights_digest
-from files import read_text, require_writable
-from model import PROJECTIONS, SITES, KVCache, dense, masked, rms_norm
-from progress import Progress
-from session import Session
-from tensor_parallel import refuse
-from thresholds import (
+from calibrations.thresholds import (
     ALLOCATIONS,
     FORMAT,
     GRID,
@@ -38,6 +31,13 @@ from thresholds import (
     cache_path,
     fingerprint,
 )
+from checkpoint.digest import weights_digest
+from checkpoint.files import read_text, require_writable
+from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
+from cli.progress import Progress
+from model import PROJECTIONS, SITES, KVCache, dense, masked, rms_norm
+from session import Session
+from tensor_parallel import refuse
 
 SINKS = 8  # a window's first tokens draw attention and have huge activations: they do not count
 BINS = 0x7F80  # the upper 16 bits of a float32 magnitude: one bin for each finite bfloat16

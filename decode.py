@@ -12,13 +12,13 @@ import gc
 import torch
 import torch.nn.functional as F
 
-from compile_ahead import compile_together
 from cpu_gemv import CpuGemv, RowCount
-from decode_attention import Workspace, decode_attention
-from gpu_gemv import gpu_gemv
+from gpu.compile_ahead import compile_together
+from gpu.decode_attention import Workspace, decode_attention
+from gpu.gpu_gemv import gpu_gemv
+from gpu.token_kernels import embed
 from model import PROJECTIONS, rms_norm
 from sparse_gemv import supports_pdl
-from token_kernels import embed
 
 # ---- one step on a CPU -------------------------------------------------------------------------
 
@@ -122,10 +122,10 @@ class GpuDecoder:
     A step reads weights for a few milliseconds. Hundreds of small kernels, launched from Python,
     would cost as much again in gaps. So a layer is five operations: RMSNorm + q|k|v, attention
     with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down + residual. A product
-    is one kernel if all rows are read or a program has few, else two: gpu_gemv.py chooses. Whatever
-    changes from token to token lives in GPU memory: the token, its position, thresholds, random
-    state. So each of the two kinds of step is captured once, when first asked for. Then the host
-    only asks for replays and fetches tokens.
+    is one kernel if all rows are read or a program has few, else two: gpu/gpu_gemv.py chooses.
+    Whatever changes from token to token lives in GPU memory: the token, its position, thresholds,
+    random state. So each of the two kinds of step is captured once, when first asked for. Then the
+    host only asks for replays and fetches tokens.
 
     choose:     a function from any logits [V] to a token id, int64 [1], by GPU operations alone
     generators: the torch.Generators that `choose` draws from

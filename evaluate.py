@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from calibrate import byte_shares, masked_and_counted
+from calibrations.thresholds import ALLOCATIONS, Calibration, candidates
 from checkpoint import default_model
-from command_line import add_model_flags, load_model, make_parser, number, run_script
-from digest import weights_digest
-from files import read_text, require_writable, write_whole
+from checkpoint.digest import weights_digest
+from checkpoint.files import read_text, require_writable, write_whole
+from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
 from model import PROJECTIONS, KVCache
 from tensor_parallel import refuse
-from thresholds import ALLOCATIONS, Calibration, candidates
 
 # What was measured: rows of --json that agree in all of these are the same measurement.
 SETTINGS = ("model", "weights", "dtype", "quantize", "text", "window", "offset", "windows",

@@ -1,6 +1,6 @@
 """Generates text, each decode step reading only the weight rows that matter.
 
-The command line and the Python API. Behind them: `session.py` (one text), `chat.py` (a
+The command line and the Python API. Behind them: `session.py` (one text), `cli/chat.py` (a
 conversation).
 
 Method: Liu et al., "TEAL" (arXiv:2408.14690).
@@ -22,15 +22,23 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import torch
 
 import calibrate
-from chat import Chat, edit_lines
+from calibrations.thresholds import CalibrationError, cache_path, find
+from checkpoint.files import read_input
 from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
-from command_line import add_model_flags, load_model, make_parser, number, run_script
-from files import read_input
-from report import explain_end, report, say, summary, warn_of_broken_text, warn_of_sparsity, write
+from cli.chat import Chat, edit_lines
+from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
+from cli.report import (
+    explain_end,
+    report,
+    say,
+    summary,
+    warn_of_broken_text,
+    warn_of_sparsity,
+    write,
+)
 from session import Session, SparsityWatch, cache_bytes
 from tensor_parallel import from_first, rank, refuse
-from thresholds import CalibrationError, cache_path, find
 
 # Of a model whose checkpoint recommends nothing.
 SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.0}
@@ -76,7 +84,7 @@ def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
     """Thresholds [n_layers, 7] for a sparsity, None for dense.
 
     They are those of the calibration file `path`, or of the best calibration there is (see
-    thresholds.py). A model without one is calibrated. `name` is what --model says.
+    calibrations/thresholds.py). A model without one is calibrated. `name` is what --model says.
     """
     if sparsity == 0:
         return None

@@ -77,7 +77,7 @@ class Linear:
     memory. Where x[k] is dropped, one whole row need not be read.
     """
 
-    scale = None  # float32 [N], multiplies the sums; only weights of fewer bits have one (int8.py)
+    scale = None  # float32 [N], multiplies the sums of int8 weights (quantize.py)
 
     def __init__(self, layer, site, in_features, widths, has_bias, dtype, device):
         self.layer, self.site, self.in_features, self.dtype = layer, site, in_features, dtype

@@ -12,13 +12,13 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from cli.progress import Progress
 from decode import CpuDecoder, GpuDecoder
-from int4 import Int4Linear
+from gpu.token_kernels import likeliest
 from model import PROJECTIONS, KVCache, dense, masked
-from progress import Progress
+from quantize import Int4Linear
 from sampling import penalize, sample
 from tensor_parallel import mean
-from token_kernels import likeliest
 
 # Prompt tokens that go through the model at once: memory stays bounded, and a slow CPU can tell
 # how far it is.
@@ -229,7 +229,7 @@ def seen(config, n_tokens):
 
 
 def bytes_per_weight(linear):
-    """Bytes that decoding reads for one weight; int4 keeps 4 bytes of scales for 32 (int4.py)."""
+    """Bytes that decoding reads for one weight; 4 bits keep 4 bytes of scales for 32 weights."""
     return 5 / 8 if isinstance(linear, Int4Linear) else linear.w_t.element_size()
 
 

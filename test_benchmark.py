@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import benchmark
-import benchmark_gpu
 import checkpoint.memory
-from command_line import run_script
+from cli.command_line import run_script
 from decode import CpuDecoder
-from int8 import Int8Linear
+from gpu import benchmark_gpu
 from model import PROJECTIONS, SITES, Config, KVCache
+from quantize import Int8Linear
 from session import block_bytes
 
 TINY = Config(320, 64, 96, 2, 4, 2, 16, context=512)

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 import calibrate
 from calibrate import BINS, MOST, SINKS, allocate, byte_shares, count, masked_and_counted, quantile
+from calibrations.thresholds import ALLOCATIONS, GRID, Calibration, CalibrationError, find
 from checkpoint.tensors import put, tensor_shapes
-from command_line import run_script
-from int8 import Int8Linear
+from cli.command_line import run_script
 from model import Config, Linear, Model, dense, masked
+from quantize import Int8Linear
 from session import Session
 from test_decode import CONFIGS, random_model
-from thresholds import ALLOCATIONS, GRID, Calibration, CalibrationError, find
 
 CONFIG = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4,
                 n_kv_heads=2, head_dim=8)
@@ -369,7 +369,7 @@ def run_in_process(main, arguments, monkeypatch, capsys):
 def run(model, tmp_path, monkeypatch, capsys):
     """Runs calibrate.py in this process -> (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("command_line.load", lambda *args, **options: (model, Letters()))
+    monkeypatch.setattr("cli.command_line.load", lambda *args, **options: (model, Letters()))
     (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 12)
 
     def run(*arguments):

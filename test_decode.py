@@ -17,20 +17,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import decode
-import decode_attention
-import dense_gemv
-import gpu_gemv
 import sparse_gemv
-import tensor_gemv
-import token_kernels
 from decode import CpuDecoder, GpuDecoder
-from decode_attention import Workspace, decode_attention_reference
-from int8 import Int8Linear
+from gpu import decode_attention, dense_gemv, gpu_gemv, tensor_gemv, token_kernels
+from gpu.decode_attention import Workspace, decode_attention_reference
+from gpu.token_kernels import likeliest
 from model import Config, KVCache, Linear, Model, masked
+from quantize import Int8Linear
 from sampling import sample
 from sparse_gemv import INTERPRETED
 from test_sparse_gemv import SEED, TOLERANCE, error, reference
-from token_kernels import likeliest
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 KERNELS = DEVICE == "cuda" or INTERPRETED
@@ -339,7 +335,8 @@ def guard(monkeypatch):
         if hasattr(module, "INTERPRETED"):
             monkeypatch.setattr(module, "INTERPRETED", True)
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Kernel(f"{module.__name__}.{name}"))
+            short = module.__name__.removeprefix("gpu.")
+            monkeypatch.setattr(module, name, Kernel(f"{short}.{name}"))
     return types.SimpleNamespace(held=held, notes=notes)
 
 

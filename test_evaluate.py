@@ -88,7 +88,7 @@ def test_cut():
 def run(model, calibration, tmp_path, monkeypatch, capsys):
     """Runs evaluate.py in this process -> (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("command_line.load", lambda *args, **options: (model, Letters()))
+    monkeypatch.setattr("cli.command_line.load", lambda *args, **options: (model, Letters()))
     text = "The quick brown fox jumps over the lazy dog. " * 12  # 540 tokens
     (tmp_path / "text").write_text(text)
     calibration.save(tmp_path / "uniform.safetensors")
@@ -191,7 +191,8 @@ def test_models_that_share_their_last_norm(run, tmp_path, monkeypatch):
     other.norm.copy_(one.norm)
     rows, perplexities = [], []
     for model in (one, other):
-        monkeypatch.setattr("command_line.load", lambda *_, model=model, **__: (model, Letters()))
+        monkeypatch.setattr("cli.command_line.load",
+                            lambda *_, model=model, **__: (model, Letters()))
         code, _, err = run("--sparsity", 0, "--json", tmp_path / "r.json")
         assert code == 0, err
         before, rows = rows, json.loads((tmp_path / "r.json").read_text())

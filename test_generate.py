@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 import calibrate
 import checkpoint
 import generate as generate_module
+from calibrations.thresholds import find
 from checkpoint import memory
 from checkpoint.tensors import weight_bytes
-from command_line import run_script
+from cli.command_line import run_script
+from cli.report import report, summary
 from model import Config, Model
-from report import report, summary
 from session import Session
 from test_session import PROMPTS, ask
-from thresholds import find
 
 
 def test_printed_text_is_the_decoded_text(smollm, capsys):
@@ -270,7 +270,7 @@ def test_what_ended_the_text(tiny, monkeypatch, capsys):
         yield tokenizer.decode([next(ids)])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("report.text_pieces", interrupted)
+    monkeypatch.setattr("cli.report.text_pieces", interrupted)
     assert ended() == (text[:1] + "\n", "interrupted")
 
 

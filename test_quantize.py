@@ -17,18 +17,17 @@ from safetensors.torch import load_file, save_file
 import calibrate
 import checkpoint
 import cpu_gemv
-import int8
 import quantize
 from checkpoint.config import parse_config
 from checkpoint.tensors import is_quantized, put, tensor_shapes
-from command_line import load_model, run_script
+from checkpoint.test_checkpoint import CONFIG, strings, weights, write_folder, write_gguf
+from cli import quantize_folder
+from cli.command_line import load_model, run_script
 from cpu_gemv import BITS, CpuGemv, RowCount, empty_packed, largest_bits, pack, unpack
 from generate import generate_tokens
-from int4 import Int4Linear, Int4OnCPU, can_be_int4
-from int8 import Int8Linear, quantize_tensor
 from model import PROJECTIONS, Linear, Model, dense, masked
+from quantize import Int4Linear, Int4OnCPU, Int8Linear, can_be_int4, quantize_tensor
 from sparse_gemv import sparse_gemv
-from test_checkpoint import CONFIG, strings, weights, write_folder, write_gguf
 from test_sparse_gemv import reference
 
 torch.set_num_threads(1)  # tiny products: a second thread would only wait
@@ -52,7 +51,7 @@ def run(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, args)])
         code = 0
         try:
-            run_script(quantize.main)
+            run_script(quantize_folder.main)
         except SystemExit as error:
             code = error.code
         return code, capfd.readouterr().err
@@ -62,7 +61,7 @@ def run(monkeypatch, capfd):
 # ---- the arithmetic ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n, k", [(1, 1), (7, 33), (50, 4096), (3, int8.PIECE + 1)])
+@pytest.mark.parametrize("n, k", [(1, 1), (7, 33), (50, 4096), (3, quantize.PIECE + 1)])
 def test_rounding_is_off_by_half_a_step_at_most(n, k, dtype):
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype)
     q, scale = quantize_tensor(weight)
@@ -222,8 +221,8 @@ def test_dense_products_in_pieces(dtype, tolerance, monkeypatch):
     wanted = x.double() @ wanted.T.double() + linear.bias.double()
     close = {"rtol": tolerance, "atol": tolerance * 10}
     for piece in (1 << 24, 1, 64 * 50):
-        monkeypatch.setattr(int8, "FLOATS", piece)
-        monkeypatch.setattr(int8, "PIECE", piece)
+        monkeypatch.setattr(quantize, "FLOATS", piece)
+        monkeypatch.setattr(quantize, "PIECE", piece)
         torch.testing.assert_close(dense(x, linear).double(), wanted, **close)
     torch.testing.assert_close(masked(x, linear, [-1.0] * 3).double(), wanted, **close)
 
@@ -290,12 +289,12 @@ def as_on_a_gpu(layer, site, in_features, widths, has_bias, dtype, device):
     ("int4 on a GPU", {Int8Linear, Int4Linear})])
 def test_a_folder_is_the_same_model_as_quantizing_while_loading(
         source, tmp_path, dtype, kind, holds, monkeypatch):
-    monkeypatch.setattr(quantize, "SHARD", 20_000)  # bytes: several files
+    monkeypatch.setattr(quantize_folder, "SHARD", 20_000)  # bytes: several files
     if kind == "int4 on a GPU":
         monkeypatch.setattr(checkpoint, "int4_linear", as_on_a_gpu)
     kind = kind[:4]
     opened = checkpoint.open_checkpoint(source)
-    quantize.write_folder(opened, tmp_path / "out", kind)
+    quantize_folder.write_folder(opened, tmp_path / "out", kind)
     written = checkpoint.open_checkpoint(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
@@ -332,7 +331,7 @@ def test_a_gguf_file_becomes_a_folder(run, tmp_path):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_files_hold_what_the_config_promises_and_nothing_twice(source, tmp_path, kind):
-    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "out", kind)
+    quantize_folder.write_folder(checkpoint.open_checkpoint(source), tmp_path / "out", kind)
     before = load_file(source / "model.safetensors")
     after = load_file(tmp_path / "out" / "model-00001.safetensors")
     config = parse_config(json.loads((tmp_path / "out" / "config.json").read_text()))
@@ -352,7 +351,7 @@ def test_files_hold_what_the_config_promises_and_nothing_twice(source, tmp_path,
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path):
     source = write_folder(tmp_path / "source")
-    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
+    quantize_folder.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     before = sorted(os.listdir(tmp_path))
@@ -382,7 +381,7 @@ def test_a_full_disk(tmp_path):
 
 def test_damaged_folders_are_refused(tmp_path):
     source = write_folder(tmp_path / "source")
-    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
+    quantize_folder.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
     # floats under the int8 config
     shutil.copy(source / "model.safetensors", tmp_path / "int8" / "model.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match="stored as F32, though"):
@@ -395,8 +394,8 @@ def test_damaged_folders_are_refused(tmp_path):
 
 def test_damaged_int4_folders_are_refused(tmp_path):
     folder = tmp_path / "int4"
-    quantize.write_folder(checkpoint.open_checkpoint(write_folder(tmp_path / "source")), folder,
-                          "int4")
+    source = checkpoint.open_checkpoint(write_folder(tmp_path / "source"))
+    quantize_folder.write_folder(source, folder, "int4")
     file, name = folder / "model-00001.safetensors", "model.layers.1.mlp.up_proj.weight"
     sound = load_file(file)
 
@@ -421,8 +420,8 @@ def test_damaged_int4_folders_are_refused(tmp_path):
 @pytest.mark.parametrize("kind, version", [("int4", 2), ("int8", 2), ("int4", [1])])
 def test_a_folder_of_another_version_is_refused(kind, version, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "out"
-    quantize.write_folder(checkpoint.open_checkpoint(write_folder(tmp_path / "source")), folder,
-                          kind)
+    source = checkpoint.open_checkpoint(write_folder(tmp_path / "source"))
+    quantize_folder.write_folder(source, folder, kind)
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": f"nanoteal-{kind}", "version": 1}
     config["quantization_config"]["version"] = version
@@ -440,7 +439,7 @@ def test_a_folder_of_another_version_is_refused(kind, version, tmp_path, monkeyp
 def test_a_folder_cannot_become_something_else(tmp_path):
     source = checkpoint.open_checkpoint(write_folder(tmp_path / "source"))
     for kind, other in (("int4", "int8"), ("int8", "int4")):
-        quantize.write_folder(source, tmp_path / kind, kind)
+        quantize_folder.write_folder(source, tmp_path / kind, kind)
         checkpoint.load(tmp_path / kind, quantize=kind)
         with pytest.raises(checkpoint.CheckpointError, match=f"cannot become {other}; leave out"):
             checkpoint.load(tmp_path / kind, quantize=other)

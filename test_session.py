@@ -10,6 +10,7 @@ import transformers
 
 import checkpoint
 import session as session_module
+from calibrations.thresholds import find
 from checkpoint.default_model import fetch
 from checkpoint.gguf_file import GGUFFile
 from checkpoint.tensors import put, tensor_shapes
@@ -18,7 +19,6 @@ from model import Config, KVCache, Model, dense, masked
 from sampling import penalize, sample
 from session import Session, SparsityWatch
 from test_decode import CONFIGS, DEVICE, random_model
-from thresholds import find
 
 PROMPTS = [
     "Explain in one sentence why the sky is blue.",

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from calibrate import byte_shares, interpolate
+from calibrations.thresholds import FORMAT, GRID, Calibration, fingerprint
 from checkpoint.known_models import KNOWN_MODELS
-from command_line import make_parser, run_script
+from cli.command_line import make_parser, run_script
 from model import PROJECTIONS, SITES
-from thresholds import FORMAT, GRID, Calibration, fingerprint
 
 FOLDER = Path(__file__).parent
 MODELS = {  # table -> the start of its calibrations' names

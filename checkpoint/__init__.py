@@ -17,15 +17,14 @@ from tqdm import tqdm
 
 from checkpoint.config import parse_config
 from checkpoint.default_model import fetch
+from checkpoint.digest import Digest
 from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
 from checkpoint.hub import download
 from checkpoint.memory import require_memory
 from checkpoint.opened import Checkpoint, CheckpointError, blame
 from checkpoint.tensors import put, tensor_shapes, weight_bytes
-from digest import Digest
-from int4 import int4_linear
-from int8 import Int8Linear
 from model import Linear, Model
+from quantize import Int8Linear, int4_linear
 from tensor_parallel import connect, cut, rank_config, world_size
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint"]
@@ -35,7 +34,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     """A checkpoint (open, or as for `open_checkpoint`) -> (Model, Tokenizer), weights in `dtype` on
     `device`.
 
-    quantize: "int8" or "int4" makes the large matrices so (int4.py says what a CPU does with
+    quantize: "int8" or "int4" makes the large matrices so (quantize.py says what a CPU does with
         int4); a folder of quantize.py has them already
     context: replaces the model's context; at most its max_position_embeddings
     Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into

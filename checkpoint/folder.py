@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 
 from checkpoint.config import parse_config, text_part
+from checkpoint.files import one_line
 from checkpoint.opened import Checkpoint, CheckpointError, blame
 from checkpoint.tensors import METHODS, VERSION, check_shapes, is_quantized
 from checkpoint.tokenizer import Tokenizer, guard
 from checkpoint.unify import unify
-from files import one_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PICKLES = ("is a pickle, which can run code when loaded and is never read; convert it to "

@@ -22,13 +22,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from checkpoint.config import FAMILIES, parse_config
+from checkpoint.files import one_line
 from checkpoint.gguf_tokenizer import build_tokenizer, special_token
 from checkpoint.opened import Checkpoint, CheckpointError
 from checkpoint.rope import parse_rope
 from checkpoint.tensors import check_shapes
 from checkpoint.tokenizer import Tokenizer
 from checkpoint.unify import unify
-from files import one_line
 
 HEADER_LIMIT = 32 << 20  # bytes; with 260,000 tokens it takes about 15 MB
 COUNT_LIMIT = 1 << 16  # of metadata entries, and of tensors

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from checkpoint.files import one_line
 from checkpoint.opened import CheckpointError
-from files import one_line
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
          "chat_template.jinja", "model.safetensors", "model-*.safetensors",

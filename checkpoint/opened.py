@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from checkpoint.files import one_line
 from checkpoint.tokenizer import Tokenizer
-from files import one_line
 from model import Config
 from tensor_parallel import cut
 

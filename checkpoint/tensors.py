@@ -3,15 +3,15 @@
 Names and shapes [out_features, in_features] are those of Hugging Face. A folder that quantize.py
 wrote holds the tensors for which `is_quantized` as int8, and the scales of each, float32
 [out_features], as NAME_scale. With int4, most of them are uint8 [out_features / 32, in_features,
-20] instead, which int4.py explains.
+20] instead, which quantize.py explains.
 """
 
 import math
 
 import torch
 
-from int4 import GROUP, GROUP_BYTES, can_be_int4, split_groups
 from model import SITES
+from quantize import GROUP, GROUP_BYTES, can_be_int4, split_groups
 
 # quant_method in the config.json of quantize.py's folders, and the version of their format
 METHODS = {"nanoteal-int8": "int8", "nanoteal-int4": "int4"}

@@ -16,10 +16,10 @@ from pathlib import Path
 import matplotlib
 import torch
 
+from calibrations.thresholds import find
 from checkpoint import load
-from command_line import make_parser, run_script
+from cli.command_line import make_parser, run_script
 from model import PROJECTIONS, dense
-from thresholds import find
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after choosing a backend that needs no screen)

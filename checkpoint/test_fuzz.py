@@ -26,18 +26,17 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-import quantize
+from calibrations.thresholds import FORMAT, GRID, Calibration, CalibrationError, fingerprint
 from checkpoint import CheckpointError, load, open_checkpoint
 from checkpoint.config import parse_config
 from checkpoint.gguf_file import hf_name
 from checkpoint.tensors import put
+from checkpoint.test_checkpoint import CONFIG, weights, write_folder, write_gguf
 from checkpoint.tokenizer import TextStream, Tokenizer, TokenizerError
-from int4 import int4_linear
-from int8 import Int8Linear
+from cli import quantize_folder
 from model import Linear, Model
-from test_checkpoint import CONFIG, weights, write_folder, write_gguf
+from quantize import Int8Linear, int4_linear
 from test_model import CASES, ROPE, SMALL
-from thresholds import FORMAT, GRID, Calibration, CalibrationError, fingerprint
 
 SECONDS, MEMORY = 5, 1 << 30
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content | trim }}"
@@ -109,12 +108,13 @@ def make_shards(path):
 
 def make_int8(path):
     """A folder that quantize.py wrote."""
-    quantize.write_folder(open_checkpoint(make_folder(path.with_name("floats"))), path)
+    quantize_folder.write_folder(open_checkpoint(make_folder(path.with_name("floats"))), path)
     return path
 
 
 def make_int4(path):
-    quantize.write_folder(open_checkpoint(make_folder(path.with_name("floats"))), path, "int4")
+    source = open_checkpoint(make_folder(path.with_name("floats")))
+    quantize_folder.write_folder(source, path, "int4")
     return path
 
 
@@ -651,7 +651,7 @@ def test_command(damage, victims):
                 victim.repair(changes)
                 changes = {}
     victim.damage(changes)
-    script = Path(quantize.__file__).with_name("generate.py")
+    script = Path(__file__).parents[1] / "generate.py"
     command = [sys.executable, script, "--model", victim.path, "--prompt", "the",
                "--max-new-tokens", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import checkpoint
-import quantize
 from checkpoint import memory
 from checkpoint.config import parse_config
 from checkpoint.tensors import tensor_shapes
-from test_checkpoint import CONFIG, write_folder
+from checkpoint.test_checkpoint import CONFIG, write_folder
+from cli import quantize_folder
 
 G = 1 << 30
 
@@ -71,15 +71,15 @@ def test_too_much_is_refused(monkeypatch):
 
 # In a process of its own: quantize (or load the quantized folder) and print bytes.
 MEASURE = """
-import sys, torch, checkpoint, int4, int8
-from test_memory import resident
+import sys, torch, checkpoint, quantize
+from checkpoint.test_memory import resident
 from test_quantize import as_on_a_gpu
 torch.set_num_threads(1)
-tiny, source, quantize, place = sys.argv[1:]
-int4.PIECE = int8.PIECE = 1 << 14  # weights at a time: as small, beside this model, as in use
+tiny, source, kind, place = sys.argv[1:]
+quantize.PIECE = 1 << 14  # weights at a time: as small, beside this model, as in use
 if place == "as on a GPU":
     checkpoint.int4_linear = as_on_a_gpu
-options = {"dtype": torch.bfloat16, "quantize": quantize or None}
+options = {"dtype": torch.bfloat16, "quantize": kind or None}
 checkpoint.load(tiny, **options)  # memory that is needed but once
 before = resident("VmRSS")
 model, _ = checkpoint.load(source, **options)
@@ -106,7 +106,7 @@ def sources(tmp_path_factory):
     tensors = {name: torch.randn(shape, dtype=torch.bfloat16)
                for name, shape in tensor_shapes(parse_config(config)).items()}
     floats = write_folder(folder / "floats", config, tensors)
-    quantize.write_folder(checkpoint.open_checkpoint(floats), folder / "int4", "int4")
+    quantize_folder.write_folder(checkpoint.open_checkpoint(floats), folder / "int4", "int4")
     return {"": floats, "int4": folder / "int4", "tiny": write_folder(folder / "tiny")}
 
 
@@ -116,7 +116,7 @@ def sources(tmp_path_factory):
 def test_loading_needs_the_model_and_twice_its_largest_tensor(form, kind, place, sources):
     words = sources["tiny"], sources[form], kind or "", place
     done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, words)],
-                          env=ENV, cwd=Path(__file__).parent, capture_output=True, text=True)
+                          env=ENV, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, model = map(int, done.stdout.split())
     largest = 1024 * 4096 * 2

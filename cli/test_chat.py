@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from chat import Chat
 from checkpoint.tokenizer import TokenizerError
+from cli.chat import Chat
 from session import Session
 from test_generate import command, run, tiny  # noqa: F401  (tiny is a fixture)
 

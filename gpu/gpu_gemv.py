@@ -12,9 +12,9 @@
 
 import torch
 
-from dense_gemv import dense_gemv, is_small, one_kernel_pays
+from gpu.dense_gemv import dense_gemv, is_small, one_kernel_pays
+from gpu.tensor_gemv import tensor_gemv
 from sparse_gemv import sparse_gemv
-from tensor_gemv import tensor_gemv
 
 
 def gpu_gemv(x, w_t, thresholds, out, *, scale=None, **options):

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from checkpoint import load, open_checkpoint
+from checkpoint.files import one_line
 from checkpoint.memory import free_memory
-from files import one_line
-from int4 import Int4OnCPU, can_be_int4
 from model import SITES
+from quantize import Int4OnCPU, can_be_int4
 from tensor_parallel import rank, start, stop, world_size
 
 

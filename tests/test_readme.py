@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 # Lines of code are indented by four; a line that does not start a command or an example is left
 # out.
 CODE = [

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from checkpoint import open_checkpoint
 from checkpoint.config import parse_config
+from checkpoint.test_checkpoint import spm_tokenizer
+from checkpoint.test_config import LLAMA
 from checkpoint.unify import unify
-from quantize import write_folder
+from cli.quantize_folder import write_folder
 from tensor_parallel import cut
-from test_checkpoint import spm_tokenizer
-from test_config import LLAMA
 from test_model import CASES, ROPE, SMALL
 
 NAMES = ["granite", "granite, odd heads, tied, biases", "granite 4", "phi-3",

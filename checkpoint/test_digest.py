@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from benchmark import random_model
-from digest import weights_digest
+from checkpoint.digest import weights_digest
 from model import Config
 from test_calibrate import tiny
 from test_generate import tiny as tiny_folder  # noqa: F401, a fixture

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from digest import weights_digest
-from files import cache_folder, one_line, write_whole
+from checkpoint.digest import weights_digest
+from checkpoint.files import cache_folder, one_line, write_whole
 from model import PROJECTIONS
 
 FORMAT = "1"
@@ -174,7 +174,7 @@ def places(model):
     folder = [] if model.folder is None else [model.folder / "calibration.safetensors"]
     yield from filter(Path.is_file, [*folder, cache_path(model)])
     shipped = []
-    for path in sorted((Path(__file__).parent / "calibrations").glob("*.safetensors")):
+    for path in sorted(Path(__file__).parent.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         if metadata.get("fingerprint") == fingerprint(model.whole_config):

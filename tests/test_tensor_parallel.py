@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint
-import quantize
 import tensor_parallel
 from checkpoint.config import parse_config
 from checkpoint.tensors import tensor_shapes
+from cli import quantize_folder
 from session import Session
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 
 
@@ -84,7 +84,7 @@ def int4_folder(folder, tmp_path):
     source = shutil.copytree(folder, tmp_path / "source")
     (source / "config.json").write_text(json.dumps(config))
     save_file(tensors, source / "model.safetensors")
-    quantize.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int4", "int4")
+    quantize_folder.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int4", "int4")
     return tmp_path / "int4"
 
 
@@ -101,7 +101,7 @@ def torchrun(n, *words):
             *map(str, words)]
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
 @pytest.mark.parametrize("n, quantize", [("2", ""), ("4", ""), ("2", "int8")])

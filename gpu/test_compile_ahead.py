@@ -16,17 +16,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 import decode
-import decode_attention
-import dense_gemv
 import sparse_gemv
-import tensor_gemv
-import token_kernels
-from compile_ahead import compile_together
 from decode import GpuDecoder
-from int4 import Int4Linear
+from gpu import decode_attention, dense_gemv, tensor_gemv, token_kernels
+from gpu.compile_ahead import compile_together
+from gpu.token_kernels import likeliest
 from model import Config, KVCache, Linear
+from quantize import Int4Linear
 from test_decode import CONFIGS, random_model
-from token_kernels import likeliest
 
 pytestmark = pytest.mark.skipif(
     sparse_gemv.INTERPRETED, reason="the interpreter compiles nothing")

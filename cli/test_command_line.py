@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import add_model_flags, make_parser, number, run_script
+from cli.command_line import add_model_flags, make_parser, number, run_script
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 DOC = "What it does.\n\nWhy.\n\n    python script.py --model M"
 
 
@@ -117,7 +117,7 @@ def script(tmp_path, line):
     """The command of a script that is one line long."""
     path = tmp_path / "script.py"
     path.write_text(f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\n"
-                    f"from command_line import run_script\nrun_script(lambda: {line})\n")
+                    f"from cli.command_line import run_script\nrun_script(lambda: {line})\n")
     return [sys.executable, str(path)]
 
 

@@ -14,10 +14,7 @@ from safetensors.torch import save_file
 import calibrate
 from calibrate import BINS, byte_shares, quantile
 from calibrations import convert
-from files import write_whole
-from model import SITES, Config
-from test_calibrate import CONFIG, run_in_process, tiny
-from thresholds import (
+from calibrations.thresholds import (
     ALLOCATIONS,
     GRID,
     Calibration,
@@ -27,6 +24,9 @@ from thresholds import (
     find,
     places,
 )
+from checkpoint.files import write_whole
+from model import SITES, Config
+from test_calibrate import CONFIG, run_in_process, tiny
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypa
             calibration.save(file)
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("files.os.replace", lambda *_: os._exit(9))
+        patch.setattr("checkpoint.files.os.replace", lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             calibration.save(file)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not file.exists()

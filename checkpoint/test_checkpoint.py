@@ -410,12 +410,12 @@ def test_fetching_at_once(small_default, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("step", ["checkpoint.default_model.sha256", "files.os.replace"])
+@pytest.mark.parametrize("step", ["default_model.sha256", "files.os.replace"])
 def test_killed_while_fetching(small_default, monkeypatch, step):
     """A process killed in the middle leaves only what the next one removes."""
     file, content, _ = small_default
     with monkeypatch.context() as patch:
-        patch.setattr(step, lambda *_: os._exit(9))
+        patch.setattr(f"checkpoint.{step}", lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             default_model.fetch()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -9,10 +9,10 @@ import argparse
 import re
 import sys
 
+from checkpoint.files import read_input
 from checkpoint.tokenizer import TokenizerError
-from command_line import number
-from files import read_input
-from report import say
+from cli.command_line import number
+from cli.report import say
 from tensor_parallel import from_first, rank
 
 HELP = """\

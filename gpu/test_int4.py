@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 import triton
 
-import benchmark_gpu
 import checkpoint
-from int4 import Int4Linear, Int4OnCPU, dequantize, quantize_int4, split_groups
-from int8 import Int8Linear
+from checkpoint.test_checkpoint import CONFIG, weights, write_folder
+from gpu import benchmark_gpu
+from gpu.tensor_gemv import tensor_gemv
 from model import dense
+from quantize import Int4Linear, Int4OnCPU, Int8Linear, dequantize, quantize_int4, split_groups
 from session import bytes_per_weight
 from sparse_gemv import INTERPRETED
-from tensor_gemv import tensor_gemv
-from test_checkpoint import CONFIG, weights, write_folder
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 KERNELS = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU")
@@ -225,7 +224,7 @@ def test_what_does_not_fit_is_refused():
 def test_triton_code_in_the_interpreter():
     """The kernel's own code, on the CPU."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_int4.py",
-         "-k", "draws or split or times"], cwd=Path(__file__).parent,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
+         "-k", "draws or split or times"], cwd=Path(__file__).parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

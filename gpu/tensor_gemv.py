@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dense_gemv import _add_splits, _count_every_row, _is_not_last, _store
+from gpu.dense_gemv import _add_splits, _count_every_row, _is_not_last, _store
 from sparse_gemv import PTX, _entries, _select_kernel, supports_pdl
 from sparse_gemv import _workspace as _lists
 
@@ -249,7 +249,7 @@ def tensor_gemv(x, w_t, thresholds, out, *, ends=None, scale=None, bias=None, no
     """`sparse_gemv` on tensor cores, on a GPU or in the interpreter; the same arguments but for:
 
     x:          bfloat16; with 4-bit weights of any dtype
-    w_t:        bfloat16 [K, N], or 4-bit weights as int4.py makes them, uint8 [K, N / 2]
+    w_t:        bfloat16 [K, N], or 4-bit weights as quantize.py makes them, uint8 [K, N / 2]
     thresholds: None reads every row. With 4-bit weights also a float32 tensor, one for each of
                 the matrices.
     ends:       with 4-bit weights, multiples of 32

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_gemv import gpu_gemv
-from int4 import GROUP, can_be_int4
+from gpu.gpu_gemv import gpu_gemv
 from model import SITES
+from quantize import GROUP, can_be_int4
 
 BITS = {"bfloat16": 16, "int8": 8, "int4": 5}  # of a weight, scales of groups included
 COPIES_BYTES = 400_000_000  # of a product's weights: several times the L2 cache

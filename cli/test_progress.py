@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-import progress
 import session
-from progress import Progress
+from cli import progress
+from cli.progress import Progress
 from session import Session
 from test_decode import CONFIGS, random_model
 
