@@ -42,6 +42,7 @@ class Config:
     context: int = 2048  # longest text, in tokens
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     full_layers: tuple = ()  # layers that see all tokens, when others have the window
+    plain_rope_layers: tuple = ()  # layers whose RoPE the divisors leave alone (OLMo 3)
     no_rope_layers: tuple = ()  # layers without RoPE
     query_growth: tuple = (0.0, 1)  # (b, c): q times 1 + b ln(1 + position // c) (Ministral 3)
     qk_norm: str | None = None  # RMSNorm of q and k: each "head" by itself, or "all" together
@@ -55,9 +56,10 @@ class Config:
         return None if i in self.full_layers else self.sliding_window
 
     def rope_kind(self, i):
-        """What RoPE does in layer i: "none", "plain", or "slow" with the divisors (OLMo 3)."""
-        windowed = self.full_layers and i not in self.full_layers
-        return "none" if i in self.no_rope_layers else "plain" if windowed else "slow"
+        """What RoPE does in layer i: "none", "plain", or "slow" with the divisors."""
+        if i in self.no_rope_layers:
+            return "none"
+        return "plain" if i in self.plain_rope_layers else "slow"
 
     def linear_shape(self, site):
         """(in_features, out_features of each projection) of the matrices at a site."""

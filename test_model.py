@@ -61,7 +61,18 @@ CASES = {  # name: (class stem in transformers, changes to SMALL, rope)
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 7}, "default"),
     "mistral, no window, head_dim": ("Mistral", {"sliding_window": None, "head_dim": 12},
                                      "default"),
+    "ministral, a window on one layer": ("Ministral", {
+        "num_key_value_heads": 2, "sliding_window": 7, "head_dim": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "default"),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}, "default"),
+    "qwen2, a window on the last layers, yarn": ("Qwen2", {
+        "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "yarn"),
+    "qwen3, a window on the first layer": ("Qwen3", {
+        "head_dim": 12, "use_sliding_window": True, "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "default"),
+    "smollm3, windows": ("SmolLM3", {
+        "use_sliding_window": True, "sliding_window": 9, "no_rope_layer_interval": 2,
+        "pad_token_id": None}, "yarn"),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}, "default"),
     "qwen3, odd heads, tied, llama3 rope": (
         "Qwen3", {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10,

@@ -11,8 +11,10 @@ from model import Config
 FAMILIES = {  # model_type in config.json -> the architecture there
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_vl_text": "Qwen3VLForConditionalGeneration",
     "smollm3": "SmolLM3ForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
@@ -21,17 +23,37 @@ FAMILIES = {  # model_type in config.json -> the architecture there
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
-WINDOWED = ("mistral", "ministral3", "olmo3", "phi3")  # those that heed sliding_window
-DEFAULTS = {  # what a family's config.json means where it leaves a key out, unlike the others'
-    "mistral": {"sliding_window": 4096},
-    "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True},
-    "ministral3": {"rms_norm_eps": 1e-5, "head_dim": 128},
+DEFAULTS = {  # what a config.json means where it leaves a key out
+    "": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096,
+                "max_position_embeddings": 131072},
+    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096,
+                  "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "qwen3_vl_text": {"num_key_value_heads": 32, "max_position_embeddings": 128000,
+                      "head_dim": 128, "rope_theta": 5e5},
+    "smollm3": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
+                "tie_word_embeddings": True},
+    "ministral3": {
+        "num_key_value_heads": 8, "max_position_embeddings": 262144, "head_dim": 128,
+        "rms_norm_eps": 1e-5, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+            "llama_4_scaling_beta": 0.1}},
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
-    "phi3": {"rms_norm_eps": 1e-5},
-    "qwen3": {"head_dim": 128},
+    "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
 }
-FIXED = {"hidden_act": "silu", "mlp_bias": False}
+FIXED = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,), "is_encoder_decoder": (False,),
+         "per_layer_config": ()}
+# The families that heed sliding_window, those that do so only with use_sliding_window, and those
+# whose layer_types say in which layers (a Mistral that has them is what transformers calls
+# Ministral).
+WINDOWED = ("mistral", "ministral", "ministral3", "phi3", "olmo3", "qwen2", "qwen3",
+            "smollm3")
+SWITCHED = ("qwen2", "qwen3", "smollm3")
+LAYERED = ("mistral", "ministral", "olmo3", "qwen2", "qwen3", "smollm3")
 
 
 def parse_config(config, context=None):
@@ -41,18 +63,11 @@ def parse_config(config, context=None):
     Raises ValueError, naming the key and its value.
     """
     model_type = check_family(config)
-    config = DEFAULTS.get(model_type, {}) | config
-    for key, wanted in FIXED.items():
-        if config.get(key, wanted) not in (wanted, None):
-            raise ValueError(
-                f"config value {key} is {config[key]!r}; only {wanted!r} is supported")
-    if config.get("use_sliding_window"):
-        raise ValueError("config value use_sliding_window is true; a window on some of the "
-                         "layers is not supported")
-    window = None
-    if model_type in WINDOWED and config.get("sliding_window") is not None:
-        window = number(config, "sliding_window", high=1 << 24)
-
+    config = DEFAULTS[""] | DEFAULTS.get(model_type, {}) | config
+    for key, allowed in FIXED.items():
+        if config.get(key) not in (*allowed, None):
+            raise ValueError(f"config value {key} is {str(config[key])[:100]!r}; only "
+                             f"{(allowed or (None,))[0]!r} is supported")
     hidden_size = number(config, "hidden_size")
     n_heads = number(config, "num_attention_heads", high=1024)
     n_kv_heads = number(config, "num_key_value_heads", n_heads, high=1024)
@@ -68,8 +83,10 @@ def parse_config(config, context=None):
     if model_type == "granitemoehybrid":
         check_dense(config)
         mlp = "shared_intermediate_size"
+    no_rope = parse_no_rope(config, n_layers) if model_type == "smollm3" else ()
+    window, full = parse_window(config, model_type, n_layers, no_rope)
     rope = parse_rope(config, head_dim, context)
-    norm_eps = number(config, "rms_norm_eps", 1e-6, 0.0, 1.0, float)
+    norm_eps = number(config, "rms_norm_eps", None, 0.0, 1.0, float)
     if model_type.startswith("granite"):  # the rest of its factors is in the weights: unify.py
         norm_eps /= number(config, "embedding_multiplier", 1.0, 1e-6, 1e6, float) ** 2
         scale = number(config, "attention_multiplier", 1.0, 1e-6, 1e6, float)  # of the scores
@@ -86,12 +103,16 @@ def parse_config(config, context=None):
         norm_eps=norm_eps,
         **rope,
         sliding_window=window,
-        full_layers=parse_full_layers(config, n_layers) if model_type == "olmo3" else (),
-        no_rope_layers=parse_no_rope(config, n_layers) if model_type == "smollm3" else (),
-        qk_norm={"qwen3": "head", "olmo2": "all", "olmo3": "all"}.get(model_type),
+        full_layers=full,
+        plain_rope_layers=tuple(i for i in range(n_layers) if i not in full)
+        if model_type == "olmo3" else (),
+        no_rope_layers=no_rope,
+        qk_norm={"qwen3": "head", "qwen3_vl_text": "head", "olmo2": "all",
+                 "olmo3": "all"}.get(model_type),
         norms_behind=model_type in ("olmo2", "olmo3"),
         qkv_bias=attention_bias or model_type == "qwen2",
-        o_bias=attention_bias and model_type not in ("mistral", "ministral3", "qwen2"),
+        o_bias=attention_bias and model_type not in (
+            "mistral", "ministral", "ministral3", "qwen2"),
         tie_embeddings=flag(config, "tie_word_embeddings"),
     )
 
@@ -111,9 +132,12 @@ def check_family(config):
 
 def text_part(config):
     """The part of a config.json about text, where there is one about images, too."""
-    if config.get("model_type") != "mistral3" or not isinstance(config.get("text_config"), dict):
+    tied = {"mistral3": True, "qwen3_vl": False}.get(str(config.get("model_type")))
+    text, key = config.get("text_config"), "tie_word_embeddings"
+    if tied is None or not isinstance(text, dict):
         return config
-    return {"tie_word_embeddings": config.get("tie_word_embeddings")} | config["text_config"]
+    whole = {name: config[name] for name in (key, "quantization_config") if name in config}
+    return {key: tied} | text | whole
 
 
 def check_dense(config):
@@ -127,17 +151,34 @@ def check_dense(config):
                          "ones with RoPE are supported")
 
 
-def parse_full_layers(config, n_layers):
-    """The layers without a window: those that OLMo 3's layer_types says; else every fourth."""
+def parse_window(config, model_type, n_layers, no_rope_layers):
+    """(the sliding window or None, the layers that see all tokens though others have it)."""
+    window = config.get("sliding_window") if model_type in WINDOWED else None
+    if model_type in SWITCHED and not flag(config, "use_sliding_window"):
+        window = None
+    if window is not None:
+        window = number(config, "sliding_window", high=1 << 24)
+    windowed = range(n_layers if window else 0)
+    if model_type == "olmo3":
+        windowed = [i for i in windowed if (i + 1) % 4 != 0]
+    elif model_type == "smollm3":
+        windowed = [i for i in windowed if i in no_rope_layers]
+    elif model_type in SWITCHED and window:
+        windowed = windowed[number(config, "max_window_layers", 28, low=0):]
     kinds = config.get("layer_types")
-    if kinds is None:
-        kinds = [("sliding", "full")[(i + 1) % 4 == 0] + "_attention" for i in range(n_layers)]
-    if (not isinstance(kinds, list) or len(kinds) != n_layers
-            or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)):
-        raise ValueError(f"config value layer_types is {str(kinds)[:100]}; expected "
-                         "sliding_attention or full_attention for each of the "
-                         f"{n_layers} layers")
-    return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    if kinds is not None and model_type != "granitemoehybrid":
+        names = ("sliding_attention", "full_attention")
+        if (not isinstance(kinds, list) or len(kinds) != n_layers
+                or any(kind not in names for kind in kinds)):
+            raise ValueError(f"config value layer_types is {str(kinds)[:100]}; expected "
+                             f"{' or '.join(names)} for each of the {n_layers} layers")
+        named = [i for i, kind in enumerate(kinds) if kind == names[0]]
+        if named != [*windowed] and (model_type not in LAYERED or not window):
+            raise ValueError(f"config value layer_types gives {len(named)} layers a window, but "
+                             f"by sliding_window {len(windowed)} of this model have one")
+        windowed = named
+    full = tuple(i for i in range(n_layers) if i not in windowed)
+    return (window, full) if len(full) < n_layers else (None, ())
 
 
 def parse_no_rope(config, n_layers):

@@ -349,8 +349,8 @@ def llama3_scaling(divisors, config):
     scaling = {"rope_type": "llama3", "factor": divisors.flatten()[-1].item(),
                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
-    expected = parse_rope({"rope_theta": config.rope_theta, "rope_scaling": scaling},
-                          config.head_dim)["rope_divisors"]
+    expected = parse_rope({"rope_theta": config.rope_theta, "rope_scaling": scaling,
+                           "max_position_embeddings": 8192}, config.head_dim)["rope_divisors"]
     expected = torch.tensor(expected)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
         raise ValueError("its rope_freqs.weight does not follow Llama-3's formula, the only one "

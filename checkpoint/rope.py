@@ -38,26 +38,33 @@ def parse_rope(config, head_dim, context=None):
     Raises ValueError, naming the key and its value.
     """
     rope, rope_type = rope_settings(config)
-    theta = number(config if rope.get("rope_theta") is None else rope, "rope_theta",
-                   5e5 if config.get("model_type") == "olmo3" else 1e4, 1.1, 1e12, float)
-    longest = number(config, "max_position_embeddings", 2048, high=1 << 24)
-    if context is not None and not 1 <= context <= longest:
-        raise ValueError(f"context {context} is outside 1 to {longest}, the longest of this model")
-    if rope_type == "yarn":
-        rope = {"original_max_position_embeddings": longest} | rope
-    if rope_type == "longrope":
-        rope = rope | {key: config[key] for key in NEEDED[rope_type] if key in config}
-    settings = {key: number(rope, key, None, 2.0 if key.startswith("original") else 1e-3, 1e8,
-                            float) for key in NEEDED[rope_type]}
+    theta = number(config if rope.get("rope_theta") is None else rope, "rope_theta", None, 1.1,
+                   1e12, float)
+    longest = number(config, "max_position_embeddings", high=1 << 24)
+    original = "original_max_position_embeddings"
+    if rope_type in ("llama3", "yarn", "longrope"):
+        rope = rope | {key: config[key] for key in (original,) if config.get(key) is not None}
+    if rope_type in ("llama3", "yarn") and rope.get(original) is None:
+        rope = rope | {original: longest}
+    settings = {key: number(rope, key, None, 2.0 if key == original else 1e-3, 1e8, float)
+                for key in NEEDED[rope_type]}
+    # A factor is there for longer texts, even if max_position_embeddings was left as it had been.
+    reach = longest
+    if rope_type in ("yarn", "longrope"):
+        stretch = number(rope, "factor", longest / settings[original], 1e-3, 1e8, float)
+        reach = longest = max(longest, min(int(stretch * settings[original]), 1 << 24))
+    elif rope_type == "linear":
+        reach = max(longest, min(int(longest * settings["factor"]), 1 << 24))
+    if context is not None and not 1 <= context <= reach:
+        raise ValueError(f"context {context} is outside 1 to {reach}, the longest of this model")
     turned = turned_channels(config, head_dim)
     fields = {"rope_theta": theta, "context": context or longest}
     if rope_type == "longrope":
-        original = settings["original_max_position_embeddings"]
-        fields["context"] = context or min(longest, int(original))
-        name = "long_factor" if fields["context"] > original else "short_factor"
+        within = settings[original]
+        fields["context"] = context or min(longest, int(within))
+        name = "long_factor" if fields["context"] > within else "short_factor"
         settings["divisors"] = numbers(rope, name, turned // 2)
-        stretch = number(rope, "factor", longest / original, 1e-3, 1e8, float)
-        default = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        default = math.sqrt(1 + math.log(stretch) / math.log(within)) if stretch > 1 else 1.0
         fields["rope_factor"] = number(rope, "attention_factor", default, 1e-3, 1e3, float)
     if rope_type == "yarn":
         settings["beta_fast"] = number(rope, "beta_fast", 32.0, 1e-3, 1e8, float)
@@ -85,18 +92,29 @@ def rope_settings(config):
 
     New configs keep all of RoPE in rope_parameters, old ones in rope_theta and rope_scaling.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if config.get("model_type") == "olmo3" and isinstance(rope, dict) and "full_attention" in rope:
-        # Layers with a window have the plain RoPE: `Config.rope_kind`.
-        windowed, rope = rope.get("sliding_attention") or {}, rope["full_attention"]
-        if (not isinstance(rope, dict) or not isinstance(windowed, dict)
+    new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise ValueError(f"config value rope_scaling is {old or new!r}; expected one flat object "
+                         "for all layers")
+    rope = old or new
+    if config.get("model_type") == "olmo3" and new:
+        # Layers with a window have the plain RoPE: `Config.plain_rope_layers`.
+        windowed, new = new.get("sliding_attention") or {}, new.get("full_attention")
+        if (not isinstance(new, dict) or not isinstance(windowed, dict)
                 or windowed.get("rope_type", "default") != "default"
-                or windowed.get("rope_theta") not in (None, rope.get("rope_theta"))):
+                or windowed.get("rope_theta") not in (None, new.get("rope_theta"))):
             raise ValueError(f"config value rope_parameters has {windowed!r} for layers with a "
                              "window; only the plain RoPE, theta as in the others, is supported")
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        rope = new | old
+    if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
                          "all layers")
+    if old and config.get("model_type") != "olmo3":  # it counts, as in transformers, alone
+        for key in ("rope_theta", "partial_rotary_factor"):
+            found = rope.get(key, config.get(key))
+            if new.get(key) not in (None, found):
+                raise ValueError(f"config value {key} is {new[key]!r} in rope_parameters, but "
+                                 f"{found!r} beside rope_scaling; remove one of the two")
     rope_type = str(rope.get("rope_type", rope.get("type", "default")))
     if config.get("model_type") == "phi3" and rope_type in ("su", "yarn"):
         rope_type = "longrope"  # its names in old configs of this family

@@ -1,11 +1,14 @@
 """config.json -> Config, in both spellings; what it and `put` refuse."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 
 from checkpoint.config import FAMILIES, parse_config
 from checkpoint.tensors import put
+from checkpoint.unify import granite_factors
 from model import Model
 from test_model import CASES, ROPE, SMALL
 
@@ -27,28 +30,123 @@ def test_old_and_new_spelling(name):
     assert parse_config(new) == parse_config(old) == parse_config(oldest)
 
 
-def test_what_llamas_config_leaves_out_is_as_in_transformers():
-    given = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads")
-    short = {key: SMALL[key] for key in given}
-    full = transformers.LlamaConfig(**short).to_dict()
-    assert parse_config(short | {"model_type": "llama"}) == parse_config(full)
+FAMILY = {  # what a family needs beside SMALL, or what makes all of its keys count
+    "granitemoehybrid": {"position_embedding_type": "rope", "shared_intermediate_size": 48,
+                         "mamba_n_heads": 4, "num_local_experts": 0,
+                         "layer_types": ["full_attention"] * 3},
+    "ministral3": {"sliding_window": 16, "rope_parameters": ROPE["ministral"]},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    **dict.fromkeys(("qwen2", "qwen3"), {
+        "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "smollm3": {"use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 2},
+    "phi3": {"sliding_window": 16, "rope_parameters": ROPE["longrope"],
+             "original_max_position_embeddings": 32}}
+HARMLESS = {  # keys without which the logits of one text are the same
+    "_name_or_path", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "embd_pdrop", "id2label", "initializer_range", "label2id", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
+    "return_dict", "transformers_version", "use_cache"}
+HARMLESS |= {"eos_token_id"}  # it ends a text: `open_tokenizer`
+EXPERTS = {"intermediate_size", "num_experts_per_tok", "output_router_logits",
+           "router_aux_loss_coef", "time_step_limit"}  # and mamba_..., of layers that are refused
+
+
+def written(model_type, **changes):
+    """A config.json of transformers with all keys of its class."""
+    given = SMALL | FAMILY.get(model_type, {}) | changes
+    return transformers.AutoConfig.for_model(model_type, **copy.deepcopy(given)).to_dict()
+
+
+def meaning(config):
+    """All that is made of a config.json but the ids that end a text."""
+    return parse_config(config), granite_factors(config)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_key_counts_or_is_harmless(model_type):
+    """Another value of any key of transformers' class changes the model or is refused."""
+    config = written(model_type)
+    if model_type in ("qwen2", "qwen3", "smollm3"):
+        config.pop("no_rope_layers", None)
+        assert "sliding_attention" in config.pop("layer_types")  # which would say it all
+    base = meaning(config)
+    ignored = HARMLESS | (EXPERTS if model_type == "granitemoehybrid" else set())
+    others = {"rope_parameters": ROPE["linear"], "layer_types": ["full_attention"] * 2,
+              "no_rope_layers": [0, 0, 0], "head_dim": 20, "num_key_value_heads": 2,
+              "num_attention_heads": 8, "max_window_layers": 2, "no_rope_layer_interval": 2}
+    for key in config.keys() - ignored:
+        if key.startswith("mamba_"):
+            continue
+        value = config[key]
+        new = others.get(key, not value if isinstance(value, bool) else value * 2
+                         if isinstance(value, (int, float)) else "another")
+        try:
+            assert meaning(config | {key: new}) != base, key
+        except ValueError:
+            pass
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_a_family_leaves_out_is_as_in_transformers(model_type):
-    given = SMALL | {"num_local_experts": 0, "layer_types": ["full_attention"] * 3}
-    if model_type == "granitemoehybrid":
-        given |= {"position_embedding_type": "rope", "shared_intermediate_size": 48,
-                  "mamba_n_heads": 4}
-    elif model_type == "olmo3":
-        given["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
-    elif model_type == "ministral3":  # YaRN, whose numbers no config leaves out
-        given["rope_parameters"] = ROPE["ministral"]
-    full = transformers.AutoConfig.for_model(model_type, **given).to_dict()
-    short = {key: full[key] for key in full if key in given}
-    short |= {"model_type": model_type, "max_position_embeddings": full["max_position_embeddings"]}
-    assert parse_config(short) == parse_config(full)
+    """Without any one key, a config.json means what transformers reads in it, or is refused."""
+    config = written(model_type)
+    parse_config(config)
+    for key in config.keys() - {"model_type"}:
+        short = {name: value for name, value in config.items() if name != key}
+        try:
+            ours = parse_config(short)
+        except ValueError:
+            continue
+        cls = type(transformers.AutoConfig.for_model(model_type))
+        assert ours == parse_config(cls.from_dict(copy.deepcopy(short)).to_dict()), key
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3", "phi3", "olmo3"])
+@pytest.mark.parametrize("old", [
+    {"rope_scaling": YARN}, {"rope_scaling": YARN, "rope_theta": 99.0},
+    {"rope_scaling": YARN | {"rope_theta": 99.0}, "rope_theta": 77.0},
+    {"rope_theta": 77.0}, {"rope_scaling": YARN, "original_max_position_embeddings": 64},
+    {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}])
+@pytest.mark.parametrize("new", [
+    None, {"rope_type": "default"}, {"rope_type": "default", "rope_theta": 99.0},
+    {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}])
+def test_two_spellings_of_rope(model_type, old, new):
+    """Where they disagree, they are read as transformers does, or refused."""
+    config = SMALL | {"model_type": model_type} | copy.deepcopy(old)
+    if new is not None:
+        config["rope_parameters"] = new
+    try:
+        ours = parse_config(copy.deepcopy(config))
+    except ValueError as error:
+        assert "rope" in str(error) or "factor" in str(error)
+        assert new or model_type == "phi3"  # its yarn is a longrope without lists
+        return
+    try:
+        theirs = transformers.AutoConfig.for_model(**config)
+    except Exception:  # noqa: BLE001
+        return
+    if model_type == "olmo3" and "rope_theta" in old:
+        return  # transformers gives the old key to one kind of layers alone
+    if "original_max_position_embeddings" in old:  # read when the model is made
+        theirs.standardize_rope_params()
+    assert ours == parse_config({k: v for k, v in theirs.to_dict().items()
+                                 if k != "original_max_position_embeddings"
+                                 or model_type == "phi3"})
+
+
+@pytest.mark.parametrize("scaling, reach, default", [
+    (YARN, 128, 128), (YARN | {"factor": 16.0}, 512, 512), ({"type": "linear", "factor": 3.0},
+                                                           192, 64)])
+def test_longer_texts_than_max_position_embeddings(scaling, reach, default):
+    config = LLAMA | {"max_position_embeddings": 64, "rope_scaling": scaling}
+    assert parse_config(config).context == default
+    assert parse_config(config, reach).context == reach
+    with pytest.raises(ValueError, match=f"context {reach + 1} is outside 1 to {reach}"):
+        parse_config(config, reach + 1)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -66,6 +164,10 @@ def test_what_a_family_leaves_out_is_as_in_transformers(model_type):
     ({"head_dim": 7}, "head_dim is 7"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is"),
+    ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+    ({"layer_types": ["sliding_attention"] * 3}, "layer_types gives 3 layers a window, but by"),
+    ({"layer_types": ["chunked_attention"] * 3}, "layer_types is"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
      "'dynamic'.*default, linear, llama3, yarn"),

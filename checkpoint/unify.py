@@ -10,7 +10,7 @@ factors   Granite multiplies embeddings by e, what a block adds by r, and divide
 partial   Phi-4-mini turns the first channels of a head alone. The rows of q and k are put in
           another order, the same for both, in which channel j pairs with j + head_dim / 2 as
           elsewhere; the pairs that do not turn have a rotation of 0 (rope.py).
-text      Ministral 3's checkpoints hold a part for images, which is not read.
+text      Checkpoints of Ministral 3 and Qwen3-VL hold a part for images, which is not read.
 """
 
 from checkpoint.rope import turned_channels
@@ -20,7 +20,7 @@ from model import SITES
 RENAMED = {"language_model.": "", "shared_mlp.input_linear": "mlp.gate_up_proj",
            "shared_mlp.output_linear": "mlp.down_proj"}
 IMAGES = ("vision_tower.", "model.vision_tower.",
-          "multi_modal_projector.", "model.multi_modal_projector.")
+          "multi_modal_projector.", "model.multi_modal_projector.", "model.visual.", "visual.")
 FUSED = {"qkv_proj": "qkv", "gate_up_proj": "gate_up"}  # the projections of a site in one matrix
 
 
