@@ -63,11 +63,15 @@ def parse_config(config, context=None):
     Raises ValueError, naming the key and its value.
     """
     model_type = check_family(config)
-    config = DEFAULTS[""] | DEFAULTS.get(model_type, {}) | config
+    defaults = DEFAULTS[""] | DEFAULTS.get(model_type, {})
+    rope = defaults.pop("rope_parameters", None)  # counts where the file says nothing of RoPE
+    config = defaults | config
+    if config.get("rope_parameters") is None and not config.get("rope_scaling"):
+        config["rope_parameters"] = rope
     for key, allowed in FIXED.items():
         if config.get(key) not in (*allowed, None):
-            raise ValueError(f"config value {key} is {str(config[key])[:100]!r}; only "
-                             f"{(allowed or (None,))[0]!r} is supported")
+            raise ValueError(f"config value {key} is {repr(config[key])[:100]}; only "
+                             f"{(*allowed, None)[0]!r} is supported")
     hidden_size = number(config, "hidden_size")
     n_heads = number(config, "num_attention_heads", high=1024)
     n_kv_heads = number(config, "num_key_value_heads", n_heads, high=1024)
@@ -81,7 +85,7 @@ def parse_config(config, context=None):
     n_layers = number(config, "num_hidden_layers", high=1024)
     mlp = "intermediate_size"
     if model_type == "granitemoehybrid":
-        check_dense(config)
+        check_dense(config, n_layers)
         mlp = "shared_intermediate_size"
     no_rope = parse_no_rope(config, n_layers) if model_type == "smollm3" else ()
     window, full = parse_window(config, model_type, n_layers, no_rope)
@@ -140,10 +144,11 @@ def text_part(config):
     return {key: tied} | text | whole
 
 
-def check_dense(config):
+def check_dense(config, n_layers):
     """Raise ValueError for the Granite 4 models that have other layers than Llama's."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
-    attention = isinstance(kinds, list) and {*map(str, kinds)} <= {"attention", "full_attention"}
+    attention = (isinstance(kinds, list) and len(kinds) == n_layers
+                 and {*map(str, kinds)} <= {"attention", "full_attention"})
     if (config.get("num_local_experts") != 0 or not attention
             or config.get("position_embedding_type") != "rope"):
         raise ValueError("this Granite has experts, Mamba layers or no RoPE (config values "

@@ -40,7 +40,7 @@ UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 
 ARCHITECTURES = {  # name in the file -> model_type in config.json; OLMo 3 is an olmo2 here
     "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3", "olmo2": "olmo2",
-    "granite": "granite", "phi3": "phi3", "mistral3": "ministral3"}
+    "granite": "granite", "phi3": "phi3", "mistral3": "ministral3", "qwen3vl": "qwen3_vl_text"}
 # those whose rows of q and k are in another order (see `GGUFFile.read`)
 REORDERED = ("llama", "smollm3", "granite", "mistral3")
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -254,6 +254,7 @@ class GGUFFile:
             "layer_types": windowed,
             "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon"),
             "rope_theta": self.get("rope.freq_base", 10000.0),
+            "rope_parameters": {},  # a config.json may mean YaRN without saying so
             "rope_scaling": self.rope_scaling(),
             "attention_bias": "blk.0.attn_q.bias" in self.tensors,
             "tie_word_embeddings": "output.weight" not in self.tensors,
@@ -312,9 +313,9 @@ class GGUFFile:
                 "rope_type": "longrope",
                 "short_factor": read("rope_factors_short.weight").tolist(),
                 "long_factor": read("rope_factors_long.weight").tolist(),
-                "attention_factor": self.get("rope.scaling.attn_factor"),
-                "original_max_position_embeddings":
-                    self.get("rope.scaling.original_context_length")}
+                "attention_factor": self.get("rope.scaling.attn_factor")}
+            found["original_max_position_embeddings"] = self.get(
+                "rope.scaling.original_context_length")
         return found
 
     def shapes(self):

@@ -43,9 +43,10 @@ def parse_rope(config, head_dim, context=None):
     longest = number(config, "max_position_embeddings", high=1 << 24)
     original = "original_max_position_embeddings"
     if rope_type in ("llama3", "yarn", "longrope"):
-        rope = rope | {key: config[key] for key in (original,) if config.get(key) is not None}
-    if rope_type in ("llama3", "yarn") and rope.get(original) is None:
-        rope = rope | {original: longest}
+        within = config.get(original)  # counts more than the same key of RoPE's settings
+        if within is None and config.get("model_type") != "phi3":
+            within = rope.get(original, None if rope_type == "longrope" else longest)
+        rope = rope | {original: within}
     settings = {key: number(rope, key, None, 2.0 if key == original else 1e-3, 1e8, float)
                 for key in NEEDED[rope_type]}
     # A factor is there for longer texts, even if max_position_embeddings was left as it had been.
@@ -97,15 +98,18 @@ def rope_settings(config):
         raise ValueError(f"config value rope_scaling is {old or new!r}; expected one flat object "
                          "for all layers")
     rope = old or new
-    if config.get("model_type") == "olmo3" and new:
+    if config.get("model_type") == "olmo3":
         # Layers with a window have the plain RoPE: `Config.plain_rope_layers`.
-        windowed, new = new.get("sliding_attention") or {}, new.get("full_attention")
-        if (not isinstance(new, dict) or not isinstance(windowed, dict)
+        windowed, full = new.get("sliding_attention") or {}, new.get("full_attention") or {}
+        if new and not full and not windowed:
+            raise ValueError(f"config value rope_parameters is {new!r}; expected one object for "
+                             "full_attention and one for sliding_attention")
+        if (not isinstance(full, dict) or not isinstance(windowed, dict)
                 or windowed.get("rope_type", "default") != "default"
-                or windowed.get("rope_theta") not in (None, new.get("rope_theta"))):
+                or windowed.get("rope_theta") not in (None, full.get("rope_theta"))):
             raise ValueError(f"config value rope_parameters has {windowed!r} for layers with a "
                              "window; only the plain RoPE, theta as in the others, is supported")
-        rope = new | old
+        rope = {"rope_type": "default"} | full | old
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
                          "all layers")
@@ -115,9 +119,13 @@ def rope_settings(config):
             if new.get(key) not in (None, found):
                 raise ValueError(f"config value {key} is {new[key]!r} in rope_parameters, but "
                                  f"{found!r} beside rope_scaling; remove one of the two")
-    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
-    if config.get("model_type") == "phi3" and rope_type in ("su", "yarn"):
-        rope_type = "longrope"  # its names in old configs of this family
+    names = [str(rope[key]) for key in ("rope_type", "type") if rope.get(key) is not None]
+    if config.get("model_type") == "phi3":  # its names in old configs of this family
+        names = ["longrope" if name in ("su", "yarn") else name for name in names]
+    rope_type = names[0] if names else "default"
+    if len({*names}) > 1:
+        raise ValueError(f"RoPE's settings have rope_type {rope_type!r} and type {names[-1]!r}; "
+                         "remove one of the two")
     if rope_type not in NEEDED:
         raise ValueError(f"rope scaling type {rope_type!r} is not supported; supported are "
                          f"{', '.join(NEEDED)}")

@@ -552,6 +552,7 @@ def test_gguf_with_biases(tmp_path):
 @pytest.mark.parametrize("arch, name, context", [
     ("llama", "llama-2", None), ("llama", "llama with biases", None),
     ("qwen2", "qwen2", None), ("qwen3", "qwen3", None), ("qwen3", "qwen3, yarn", None),
+    ("qwen3vl", "qwen3", None),
     ("smollm3", "smollm3, every fourth, tied, biases", None),
     ("olmo2", "olmo2", None), ("olmo2", "olmo2, odd heads, tied", None),
     ("granite", "granite", None), ("granite", "granite, odd heads, tied, biases", None),

@@ -15,6 +15,7 @@ from checkpoint.test_checkpoint import spm_tokenizer
 from checkpoint.test_config import LLAMA
 from checkpoint.unify import unify
 from cli.quantize_folder import write_folder
+from session import Session
 from tensor_parallel import cut
 from test_model import CASES, ROPE, SMALL
 
@@ -144,6 +145,35 @@ def ministral():
     config = transformers.Mistral3Config(
         text_config=text, vision_config=eyes, tie_word_embeddings=False)
     return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.inference_mode()
+def test_the_text_of_qwen3_vl(tmp_path, tied):
+    """Its RoPE over three axes is the ordinary one where there is no image."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 2, 2],
+            "mrope_interleaved": True}
+    text = SMALL | {"vocab_size": 320, "head_dim": 12, "num_key_value_heads": 2,
+                    "rope_parameters": rope}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+            "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=eyes, tie_word_embeddings=tied)
+    theirs = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    theirs.save_pretrained(tmp_path / "m")
+    spm_tokenizer().save(str(tmp_path / "m" / "tokenizer.json"))
+    model = checkpoint.load(tmp_path / "m")[0]
+    assert model.config.tie_embeddings == tied
+    ids = torch.randint(320, (80,))
+    expected = theirs(ids[None]).logits[0]
+    assert (model.logits(model.forward(ids)) - expected).abs().max() <= 1e-4
+    tokens = list(Session(model, context=120).generate(ids.tolist(), 16))
+    assert tokens == theirs.generate(ids[None], max_new_tokens=16, do_sample=False,
+                                     pad_token_id=0)[0, 80:].tolist()
 
 
 @torch.inference_mode()
