@@ -11,9 +11,12 @@ Method: Liu et al., "TEAL" (arXiv:2408.14690).
 
 import argparse
 import json
+import math
 import os
 import secrets
+import shlex
 import sys
+from numbers import Integral
 
 # Before PyTorch starts OpenMP: threads that spin for long while they wait for each other, the
 # default, make decoding several times slower on a busy machine.
@@ -37,7 +40,7 @@ from cli.report import (
     warn_of_sparsity,
     write,
 )
-from session import Session, SparsityWatch, cache_bytes
+from session import Session, SparsityWatch, cache_bytes, require, token_ids
 from tensor_parallel import from_first, rank, refuse
 
 # Of a model whose checkpoint recommends nothing.
@@ -67,7 +70,9 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
 
 def generate_tokens(model, ids, max_new_tokens, **options):
     """A generator of the ids that continue `ids`, a list; options as of `Session`."""
-    context = min(model.config.context, len(ids) + max_new_tokens)
+    require("max_new_tokens", max_new_tokens, 0, math.inf, Integral)
+    ids = token_ids(ids, model.config.vocab_size)
+    context = max(1, min(model.config.context, len(ids) + max_new_tokens))
     session = open_session(model, **{"context": context} | options)
     yield from session.generate(ids, max_new_tokens)
 
@@ -86,11 +91,12 @@ def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
     They are those of the calibration file `path`, or of the best calibration there is (see
     calibrations/thresholds.py). A model without one is calibrated. `name` is what --model says.
     """
+    require("sparsity", sparsity, 0, 0.95)
     if sparsity == 0:
         return None
     calibration = find(model, path=path)
     if calibration is not None and not calibration.is_own(model):
-        own = "calibrate.py" + (f" --model {name}" if name else "")
+        own = "calibrate.py" + (f" --model {shlex.quote(name)}" if name else "")
         say(f"thresholds: {calibration.origin()}, made for other weights of this shape; "
             f"python {own} makes this model's own")
     if calibration is None:
@@ -165,6 +171,8 @@ def parse_args():
     for flag in ("system", "thinking"):
         if getattr(args, flag) is not None and args.raw:
             parser.error(f"--{flag} needs the chat template that --raw leaves out; give one")
+    if args.calibration and not (args.sparsity or args.chat):
+        parser.error("--calibration needs --sparsity S; without it, every weight is read")
     if args.prompt is None and not args.chat:
         parser.error("there is nothing to do; give --prompt TEXT, --prompt - to read standard "
                      "input, or --chat")
@@ -208,18 +216,16 @@ def main():
 
     def thresholds(sparsity):
         warn_of_broken_text(model, sparsity)
-        found = find_thresholds(model, tokenizer, sparsity, args.calibration, args.model)
-        args.sparsity = sparsity  # what the watch compares with
-        return found
+        return find_thresholds(model, tokenizer, sparsity, args.calibration, args.model)
 
     session = open_session(model, thresholds(args.sparsity), context=context,
                            stop=tokenizer.eos_ids, **sampling)
     watch = SparsityWatch(session, warn_of_sparsity)
 
-    def respond(ids):
-        ids = watch.watch(session.generate(ids, args.max_new_tokens), args.sparsity)
+    def respond(ids, sparsity):
+        ids = watch.watch(session.generate(ids, args.max_new_tokens), sparsity)
         text, ended = write(ids, tokenizer, args.stop)
-        session.ended = session.ended or ended
+        session.ended = ended if ended == "interrupted" else session.ended or ended
         explain_end(session, args.max_new_tokens)
         return text
 
@@ -239,7 +245,7 @@ def main():
         chat.run(prompt)
         used = chat.used
     else:
-        respond(ids)
+        respond(ids, args.sparsity)
         used = {args.sparsity: session.measured()}
     for sparsity, stats in used.items():
         say(describe(stats, sparsity))

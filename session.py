@@ -7,8 +7,10 @@ never computed twice.
 """
 
 import math
+import operator
 import time
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 
 import torch
 
@@ -54,20 +56,30 @@ class Session:
     stop:       ids of the tokens that end a generation
     context:    tokens that the KV cache has room for; None for the model's longest
     graph:      on a GPU, capture the step as a CUDA graph; False gives the same tokens, slower
+
+    Raises ValueError for an option that is out of range.
     """
 
     def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0,
                  min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), context=None, graph=True):
+        context = model.config.context if context is None else context
+        for name, value, low, high, kind in (
+                ("temperature", temperature, 0, 100, Real), ("top_p", top_p, 0, 1, Real),
+                ("top_k", top_k, 0, math.inf, Integral), ("min_p", min_p, 0, 1, Real),
+                ("repetition_penalty", repetition_penalty, 0.01, 100, Real),
+                ("seed", seed, -2**63, 2**64 - 1, Integral),
+                ("context", context, 1, model.config.context, Integral)):
+            require(name, value, low, high, kind)
         self.model, self.stop = model, frozenset(stop)
         generator = torch.Generator(model.device).manual_seed(seed)
         self.sampling = (temperature, top_k, top_p, min_p, generator)
         self.penalty = repetition_penalty
         # The tokens of the text so far: on the device, so that a CUDA graph can add to them.
         self.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
-        context = context or model.config.context
         self.cache = KVCache(model.config, context, model.dtype, model.device)
         self.tokens = []  # those whose keys and values the cache holds
         self.ended = None  # what ended the last generation: "stop", "length", "context"
+        self.turn = None  # the last generation
         self.stats = Stats()
         decoder = GpuDecoder if model.device.type == "cuda" else CpuDecoder
         self.decoder = decoder(model, self.cache, self.choose, [generator], graph)
@@ -75,8 +87,12 @@ class Session:
 
     def set_thresholds(self, thresholds):
         """Decode with these thresholds from now on (see the class)."""
+        shape = self.decoder.kept.shape
         if thresholds is None:
-            thresholds = torch.full(self.decoder.kept.shape, -1.0)
+            thresholds = torch.full(shape, -1.0)
+        if thresholds.shape != shape or thresholds.isnan().any():
+            raise ValueError(f"the thresholds are of shape {tuple(thresholds.shape)} or NaN; "
+                             f"expected numbers of shape {tuple(shape)}")
         self.thresholds = thresholds
         self.decoder.set_thresholds(thresholds)
 
@@ -99,14 +115,14 @@ class Session:
     def prefill(self, tokens):
         """Run a list of ids through the model, dense, and return the id that follows them."""
         start, device = self.cache.length, self.model.device
-        with Progress("reading the prompt", len(tokens), delay=2) as progress:
+        with Progress("reading the prompt", len(tokens), delay=2, kept=True) as progress:
             for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK[device.type]):
                 hidden = self.model.forward(chunk, self.cache)
+                self.tokens += tokens[len(self.tokens) - start:][:len(chunk)]
                 progress.update(len(chunk))
         token = self.choose(self.model.logits(hidden[-1:])[0]).item()
         if token < 0:
             self.diagnose(tokens, start, dense)
-        self.tokens += tokens
         return token
 
     @torch.inference_mode()
@@ -128,6 +144,7 @@ class Session:
             return y
 
         self.cache.length = start
+        del self.tokens[start:]
         chunks = torch.tensor(tokens, device=model.device).split(PREFILL_CHUNK[model.device.type])
         for chunk in chunks:
             hidden = model.forward(chunk, self.cache, watch)
@@ -138,17 +155,19 @@ class Session:
         """A generator of the ids that continue `prompt`, a list of ids; it ends at a stop token.
 
         What the cache holds of the prompt's beginning is not computed again, so a conversation
-        may be given whole every time. Raises ValueError for a prompt that is empty or longer than
-        the context.
+        may be given whole every time. Raises ValueError for a prompt that is empty, no ids or
+        longer than the context, and if the session has begun another generation meanwhile.
         """
         stats, cache, context = self.stats, self.cache, self.cache.context
+        require("max_new_tokens", max_new_tokens, 0, math.inf, Integral)
+        prompt, turn = token_ids(prompt, self.model.config.vocab_size), object()
         if not prompt:
             raise ValueError("the prompt is empty; give the model at least one token to continue")
         if len(prompt) > context:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, more than the context of {context}; shorten "
                 "it, or raise --context where the model allows more")
-        self.ended = None
+        self.ended, self.turn = None, turn
         self.seen.zero_()
         self.seen[prompt] = True
         same = 0
@@ -158,9 +177,11 @@ class Session:
         cache.length, self.tokens = same, self.tokens[:same]
 
         start = time.perf_counter()
-        token = self.prefill(prompt[same:])
-        stats.prompt_tokens += len(prompt) - same
-        stats.prefill_seconds += time.perf_counter() - start
+        try:
+            token = self.prefill(prompt[same:])
+        finally:  # Ctrl-C leaves what is done
+            stats.prompt_tokens += len(self.tokens) - same
+            stats.prefill_seconds += time.perf_counter() - start
         self.decoder.start(token, cache.length)
         steps = self.decoder.tokens(min(max_new_tokens, context - len(prompt)) - 1)
         for i in range(max_new_tokens):
@@ -169,6 +190,9 @@ class Session:
                 return
             stats.new_tokens += 1
             yield token
+            if self.turn is not turn:
+                raise ValueError("the session has begun another generation, so this one cannot go "
+                                 "on; give each its own session")
             if i + 1 == max_new_tokens:
                 self.ended = "length"
                 return
@@ -186,6 +210,7 @@ class Session:
             stats.steps += 1
             config, dtype = self.model.config, self.model.dtype
             stats.cache_bytes += seen(config, cache.length) * cache_bytes(config, dtype)
+        self.ended = "length"  # of nothing: max_new_tokens is 0
 
     def masked(self, x, linear):
         """A decode step's product in plain PyTorch."""
@@ -215,6 +240,28 @@ class Session:
         stats = stats or self.measured()
         blocks = block_bytes(self.model, stats.kept) / stats.decoder_steps
         return self.model.lm_head.w_t.nbytes + blocks + stats.cache_bytes / stats.steps
+
+
+def require(name, value, low, high, kind=Real):
+    """Raise ValueError unless an option of this name is a number of this kind from low to high."""
+    if not isinstance(value, kind) or not low <= value <= high:  # "not", so that NaN is refused
+        end = f"to {high}" if high < math.inf else "on"
+        raise ValueError(f"{name} is {value!r}; expected a {'whole ' * (kind is Integral)}number "
+                         f"from {low} {end}")
+
+
+def token_ids(ids, vocab_size):
+    """A list, tuple or tensor [T] of token ids as a list. Raises ValueError for anything else."""
+    try:
+        ids = [operator.index(id) for id in ids]
+    except TypeError:
+        raise ValueError(f"the prompt is a {type(ids).__name__} that is no list of whole numbers; "
+                         "give token ids, such as those of a tokenizer") from None
+    for id in ids:
+        if not 0 <= id < vocab_size:
+            raise ValueError(f"the prompt holds token {id}; the model's tokens are 0 to "
+                             f"{vocab_size - 1}")
+    return ids
 
 
 def cache_bytes(config, dtype):

@@ -319,7 +319,7 @@ def sparse_gemv(x, w_t, threshold, *, ends=None, scale=None, bias=None, norm=Non
     return y if out is None else out.copy_(y)
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=None)  # never freed: a captured graph may read it
 def _constant(thresholds, device):
     return torch.tensor(thresholds, dtype=torch.float32, device=device)
 

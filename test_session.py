@@ -4,6 +4,7 @@ sampling."""
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -399,6 +400,90 @@ def test_prompts_one_after_the_other():
         for prompt in (prompts[0], prompts[0], prompts[1]):
             fresh = Session(model, repetition_penalty=penalty)
             assert list(session.generate(prompt, 24)) == list(fresh.generate(prompt, 24))
+
+
+def test_ctrl_c_while_a_prompt_is_read(monkeypatch):
+    """The session holds the tokens that it computed, and the next prompt goes on behind them."""
+    model, prompt = random_model(CONFIGS["llama"]), torch.randint(0, 101, (100,)).tolist()
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", {"cpu": 16, "cuda": 16})
+    session, chunks = Session(model), []
+
+    def interrupted(y):
+        chunks.append(y)
+        if len(chunks) == 6:  # in the second layer of the third chunk
+            raise KeyboardInterrupt
+        return y
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for block in model.blocks:
+            patch.setattr(block, "reduce", interrupted)
+        next(session.generate(prompt, 8))
+    n = len(session.tokens)
+    assert session.tokens == prompt[:n] and n == session.cache.length == 16
+    assert session.stats.prompt_tokens == 16
+    assert list(session.generate(prompt, 8)) == list(Session(model).generate(prompt, 8))
+    assert session.stats.prompt_tokens == 100
+
+
+def test_a_prompt_that_turned_infinite_is_not_held():
+    model = overflowing(torch.float32, lambda model: None)
+    session = Session(model)
+    list(session.generate([1, 2, 3], 4))
+    model.embedding[7] = math.inf
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        next(session.generate([1, 2, 7], 4))
+    assert session.tokens == [1, 2]
+
+
+# ---- the Python API ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"temperature": -1}, "temperature is -1; expected a number from 0 to 100"),
+    ({"temperature": math.nan}, "temperature is nan"), ({"temperature": "1"}, "temperature is '1'"),
+    ({"top_k": -1}, "top_k is -1; expected a whole number from 0 on"), ({"top_k": 2.5}, "top_k"),
+    ({"top_p": 1.01}, "top_p is 1.01"), ({"top_p": math.nan}, "top_p"), ({"min_p": -0.1}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0"), ({"seed": 2**64}, "seed"),
+    ({"seed": 0.5}, "seed"), ({"context": 0}, "context is 0"), ({"context": 33}, "1 to 32"),
+    ({"thresholds": torch.zeros(7)}, r"the thresholds are of shape \(7,\)"),
+    ({"thresholds": torch.full((3, 7), math.nan)}, "NaN"),
+])
+def test_options_out_of_range(options, words):
+    model = overflowing(torch.float32, lambda model: None)  # a sound one, with a context of 32
+    with pytest.raises(ValueError, match=words):
+        Session(model, **options)
+
+
+@pytest.mark.parametrize("ids, words", [
+    ([1, 64], "the prompt holds token 64; the model's tokens are 0 to 63"), ([-1], "token -1"),
+    ([1.5], "whole numbers"), ("text", "a str"), (None, "NoneType"), ([[1, 2]], "whole numbers"),
+    (torch.ones(1, 3, dtype=torch.int64), "whole numbers"), (torch.ones(3), "whole numbers"),
+])
+def test_ids_that_are_none(ids, words):
+    model = overflowing(torch.float32, lambda model: None)
+    for tokens in Session(model).generate(ids, 4), generate_tokens(model, ids, 4):
+        with pytest.raises(ValueError, match=words):
+            next(tokens)
+
+
+def test_ids_of_all_kinds():
+    model = overflowing(torch.float32, lambda model: None)
+    for ids in (1, 2, 3), torch.tensor([1, 2, 3]), np.array([1, 2, 3]):
+        for tokens in Session(model).generate(ids, 4), generate_tokens(model, ids, 4):
+            assert list(tokens) == list(Session(model).generate([1, 2, 3], 4))
+    assert list(generate_tokens(model, [1], 0)) == []
+    with pytest.raises(ValueError, match="max_new_tokens is -1"):
+        next(generate_tokens(model, [1], -1))
+
+
+def test_a_generation_ends_where_the_next_one_begins():
+    session = Session(random_model(CONFIGS["llama"]))
+    old, new = session.generate([1, 2, 3], 8), session.generate([4, 5], 8)
+    next(old), next(new)
+    with pytest.raises(ValueError, match="has begun another generation"):
+        next(old)
+    expected = list(Session(session.model).generate([4, 5], 8))
+    assert list(new) == expected[1:]
 
 
 # ---- limits ------------------------------------------------------------------------------------

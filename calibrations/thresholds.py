@@ -8,6 +8,7 @@ so loading checks everything in it.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -157,11 +158,17 @@ def candidates(model):
     Those found on exactly its weights precede those found on others of the same shapes. Of each
     kind, calibration.safetensors in the model's folder comes first, then the one in the user's
     cache, then those under calibrations/. Raises CalibrationError if one of them is unfit for
-    use.
+    use; but one in the cache, which this program wrote, then counts as missing.
     """
     others = []
     for path in places(model):
-        calibration = Calibration.load(path, model.whole_config)
+        try:
+            calibration = Calibration.load(path, model.whole_config)
+        except CalibrationError as error:
+            if path != cache_path(model):
+                raise
+            print(f"{error}; it counts as missing", file=sys.stderr)
+            continue
         if calibration.is_own(model):
             yield calibration
         else:

@@ -57,7 +57,8 @@ def install(folder, state):
         client = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install",
                   "--no-user", "--no-compile", "--retries=1"]
     else:  # an environment of uv
-        client = [shutil.which("uv") or "uv", "pip", "install", "--python", sys.executable]
+        client = [shutil.which("uv") or "uv", "pip", "install", "--python", sys.executable,
+                  "--link-mode=copy"]
     try:
         done = subprocess.run(
             [*client, "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes",

@@ -102,19 +102,19 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes ids one by one. All that `push` returns, then `flush`, is `decode` of all ids.
+    """Decodes ids one by one. All that `push` returns, then `flush`, is `decode` of all ids, but
+    for a character at the end whose last bytes have not come: `flush` leaves it out.
 
-    `DecodeStream` holds a character back until its last byte has come. It cannot do two things.
-    It never gives out an incomplete character at the end. And it fails at SentencePiece's byte
-    tokens, <0xNN>: whether they are text depends on the whole run of them, so a run is held back
-    until another token ends it.
+    `DecodeStream` holds a character back until its last byte has come, broken ones for ever. And
+    it fails at SentencePiece's byte tokens, <0xNN>: whether they are text depends on the whole run
+    of them, so a run is held back until another token ends it.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.stream = DecodeStream(skip_special_tokens=True)
         self.ids, self.pending = [], []  # all, and those that the stream has not seen
-        self.length = 0  # characters given out
+        self.length = self.ahead = 0  # characters given out by the stream; beyond it, by `flush`
 
     def push(self, id):
         """One more id -> the text (str, often a word, sometimes empty) that it completes."""
@@ -129,11 +129,22 @@ class TextStream:
                      self.stream.step, self.tokenizer.tokenizer, self.pending) or ""
         self.pending = []
         self.length += len(text)
+        text, self.ahead = text[self.ahead:], max(0, self.ahead - len(text))
         return text
 
     def flush(self):
-        """The rest of the text, after the last id."""
-        return self.tokenizer.decode(self.ids)[self.length:]
+        """The rest of the text, after the last id. If more ids follow, `push` goes on behind it."""
+        decode, name = self.tokenizer.decode, self.tokenizer.tokenizer.token_to_id
+        text = decode(self.ids)
+        if text.endswith("\ufffd"):
+            # Of a character that has only begun, more bytes make a whole one; of broken bytes not.
+            a, b, c = (name(f"<0x{byte:X}>") or name(chr(byte + 162))  # as GPT-2 writes bytes
+                       for byte in (0x80, 0x90, 0xA0))
+            trials = [decode(self.ids + [first, a, a][:n]) for first in (a, b, c) if first and a
+                      for n in (1, 2, 3)]
+            text = next((trial[:-1] for trial in trials if not trial.endswith("\ufffd")), text)
+        given, self.ahead = self.length + self.ahead, max(0, len(text) - self.length)
+        return text[given:]
 
 
 def text_pieces(ids, tokenizer, stop=()):

@@ -6,14 +6,15 @@ starts with a slash and a word is a command, which the program answers and the m
 """
 
 import argparse
+import contextlib
 import re
 import sys
 
 from checkpoint.files import read_input
 from checkpoint.tokenizer import TokenizerError
-from cli.command_line import number
+from cli.command_line import explain, number
 from cli.report import say
-from tensor_parallel import from_first, rank
+from tensor_parallel import from_first, rank, world_size
 
 HELP = """\
 /clear        forget the conversation
@@ -21,7 +22,8 @@ HELP = """\
 /sparsity S   leave the share S of the blocks' weights unread, 0 to 0.95
 /stats        numbers of the last answer, and of all answers for each sparsity
 /exit         leave, like Ctrl-D
-Ctrl-C stops an answer. At the prompt it clears the line, and twice in a row it leaves.
+Ctrl-C stops an answer; before its first word, it takes the message back, too. At the prompt it
+clears the line, and twice in a row it leaves.
 A text of several lines that is pasted is one message."""
 
 
@@ -29,7 +31,7 @@ class Chat:
     """A conversation.
 
     session:      the `Session` that answers
-    respond:      a function that prints the answer to a list of ids, and returns it as text
+    respond:      a function of a list of ids and a sparsity that prints the answer, and returns it
     thresholds:   a function of a sparsity that returns its thresholds for `Session`
     describe:     a function of `Stats` and a sparsity that returns a line of numbers
     sparsity:     that of the session
@@ -53,12 +55,14 @@ class Chat:
     def ask(self, question):
         """Answer a question, as part of the conversation."""
         self.messages.append({"role": "user", "content": question})
-        before = self.session.measured()
-        try:
-            answer = self.respond(self.prompt())
-        except TokenizerError as error:  # often of the chat template: the conversation goes on
+        before, answered = self.session.measured(), False
+        with excused("this message is left out", TokenizerError):
+            answer = self.respond(self.prompt(), self.sparsity)
+            if not answer and self.session.ended == "interrupted":
+                raise KeyboardInterrupt
+            answered = True
+        if not answered:
             self.messages.pop()
-            say(f"{error}; this message is left out")
             return
         self.messages.append({"role": "assistant", "content": answer})
         stats = self.session.measured() - before
@@ -68,15 +72,16 @@ class Chat:
     def prompt(self):
         """The ids of the conversation, the oldest turns dropped if there is no room for them."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        dropped = 0
-        while len(ids := self.tokenizer.chat(system + self.messages,
+        messages, dropped = list(self.messages), 0
+        while len(ids := self.tokenizer.chat(system + messages,
                                              thinking=self.thinking)) > self.longest:
-            if len(self.messages) == 1:
+            if len(messages) == 1:
                 raise TokenizerError(
                     f"the message has {len(ids)} tokens, but the context has room for "
                     f"{self.longest} beside an answer")
-            del self.messages[:2]
+            del messages[:2]
             dropped += 1
+        self.messages = messages
         if dropped:
             say(f"the context of {self.session.cache.context} tokens is full; the oldest "
                 f"{'turn is' if dropped == 1 else f'{dropped} turns are'} forgotten")
@@ -106,12 +111,16 @@ class Chat:
         """The command /sparsity: calibrates the model if need be."""
         try:
             sparsity = number(float, 0, 0.95)(text)
-            self.session.set_thresholds(self.thresholds(sparsity))
         except argparse.ArgumentTypeError as error:
             say(f"{error}; write, for example, /sparsity 0.4 (it is {self.sparsity:g} now)")
-        except KeyboardInterrupt:
-            say(f"stopped; the sparsity stays {self.sparsity:g}")
-        else:
+            return
+        before = self.session.thresholds
+        with excused(f"the sparsity stays {self.sparsity:g}", ValueError):
+            try:
+                self.session.set_thresholds(self.thresholds(sparsity))
+            except BaseException:
+                self.session.set_thresholds(before)
+                raise
             self.sparsity = sparsity
             say(f"sparsity {sparsity:g} from now on")
 
@@ -133,12 +142,32 @@ class Chat:
                 question = from_first(read_line() if rank() == 0 else None)
                 if question is None:
                     return
-            if found := re.fullmatch(r"/(\w*)(?:\s+(.*))?", question.strip(), re.DOTALL):
+            if found := re.fullmatch(r"/(\w+)(?:\s+(.*))?", question.strip(), re.DOTALL):
                 if not self.command(found[1], (found[2] or "").strip()):
                     return
             elif question.strip():
                 self.ask(question)
             question = None
+
+
+@contextlib.contextmanager
+def excused(consequence, shared):
+    """What goes wrong with one answer or command is told in a sentence; the conversation goes on.
+
+    consequence: what it means, the end of that sentence
+    shared:      under torchrun, the exceptions that all ranks raise together; from others they
+                 would not find together again
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped; {consequence}")
+    except Exception as error:
+        message = explain(error)
+        if message is None or isinstance(error, BrokenPipeError) or not (
+                world_size() == 1 or isinstance(error, shared)):
+            raise
+        say(f"{message}; {consequence}")
 
 
 def read_line():

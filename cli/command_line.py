@@ -71,16 +71,18 @@ def add_model_flag(parser):
 def add_model_flags(parser, dtype="float32", quantize=None):
     """Add --model, --dtype and --quantize (with these defaults), and --device.
 
-    quantize: None, or "auto", which `load_model` explains
+    quantize: None, or "auto", which `load_model` explains; args.dtype is then None if not given
     Returns the group's add_argument, for more flags.
     """
     kinds, default = ("int8", "int4"), ""
     if quantize == "auto":
         kinds = ("auto", *kinds, "none")
-        default = "; auto, the default: int8 for GGUF files of 8 bits or fewer on a CPU, else none"
+        default = ("; auto, the default: int8 for GGUF files of 8 bits or fewer on a CPU, unless "
+                   "--dtype is given; else none")
     add = add_model_flag(parser)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype,
-        help="of weights and arithmetic (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        default=None if quantize == "auto" else dtype,
+        help=f"of weights and arithmetic (default: {dtype})")
     add("--quantize", choices=kinds, default=quantize,
         help="int8: half the bytes of bfloat16; int4, on a GPU: a third (experimental)" + default)
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -107,15 +109,16 @@ def load_model(args, context=None):
 
     context: the longest text, in tokens; None for the model's own limit
     With --quantize auto, a GGUF file of 8 bits or fewer becomes int8 on a CPU, where that decodes
-    faster. args.quantize then says what came of it: "int8" or None. Standard error tells what int4
-    does not cover.
+    faster, unless the user named a dtype. args.quantize and args.dtype then say what came of it.
+    Standard error tells what int4 does not cover.
     Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
     args.device = start(args.device)
-    checkpoint = args.model
+    checkpoint, named = args.model, args.dtype
+    args.dtype = named or "bfloat16"
     if args.quantize == "auto":
         checkpoint, args.quantize = open_checkpoint(args.model), None
-        if checkpoint.few_bits and args.device == "cpu":
+        if checkpoint.few_bits and args.device == "cpu" and named is None:
             args.quantize = "int8"
             print("the file's weights of 8 bits or fewer run as int8, faster than "
                   f"{args.dtype}; --quantize none switches that off", file=sys.stderr)
@@ -155,18 +158,24 @@ def run_script(main):
     except BrokenPipeError:
         # Python flushes standard output once more at exit: give it a place that takes anything.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ImportError as error:
-        fail(f"{one_line(error)}; run pip install -r requirements-dev.txt")
-    except (OSError, ValueError) as error:
-        fail(error)
-    except (MemoryError, RuntimeError) as error:
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not (on_gpu or on_cpu):
+    except Exception as error:
+        if (message := explain(error)) is None:
             raise
+        fail(message)
+
+
+def explain(error):
+    """What to tell a person of an exception, in one sentence; None if it is a bug."""
+    if isinstance(error, ImportError):
+        return f"{one_line(error)}; run pip install -r requirements-dev.txt"
+    if isinstance(error, (OSError, ValueError)):
+        return str(error)
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         free = free_memory(torch.device("cuda" if on_gpu else "cpu")) / 1e9
-        fail(f"out of memory, with {free:.1f} GB free now ({one_line(error)}); try --dtype "
-             "bfloat16, --quantize int8, a shorter text (--context) or a smaller model")
+        return (f"out of memory, with {free:.1f} GB free now ({one_line(error)}); try --dtype "
+                "bfloat16, --quantize int8, a shorter text (--context) or a smaller model")
+    return None
 
 
 def fail(message):

@@ -12,15 +12,15 @@ class Progress:
     """Progress of one piece of work, on standard error; a context manager.
 
     Once the first part is done, it says how long the whole will take, if that is long. After
-    Ctrl-C it says how far the work was.
+    Ctrl-C it says how far the work was, and if nothing of it is `kept`.
 
     label: what is being done
     total: how much there is to do, in any unit
     delay: seconds in which the bar does not show, since most work is done by then
     """
 
-    def __init__(self, label, total, delay=0):
-        self.label, self.done, self.total = label, 0, total
+    def __init__(self, label, total, delay=0, kept=False):
+        self.label, self.done, self.total, self.kept = label, 0, total, kept
         terminal = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=total, desc=label, delay=delay, leave=False, disable=not terminal,
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
@@ -53,4 +53,5 @@ class Progress:
         """Take the bar away."""
         self.bar.close()
         if kind is KeyboardInterrupt:
-            self.say(f"stopped at {self.done / self.total:.0%}, and nothing of it is kept")
+            lost = "" if self.kept else ", and nothing of it is kept"
+            self.say(f"stopped at {self.done / self.total:.0%}{lost}")

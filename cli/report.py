@@ -18,6 +18,10 @@ def write(ids, tokenizer, stop=()):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         ended = "interrupted"
+    except ValueError:
+        if text:
+            print(flush=True)  # what is said of the error begins a line
+        raise
     print(flush=True)
     return text, ended
 

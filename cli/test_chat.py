@@ -179,6 +179,14 @@ def test_piped_lines(tiny, tmp_path, monkeypatch):  # noqa: F811
     assert 20 < share < 80
 
 
+def test_errors_leave_a_piped_conversation_alive(tiny):  # noqa: F811
+    done = run("--model", tiny, "--chat", "--max-new-tokens", "6", "--temperature", "0",
+               "--calibration", "no-such-file", stdin="Hi\n/sparsity 0.5\nHo\n")
+    assert done.returncode == 0 and b"new 12 tokens" in done.stderr
+    assert b"no-such-file: No such file" in done.stderr
+    assert b"; the sparsity stays 0\n" in done.stderr
+
+
 # ---- the conversation, without a model that means anything -------------------------------------
 
 
@@ -192,18 +200,18 @@ class Letters:
         return [ord(letter) % 101 for letter in text]
 
 
-def conversation(context=64, thresholds=lambda sparsity: None, **options):
+def conversation(context=64, thresholds=lambda sparsity: None, respond=None, **options):
     """A Chat over a small random model, and the list of the prompts that it gives."""
     from test_decode import CONFIGS, random_model
 
     session, prompts = Session(random_model(next(iter(CONFIGS.values()))), context=context), []
 
-    def respond(ids):
+    def answer(ids, sparsity):
         prompts.append(ids)
         return f"{len(list(session.generate(ids, 4)))} tokens"
 
     options = {"sparsity": 0, "system": None, "answer_room": 8} | options
-    chat = Chat(session, Letters(), respond, thresholds,
+    chat = Chat(session, Letters(), respond or answer, thresholds,
                 lambda stats, sparsity: f"{stats.new_tokens} new", **options)
     return chat, prompts
 
@@ -235,6 +243,84 @@ def test_a_template_error_leaves_the_chat_alive(capsys):
     assert len(prompts) == 2 and len(chat.messages) == 4
 
 
+def raising(error):
+    def function(*_):
+        raise error
+    return function
+
+
+@pytest.mark.parametrize("error, words", [
+    (ValueError("a logit is NaN"), "a logit is NaN"), (KeyboardInterrupt(), "stopped"),
+    (FileNotFoundError(2, "gone", "text.txt"), "gone: 'text.txt'"),
+    (torch.OutOfMemoryError("no room"), "out of memory"), (MemoryError(), "out of memory")])
+def test_no_error_ends_a_conversation(capsys, error, words):
+    """Neither that of an answer nor that of a command; what it would have changed stays."""
+    chat, prompts = conversation(thresholds=raising(error))
+    answer, before = chat.respond, chat.session.thresholds
+    chat.ask("one")
+    for chat.respond in raising(error), answer:
+        chat.ask("two")
+    chat.command("sparsity", "0.5")
+    assert len(prompts) == 2 and len(chat.messages) == 4 and chat.sparsity == 0
+    assert torch.equal(chat.session.thresholds, before)
+    lines = capsys.readouterr().err.splitlines()
+    for line, consequence in zip(lines, ("this message is left out", "the sparsity stays 0"),
+                                 strict=True):
+        assert words in line and line.endswith(consequence)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), BrokenPipeError()])
+def test_bugs_and_readers_that_leave_end_it(error):
+    chat, _ = conversation(thresholds=raising(error), respond=raising(error))
+    for go in (lambda: chat.ask("one"), lambda: chat.command("sparsity", "0.5")):
+        with pytest.raises(type(error)):
+            go()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("NaN on one rank")])
+def test_errors_of_one_rank_end_it(error, monkeypatch):
+    """The others would wait for it."""
+    monkeypatch.setattr("cli.chat.world_size", lambda: 2)
+    with pytest.raises(type(error)):
+        conversation(respond=raising(error))[0].ask("one")
+
+
+def test_thresholds_that_are_set_halfway_are_taken_back(monkeypatch):
+    chat, _ = conversation(thresholds=lambda sparsity: torch.full((2, 7), sparsity))
+    real, before = chat.session.decoder.set_thresholds, chat.session.thresholds
+    tables = []
+
+    def halfway(table):
+        tables.append(table)
+        if len(tables) == 1:
+            raise KeyboardInterrupt
+        real(table)
+    monkeypatch.setattr(chat.session.decoder, "set_thresholds", halfway)
+    chat.command("sparsity", "0.5")
+    assert chat.sparsity == 0 and torch.equal(tables[-1], before)
+
+
+def test_an_answer_stopped_before_its_first_word_is_no_turn(capsys):
+    """A longer one is; so is one that the model ends at once."""
+    for text, ended, n_messages in (
+            ("", "interrupted", 0), ("so", "interrupted", 2), ("", "stop", 2)):
+        chat, _ = conversation()
+        chat.respond = lambda ids, sparsity: text
+        chat.session.ended = ended
+        chat.ask("one")
+        assert len(chat.messages) == n_messages
+        assert ("this message is left out" in capsys.readouterr().err) == (n_messages == 0)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("/ foo", True), ("/", True), ("/usr/bin is what?", True), ("/stats", False), ("/foo", False)])
+def test_what_is_a_command(line, message, monkeypatch):
+    chat, prompts = conversation()
+    monkeypatch.setattr("cli.chat.read_line", lambda: None)
+    chat.run(line)
+    assert len(prompts) == message
+
+
 def test_a_full_context_drops_the_oldest_turns(capsys):
     chat, prompts = conversation(context=64)
     for question in ("first question", "second question", "third question"):
@@ -245,6 +331,7 @@ def test_a_full_context_drops_the_oldest_turns(capsys):
     assert [m["content"] for m in chat.messages[-2:]] == ["third question", "4 tokens"]
     chat.ask("x" * 100)
     assert "the message has 104 tokens, but the context has room for 56" in capsys.readouterr().err
+    assert chat.messages[-1]["content"] == "4 tokens"  # no turn is forgotten for it
     chat.command("clear", "")
     chat.ask("short")
     assert len(prompts) == 4 and len(chat.messages) == 2

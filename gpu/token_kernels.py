@@ -70,7 +70,7 @@ def _likeliest_kernel(logits_ptr, token_ptr, best_ptr, place_ptr, finished_ptr,
         tl.store(finished_ptr, 0)  # for the next launch
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=None)  # never freed: a captured graph may use it
 def _workspace(device, n_chunks):
     """What the programs leave for the last one: largest logits, their places, programs done."""
     return (torch.empty(n_chunks, dtype=torch.float32, device=device),
