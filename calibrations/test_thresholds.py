@@ -171,6 +171,21 @@ def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
         find(model, path=tmp_path / "nowhere")
 
 
+def test_a_damaged_file_in_the_cache_counts_as_missing(
+        model, calibration, tmp_path, monkeypatch, capsys):
+    """Anywhere else it is refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibration.save(cache_path(model))
+    for content in b"", b"nonsense", cache_path(model).read_bytes()[:-8]:
+        cache_path(model).write_bytes(content)
+        assert find(model) is None
+        assert capsys.readouterr().err.endswith("; it counts as missing\n")
+    monkeypatch.setattr(model, "folder", tmp_path)
+    (tmp_path / "calibration.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CalibrationError, match="cannot read"):
+        find(model)
+
+
 def test_every_calibration_of_the_repository_loads():
     files = sorted(Path(convert.__file__).parent.glob("*.safetensors"))
     assert files
