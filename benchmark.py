@@ -108,8 +108,10 @@ def make_model(args):
     if args.config is None:
         model, tokenizer = load_model(args)
         ids = tokenizer.encode(TEXT)
+        check_context(args, model.config)
         return args.model or "SmolLM2-135M-Instruct", model, torch.tensor(ids, device=args.device)
     config, dtype = KNOWN_MODELS[args.config], getattr(torch, args.dtype)
+    check_context(args, config)
     args.device, part = start(args.device), rank_config(config, world_size())
     require_memory(weight_bytes(part, dtype, args.quantize), args.device,
                    f"{args.config} in {args.quantize or args.dtype}",
@@ -117,6 +119,13 @@ def make_model(args):
     model = random_model(part, dtype, args.device, args.quantize)
     connect(model, config)
     return args.config, model, random_tokens(model, 100)
+
+
+def check_context(args, config):
+    """Raise ValueError for a --context beyond the model's."""
+    if max(args.context) > config.context:
+        raise ValueError(f"--context {max(args.context)} is longer than this model's text of at "
+                         f"most {config.context} tokens")
 
 
 def random_tokens(model, n):
@@ -347,8 +356,9 @@ def parse_args():
             parser.error(f"--{flag} needs a GPU, and {args.device} is no GPU; leave it out")
     if args.model and args.config:
         parser.error("--model and --config name two models; give one of them")
-    if args.kernels and (args.model or args.compare or args.timeline):
-        parser.error("--kernels measures no model; leave out --model, --compare and --timeline")
+    for flag in ("model", "compare", "timeline", "dtype", "quantize", "context"):
+        if args.kernels and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--kernels measures no model; leave out --{flag}")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         parser.error(f"--compare {args.compare} needs that package; pip install {args.compare}")
     if on_gpu and not (args.model or args.config or args.kernels):

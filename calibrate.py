@@ -372,11 +372,24 @@ def correct(calibration, shares, measure):
     return Calibration(table, sparsities.float(), calibration.metadata)
 
 
+def check_window(window, config):
+    """Raise CalibrationError for a window that holds no token that counts, or too many."""
+    if not SINKS < window <= config.context:
+        raise CalibrationError(
+            f"a window of {window} tokens is outside {SINKS + 1} to {config.context}: the first "
+            f"{SINKS} tokens do not count, and this model reads no more")
+
+
 def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
     """Calibrate a model on token ids int64 [n], cut into windows -> Calibration.
 
-    Raises CalibrationError for too short a text and for activations that are not finite.
+    Raises CalibrationError for too short a text, a window or an allocation that cannot be, and for
+    activations that are not finite.
     """
+    check_window(window, model.config)
+    if allocation not in ALLOCATIONS:
+        raise CalibrationError(f"the allocation is {allocation!r}; expected one of "
+                               f"{', '.join(ALLOCATIONS)}")
     n = len(tokens) // window
     if n == 0:
         raise CalibrationError(f"{len(tokens)} tokens do not fill one window of {window}; give "
@@ -500,24 +513,23 @@ def main():
         help="how many, from the start (default: %(default)s)")
     add("--window", type=number(int, 1, many), default=1024, metavar="N",
         help="tokens that see each other (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
-        help="of the self-written text (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
+        help="of the self-written text (default: 0)")
     add = parser.add_argument_group("thresholds").add_argument
     add("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0],
         help="how layers and projections share out the sparsity (default: %(default)s)")
     add("--out", metavar="FILE", help="file to write (default: one in the user's cache)")
     args = parser.parse_args()
+    if args.text and args.seed is not None:
+        parser.error("--seed is of the self-written text; leave it out, or --text")
     refuse("calibrating")
     model, tokenizer = load_model(args)
-    if not SINKS < args.window <= model.config.context:
-        raise CalibrationError(
-            f"--window {args.window} is outside {SINKS + 1} to {model.config.context}: the first "
-            f"{SINKS} tokens do not count, and this model reads no more")
+    check_window(args.window, model.config)
     out = args.out or cache_path(model)
     require_writable(out, "--out")
     if args.text is None:
-        tokens = write_text(model, tokenizer, args.tokens, args.seed)
-        source = f"self-written, seed {args.seed}"
+        tokens = write_text(model, tokenizer, args.tokens, args.seed or 0)
+        source = f"self-written, seed {args.seed or 0}"
     else:
         tokens = torch.tensor(tokenizer.encode(read_text(args.text))[:args.tokens])
         source = Path(args.text).name

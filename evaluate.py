@@ -12,6 +12,7 @@ often both predict the same token.
     python evaluate.py --text wiki.test.raw --sparsity 0 0.5 --calibration mine.safetensors
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -29,9 +30,11 @@ from cli.command_line import add_model_flags, load_model, make_parser, number, r
 from model import PROJECTIONS, KVCache
 from tensor_parallel import refuse
 
-# What was measured: rows of --json that agree in all of these are the same measurement.
-SETTINGS = ("model", "weights", "dtype", "quantize", "text", "window", "offset", "windows",
-            "all_sparse", "allocation", "calibrated_on", "sparsity")
+# What was measured, known by its content: rows of --json that agree in all of these are the same
+# measurement. `weights`, `tokens` and `thresholds` are hashes.
+IDENTITY = ("weights", "dtype", "quantize", "tokens", "window", "windows", "all_sparse",
+            "allocation", "thresholds", "sparsity")
+LABELS = ("model", "text", "offset", "calibrated_on")  # for people
 RESULTS = ("realised_sparsity", "perplexity", "kl", "top1", "projections")
 
 
@@ -126,8 +129,16 @@ def find_calibrations(model, files, allocations):
 def add_to_json(path, rows):
     """Add rows to a --json file; they replace earlier ones of the same measurement. Raises OSError
     and ValueError, see `read_json`."""
-    new = [[row[name] for name in SETTINGS] for row in rows]
-    kept = [row for row in read_json(path) if [row[name] for name in SETTINGS] not in new]
+    def measurement(row, names):
+        return [row[name] for name in names]
+
+    kept = []
+    for row in read_json(path):
+        names = IDENTITY
+        if "tokens" not in row:  # an older file, of content without a hash: its names must do
+            names = [name for name in (*IDENTITY, *LABELS) if name in row]
+        if measurement(row, names) not in [measurement(new, names) for new in rows]:
+            kept.append(row)
     with write_whole(path) as temporary:
         temporary.write_text(json.dumps(kept + rows, indent=1) + "\n")
 
@@ -142,10 +153,18 @@ def read_json(path):
     except ValueError:
         rows = None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or any(
-            row.keys() != {*SETTINGS, *RESULTS} for row in rows):
+            row.keys() | {"tokens", "thresholds"} != {*IDENTITY, *LABELS, *RESULTS}
+            for row in rows):
         raise ValueError(f"{path} exists and holds no results of this evaluate.py; name another "
                          "file with --json")
     return rows
+
+
+def digest(tensor):
+    """16 hex digits that tell a tensor from others; None of None."""
+    if tensor is None:
+        return None
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def print_table(rows):
@@ -206,7 +225,11 @@ def parse_args():
     add("--json", metavar="FILE",
         help="add the results to this file; measuring the same again replaces its results")
     add("--plot", metavar="FILE", help="draw perplexity against sparsity")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag in ("calibration", "allocation"):
+        if getattr(args, flag) and not any(args.sparsity):
+            parser.error(f"--{flag} needs a --sparsity above 0")
+    return args
 
 
 def main():
@@ -220,9 +243,10 @@ def main():
     windows = cut(tokens, args.window, args.offset, args.windows)
 
     tasks = [("dense", 0.0, None, None)] if 0 in args.sparsity else []
-    for name, found in find_calibrations(model, args.calibration, args.allocation).items():
-        source = found.metadata.get("source")
-        tasks += [(name, s, source, found.thresholds(s)) for s in sorted({*args.sparsity} - {0})]
+    if sparsities := sorted({*args.sparsity} - {0}):
+        for name, found in find_calibrations(model, args.calibration, args.allocation).items():
+            source = found.metadata.get("source")
+            tasks += [(name, s, source, found.thresholds(s)) for s in sparsities]
     if args.json:  # a file that cannot be written must fail now, not after the measurement
         read_json(args.json)
         require_writable(args.json, "--json")
@@ -230,13 +254,13 @@ def main():
         require_writable(args.plot, "--plot")
     rows, shares = [], byte_shares(model.config)
     results = evaluate(model, windows, [table for *_, table in tasks], args.all_sparse)
-    for (allocation, sparsity, source, _), result in zip(tasks, results):
+    for (allocation, sparsity, source, table), result in zip(tasks, results):
         dropped = result["sparsity"].mean(0)  # [7]: a projection has one size in all layers
         rows.append({
             "model": args.model or default_model.NAME, "weights": weights_digest(model),
             "dtype": args.dtype, "quantize": args.quantize, "text": Path(args.text).name,
-            "window": args.window, "offset": args.offset, "windows": len(windows),
-            "all_sparse": args.all_sparse,
+            "tokens": digest(windows), "window": args.window, "offset": args.offset,
+            "windows": len(windows), "all_sparse": args.all_sparse, "thresholds": digest(table),
             "allocation": allocation, "calibrated_on": source, "sparsity": sparsity,
             "realised_sparsity": (dropped @ shares).item(), "perplexity": result["perplexity"],
             "kl": result["kl"], "top1": result["top1"],

@@ -1,7 +1,9 @@
 """Tests of the benchmark, on tiny random models and the CPU: what it counts, what it refuses."""
 
+import itertools
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -100,6 +102,18 @@ def test_bytes_and_sparsity_are_counted(config):
     assert decoder.n_steps == 3 * 3 * 10 and decoder.position == 25 + 10
 
 
+def test_the_median_of_the_runs_is_told(monkeypatch):
+    """Neither the fastest nor the mean; the first, which warms up, does not count."""
+    model = benchmark.random_model(TINY, torch.bfloat16, "cpu", None)
+    decoder = CpuDecoder(model, KVCache(TINY, 64, torch.bfloat16), lambda x: x.argmax()[None])
+    clock = itertools.accumulate(  # of the first run, the start; of others, the end, too
+        [100, *(seconds for run in (5, 1, 2, 8, 4) for seconds in (0, run))])
+    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    (speed, *_), = benchmark.decode_speeds(
+        decoder, [torch.full((2, 7), -1.0)], torch.arange(5), context=30, n_tokens=10, runs=5)
+    assert speed == 10 / 4
+
+
 # ---- command line ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["bfloat16", "int8"])
@@ -149,6 +163,8 @@ def test_the_default_model_uses_its_calibration(run, measured):
     (["--model", "m", "--config", "tiny"], "name two models"),
     (["--sparsity", "0", "0.96"], "'0.96' is not a number from 0 to 0.95"),
     (["--context", "0"], "'0' is not a whole number from 1"),
+    (["--config", "tiny", "--context", "9", "513"], "--context 513 is longer than this model's"),
+    (["--context", "8193"], "--context 8193 is longer than this model's text of at most 8192"),
     (["--config", "huge"], "invalid choice: 'huge'"),
     (["--config", "tiny", "--json", "FOLDER"], "it is a folder"),
     (["--config", "tiny", "--json", "FOLDER/file/speed.json"], "name another file with --json"),
@@ -171,6 +187,16 @@ def test_a_large_model_meets_no_cpu_by_accident(monkeypatch, capfd):
             benchmark.parse_args()
         err = capfd.readouterr().err
         assert "no GPU" in err and err.count("\n") == 1
+
+
+def test_what_timing_kernels_leaves_out_is_refused(monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for flag, value in (("model", "m"), ("compare", "transformers"), ("dtype", "float16"),
+                        ("quantize", "int8"), ("context", "300")):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "--kernels", f"--{flag}", value])
+        with pytest.raises(SystemExit, match="2"):
+            benchmark.parse_args()
+        assert f"leave out --{flag}" in capfd.readouterr().err
 
 
 def test_too_little_memory(run, monkeypatch):

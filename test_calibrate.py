@@ -1,6 +1,8 @@
 """Tests of calibrate.py against brute force, on a tiny random model."""
 
+import dataclasses
 import sys
+import types
 
 import pytest
 import torch
@@ -435,6 +437,27 @@ def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
     assert calibrate.write_text(model, tokenizer, 10)[0] == 5
 
 
+def test_the_brief_calibration(model, monkeypatch):
+    """2,048 tokens of the shipped text in windows of 1,024, or shorter if model or text are."""
+    monkeypatch.setattr(calibrate, "calibrate", lambda model, tokens, window, source: (
+        tokens, window, source))
+    for context, held, window in (2048, 9999, 1024), (1024, 9999, 1024), (64, 9999, 64), (
+            2048, 300, 150):
+        tokenizer = types.SimpleNamespace(encode=lambda text, held=held: [ord(text[0])] * held)
+        other = types.SimpleNamespace(config=dataclasses.replace(CONFIG, context=context))
+        tokens, *rest = calibrate.calibrate_briefly(other, tokenizer)
+        assert len(tokens) == min(held, 2048) and rest == [window, "calibrations/text.txt"]
+
+
+def test_what_the_python_api_refuses(model):
+    for options, words in (
+            ({"window": 8}, "8 tokens is outside 9 to 2048"),
+            ({"window": 2049}, "2049 tokens is outside 9 to 2048"),
+            ({"window": 64, "allocation": "best"}, "'best'; expected one of fisher")):
+        with pytest.raises(CalibrationError, match=words):
+            calibrate.calibrate(model, torch.zeros(9999, dtype=torch.int64), **options)
+
+
 @pytest.mark.parametrize("arguments, sentence", [
     (["--text", "nowhere.txt"], "nowhere.txt"),
     (["--text", __file__, "--window", 1 << 20], "is outside 9 to 2048"),
@@ -447,6 +470,7 @@ def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
     (["--out", "/proc/c"], "cannot write /proc/c (No such file or directory); name another file "
      "with --out"),
     (["--text", "LATIN"], "is not UTF-8 text (byte 1); convert it, or name another file"),
+    (["--text", __file__, "--seed", 0], "--seed is of the self-written text"),
     (["--text", __file__, "--seed", -1], "argument --seed: '-1' is not a whole number from 0"),
     (["--device", "cuda:77"], "device 'cuda:77' is not available"),
 ])

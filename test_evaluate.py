@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import calibrate
 import evaluate
 from calibrate import byte_shares
+from calibrations.thresholds import Calibration
 from evaluate import cut, score
 from model import PROJECTIONS, KVCache, masked
 from test_calibrate import CONFIG, Letters, run_in_process, tiny
@@ -93,9 +94,9 @@ def run(model, calibration, tmp_path, monkeypatch, capsys):
     (tmp_path / "text").write_text(text)
     calibration.save(tmp_path / "uniform.safetensors")
 
-    def run(*arguments):
+    def run(*arguments, calibration=("--calibration", tmp_path / "uniform.safetensors")):
         command = ["evaluate.py", "--text", tmp_path / "text", "--window", 64, "--device", "cpu",
-                   "--calibration", tmp_path / "uniform.safetensors", *arguments]
+                   *calibration, *arguments]
         return run_in_process(evaluate.main, command, monkeypatch, capsys)
 
     return run
@@ -109,7 +110,7 @@ def test_results_table_and_plot(run, tmp_path):
     assert [(row["allocation"], row["sparsity"]) for row in rows] == [
         ("dense", 0), ("uniform", 0.25), ("uniform", 0.5)]
     for row in rows:
-        assert row.keys() == {*evaluate.SETTINGS, *evaluate.RESULTS}
+        assert row.keys() == {*evaluate.IDENTITY, *evaluate.LABELS, *evaluate.RESULTS}
         assert row["model"] == "SmolLM2-135M-Instruct.Q4_1.gguf" and row["text"] == "text"
         assert (row["dtype"], row["quantize"]) == ("float32", None)
         assert (row["window"], row["offset"]) == (64, 0) and not row["all_sparse"]
@@ -154,6 +155,45 @@ def test_results_replace_those_of_the_same_measurement_only(run, tmp_path):
     assert fourth[:3] == [first[0], *third[2:]] and len(fourth) == 4
     assert fourth[3] == {**first[1], "perplexity": fourth[3]["perplexity"]}
     assert fourth[3]["perplexity"] > 0
+
+
+def test_measurements_are_known_by_their_content(run, tmp_path, calibration):
+    """Not by names: another text and another calibration of the same name are others, and a model
+    or a text under two names is one."""
+    file, other = tmp_path / "r.json", tmp_path / "other"
+    other.mkdir()
+    (other / "text").write_text("Another text of that name. " * 20)
+    (other / "same").write_text((tmp_path / "text").read_text())
+    changed = Calibration(calibration.table * 1.1, calibration.sparsities, calibration.metadata)
+    changed.save(other / "uniform.safetensors")
+
+    def rows(*arguments):
+        code, _, err = run("--sparsity", 0, 0.5, "--json", file, *arguments)
+        assert code == 0, err
+        return json.loads(file.read_text())
+
+    first = rows("--model", "m3")
+    assert len(first) == 2
+    second = rows("--model", "./m3/", "--text", other / "same")
+    assert len(second) == 2 and {row["model"] for row in second} == {"./m3/"}
+    assert len(rows("--text", other / "text")) == 4
+    assert len(rows("--calibration", other / "uniform.safetensors")) == 5
+    old = [{name: value for name, value in row.items() if name not in ("tokens", "thresholds")}
+           for row in first]  # as older versions wrote them
+    file.write_text(json.dumps(old))
+    assert all("tokens" in row for row in rows("--model", "m3"))
+    file.write_text(json.dumps(old))
+    assert rows("--model", "m3", "--text", other / "same")[:2] == old  # who knows
+
+
+def test_a_dense_measurement_needs_no_calibration(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_calibrations", None)
+    command = ["--sparsity", 0, "--windows", 1]
+    code, out, err = run(*command, calibration=[])
+    assert code == 0 and "dense" in out, err
+    for flag in ("--allocation", "uniform"), ("--calibration", "FILE"):
+        code, _, err = run(*command, *flag, calibration=[])
+        assert code == 2 and f"{flag[0]} needs a --sparsity above 0" in err
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"sparsity": 0}]', '{"a": {}}', "[[]]"])

@@ -1,5 +1,6 @@
 """generate.py: the command line, from good and bad arguments to the text and the summary."""
 
+import io
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tokenizers
@@ -419,6 +421,32 @@ def test_what_the_command_line_passes_on(tiny, monkeypatch, capsys):
     assert passed["temperature"] == 0.9 and passed["seed"] == 11
     assert passed["min_p"] == 0.2 and passed["repetition_penalty"] == 1.3
     assert '"realised_sparsity": 0.123' in capsys.readouterr().err
+
+
+def test_the_watch_knows_the_sparsity_of_each_answer(tiny, monkeypatch, capsys):
+    asked = []
+
+    class Watch(generate_module.SparsityWatch):
+        def watch(self, ids, sparsity):
+            asked.append((sparsity, self.session.thresholds[0, 0].item()))
+            return ids
+
+    monkeypatch.setattr(generate_module, "SparsityWatch", Watch)
+    monkeypatch.setattr(generate_module, "find_thresholds", lambda model, tokenizer, sparsity, *_:
+                        torch.full((2, 7), sparsity))
+    words = ["--model", tiny, "--chat", "--max-new-tokens", 2, "--sparsity", 0.25]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n/sparsity 0.5\nb\n/sparsity 2\nc\n"))
+    generate_module.main()
+    assert asked == [(0.25, 0.25), (0.5, 0.5), (0.5, 0.5)]
+
+
+def test_suggested_commands_can_be_pasted(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(generate_module, "find", lambda *_, **__: mock.Mock(
+        is_own=lambda model: False, origin=lambda: "a file"))
+    generate_module.find_thresholds(None, None, 0.5, name="/my models/it's")
+    words = shlex.split(capsys.readouterr().err.rpartition("; python ")[2])
+    assert words[:3] == ["calibrate.py", "--model", "/my models/it's"]
 
 
 def test_system_prompt_and_stop_text(tiny, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 and for odd shapes."""
 
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from checkpoint.config import parse_config
 from checkpoint.tensors import put, tensor_shapes
 from checkpoint.unify import unify
-from model import KVCache, Model, rotation
+from model import Config, KVCache, Model, rotation
 from session import Session
 
 ROPE = {
@@ -215,3 +216,15 @@ def test_inv_freq(rope):
     ours = parse_config(config.to_dict())
     torch.testing.assert_close(rotation(ours, "slow")[0], expected.inv_freq, rtol=1e-6, atol=0)
     assert ours.rope_factor == pytest.approx(expected.attention_scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_are_exact_in_any_dtype(dtype):
+    """RoPE of a far token, and a query's growth, against float64."""
+    config = dataclasses.replace(Config(9, 8, 8, 1, 1, 1, 8), query_growth=(0.3, 10))
+    (cos, sin, growth), = Model(config, dtype).rope(3001, 2).values()
+    at = torch.tensor([3001, 3002], dtype=torch.float64)[:, None, None]
+    angles = at * 1e4 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    for ours, exact in (cos, angles.cos()), (sin, angles.sin()), (
+            growth, 1 + 0.3 * (at // 10).log1p()):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=3e-4)

@@ -262,6 +262,11 @@ def test_sample_corners():
     assert sample(torch.zeros(5), temperature=0).shape == (1,)
     ties = torch.tensor([0.0, 1, 1, 1])
     assert set(draws(ties, 50, top_p=0.5).tolist()) == {1, 2}  # of equals the first ones
+    for top_p, n in (0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4):  # reached, not passed
+        assert set(draws(torch.zeros(4), 100, top_p=top_p).tolist()) == set(range(n))
+    halves = torch.tensor([0.0, -math.log(2), -math.log(4)])
+    assert set(draws(halves, 200, min_p=0.49).tolist()) == {0, 1}
+    assert set(draws(torch.zeros(3), 100, min_p=1).tolist()) == {0, 1, 2}
     masked = torch.tensor([0.0, -math.inf, 0, -math.inf])
     assert set(draws(masked, 100).tolist()) == {0, 2}
     half = draws(logits.bfloat16(), 50, top_k=3)

@@ -501,6 +501,18 @@ def test_end_of_turn_and_special_tokens(tmp_path):
     assert open_checkpoint(folder).tokenizer.chat([]) == t.encode("wor")
 
 
+@pytest.mark.parametrize("name, kept, ignored", [
+    ("temperature", (1e-6, 0.7, 1, 100), (0, -1, 100.1, True, "1", None, math.nan)),
+    ("top_k", (1, 320), (0, 321, 5.0, True)), ("top_p", (1, 1.0, 0.5), (0, 1.0001, "x", [1])),
+    ("repetition_penalty", (1, 1.3, 100), (0, -1, 101)), ("min_p", (), (0.5,))])
+def test_recommended_sampling(name, kept, ignored):
+    """What is out of range, or of another type, is no recommendation."""
+    for values, expected in (kept, True), (ignored, False):
+        for value in values:
+            t = Tokenizer(spm_tokenizer(), 320, {}, [], None, {name: value})
+            assert t.sampling == ({name: value} if expected else {})
+
+
 def test_tokens_known_to_end_a_turn():
     tokenizer = spm_tokenizer()
     tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|end_of_text|>",

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 import triton
 
 import checkpoint
+import quantize
 from checkpoint.test_checkpoint import CONFIG, weights, write_folder
 from gpu import benchmark_gpu
-from gpu.tensor_gemv import tensor_gemv
+from gpu.tensor_gemv import GROUP, tensor_gemv
 from model import dense
 from quantize import Int4Linear, Int4OnCPU, Int8Linear, dequantize, quantize_int4, split_groups
 from session import bytes_per_weight
@@ -103,6 +104,19 @@ def test_a_cpu_runs_the_rounded_weights_as_int8(tmp_path):
         off = (ours.weight(0, ours.ends[-1]).T - w).abs().amax(1)
         assert (off <= 0.51 * step).all()
     assert Int4OnCPU in kinds and isinstance(model.lm_head, Int8Linear)
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 1000])
+def test_stored_groups_are_read_in_pieces(n_groups, monkeypatch):
+    """They give a CPU what rounding while loading gives, in as many pieces as there may be."""
+    monkeypatch.setattr(quantize, "PIECE", n_groups * 50 * GROUP)
+    ours, stored = (Int4OnCPU(0, "qkv", 50, (96, 32, 64), False, torch.float32, "cpu")
+                    for _ in range(2))
+    for i, width in enumerate(ours.widths):
+        weight = torch.randn(width, 50)
+        ours.load_weight(i, weight)
+        stored.load_weight(i, quantize_int4(weight))
+    assert torch.equal(ours.weight(0, 192), stored.weight(0, 192))
 
 
 def test_columns_that_are_no_multiple_of_32_are_int8(tmp_path):
