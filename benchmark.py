@@ -34,7 +34,7 @@ from gpu import benchmark_gpu as gpu
 from gpu.token_kernels import likeliest
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
 from quantize import GROUP, GROUP_BYTES, Int4Linear, Int4OnCPU, Int8Linear, int4_linear
-from session import block_bytes, cache_bytes, seen
+from session import block_bytes, cache_bytes, other_bytes, seen
 from tensor_parallel import (
     all_reduce,
     connect,
@@ -189,7 +189,7 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
                 times[i].append(time.perf_counter() - start)
             blocks[i] = mean(block_bytes(model, decoder.kept) / n_tokens)
     cache = seen(config, first + n_tokens / 2) * cache_bytes(config, model.dtype)
-    rest = model.lm_head.w_t.nbytes + cache
+    rest = other_bytes(model) + cache
     return [(n_tokens / sorted(t)[runs // 2], read + rest, 1 - read / block_bytes(model))
             for t, read in zip(times, blocks)]
 

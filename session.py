@@ -18,7 +18,6 @@ from cli.progress import Progress
 from decode import CpuDecoder, GpuDecoder
 from gpu.token_kernels import likeliest
 from model import PROJECTIONS, KVCache, dense, masked
-from quantize import Int4Linear
 from sampling import penalize, sample
 from tensor_parallel import mean
 
@@ -239,7 +238,7 @@ class Session:
         """Bytes that a decode step reads, on average: blocks, LM head, keys and values."""
         stats = stats or self.measured()
         blocks = block_bytes(self.model, stats.kept) / stats.decoder_steps
-        return self.model.lm_head.w_t.nbytes + blocks + stats.cache_bytes / stats.steps
+        return blocks + other_bytes(self.model) + stats.cache_bytes / stats.steps
 
 
 def require(name, value, low, high, kind=Real):
@@ -275,9 +274,25 @@ def seen(config, n_tokens):
                for i in range(config.n_layers)) / config.n_layers
 
 
+def tensors(thing):
+    """The tensors that an object holds itself, such as a `Linear`'s."""
+    return [value for value in vars(thing).values() if isinstance(value, torch.Tensor)]
+
+
 def bytes_per_weight(linear):
-    """Bytes that decoding reads for one weight; 4 bits keep 4 bytes of scales for 32 weights."""
-    return 5 / 8 if isinstance(linear, Int4Linear) else linear.w_t.element_size()
+    """Bytes that decoding reads for one weight of a kept row, scales within the row included."""
+    by_row = sum(tensor.nbytes for tensor in tensors(linear) if tensor.dim() > 1)
+    return by_row / linear.in_features / linear.ends[-1]
+
+
+def other_bytes(model):
+    """Bytes of weights that every step reads, besides the blocks' rows: the LM head, norms, biases,
+    the columns' scales, and one row of an embedding of its own."""
+    holders = [*model.blocks, *model.linears()]
+    vectors = [tensor for holder in holders for tensor in tensors(holder) if tensor.dim() == 1]
+    embedding = [] if model.embedding is None else [model.embedding[0]]
+    every_step = [*vectors, *tensors(model.lm_head), model.norm, *embedding]
+    return sum(tensor.nbytes for tensor in every_step)
 
 
 class SparsityWatch:

@@ -15,7 +15,7 @@ from decode import CpuDecoder
 from gpu import benchmark_gpu
 from model import PROJECTIONS, SITES, Config, KVCache
 from quantize import Int8Linear
-from session import block_bytes
+from session import block_bytes, other_bytes
 
 TINY = Config(320, 64, 96, 2, 4, 2, 16, context=512)
 TIED = Config(320, 64, 96, 2, 4, 2, 16, context=512, tie_embeddings=True, sliding_window=8)
@@ -96,7 +96,7 @@ def test_bytes_and_sparsity_are_counted(config):
     assert order == [t[0, 0].item() for t in thresholds] * 3  # in turn, a round to warm up
     assert dense[2] == 0 < some[2] < none[2] == 1 and min(dense[0], some[0], none[0]) > 0
     seen = min(30, config.sliding_window or 30)  # tokens in the cache, on average
-    rest = (320 * 64 + seen * 2 * 2 * 2 * 16) * 2  # LM head, keys and values, in bytes
+    rest = other_bytes(model) + seen * 2 * 2 * 2 * 16 * 2  # and keys and values, in bytes
     assert none[1] == rest and dense[1] == rest + block_bytes(model)
     assert some[1] == pytest.approx(rest + (1 - some[2]) * block_bytes(model))
     assert decoder.n_steps == 3 * 3 * 10 and decoder.position == 25 + 10

@@ -445,8 +445,8 @@ def test_suggested_commands_can_be_pasted(tiny, monkeypatch, capsys):
     monkeypatch.setattr(generate_module, "find", lambda *_, **__: mock.Mock(
         is_own=lambda model: False, origin=lambda: "a file"))
     generate_module.find_thresholds(None, None, 0.5, name="/my models/it's")
-    words = shlex.split(capsys.readouterr().err.rpartition("; python ")[2])
-    assert words[:3] == ["calibrate.py", "--model", "/my models/it's"]
+    told = capsys.readouterr().err.rpartition("; python ")[2].partition(" makes ")[0]
+    assert shlex.split(told) == ["calibrate.py", "--model", "/my models/it's"]
 
 
 def test_system_prompt_and_stop_text(tiny, monkeypatch, capsys):

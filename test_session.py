@@ -2,13 +2,16 @@
 sampling."""
 
 import math
+import os
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+import benchmark
 import checkpoint
 import session as session_module
 from calibrations.thresholds import find
@@ -16,9 +19,10 @@ from checkpoint.default_model import fetch
 from checkpoint.gguf_file import GGUFFile
 from checkpoint.tensors import put, tensor_shapes
 from generate import generate_tokens
-from model import Config, KVCache, Model, dense, masked
+from model import Config, KVCache, Linear, Model, dense, masked
+from quantize import Int4Linear, Int8Linear, int4_linear
 from sampling import penalize, sample
-from session import Session, SparsityWatch
+from session import Session, SparsityWatch, block_bytes, other_bytes, tensors
 from test_decode import CONFIGS, DEVICE, random_model
 
 PROMPTS = [
@@ -138,15 +142,15 @@ def test_realised_sparsity(smollm):
 
 
 def test_dense_reads_everything(smollm):
-    model, tokenizer = smollm
+    (model, tokenizer), config = smollm, smollm[0].config
     ids = ask(tokenizer, PROMPTS[1])
     session = Session(model)
     tokens = list(session.generate(ids, 5))
     assert session.sparsity() == 0
     assert list(Session(model, find(model).thresholds(0)).generate(ids, 5)) == tokens
     weights = sum(linear.w_t.nbytes for linear in [*model.linears(), model.lm_head])
+    weights += (2 * config.n_layers + 1) * config.hidden_size * 4  # norms
     seen = [len(ids) + i for i in range(1, 5)]  # by each of the four decode steps
-    config = model.config
     cache = sum(seen) / 4 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4
     assert session.bytes_per_token() == weights + cache
 
@@ -344,8 +348,69 @@ def test_bytes_read_stop_at_the_sliding_window():
     assert len(list(session.generate([1] * 15, 11))) == 11
     seen = [16, 17, 18, 19, 20, 20, 20, 20, 20, 20]  # by each of the ten steps
     token = 2 * 2 * 4 * 16 * 4  # keys and values of one, in bytes
-    weights = sum(linear.w_t.nbytes for linear in [*model.linears(), model.lm_head])
+    weights = block_bytes(model) + other_bytes(model)
     assert session.bytes_per_token() == weights + sum(seen) / 10 * token
+
+
+def held(thing, found=None):
+    """{address: bytes} of a model's tensors, but for an embedding of its own and RoPE's tables."""
+    found = {} if found is None else found
+    if isinstance(thing, torch.Tensor):
+        found[thing.data_ptr()] = thing.nbytes
+    elif isinstance(thing, list):
+        for value in thing:
+            held(value, found)
+    elif type(thing).__module__ in ("model", "quantize"):
+        held([value for name, value in vars(thing).items()
+              if name not in ("embedding", "rotations")], found)
+    return found
+
+
+KINDS = {"plain": (Linear, Linear), "int8": (Int8Linear, Int8Linear),
+         "int4": (int4_linear, int4_linear), "int4 of a GPU": (Int4Linear, Int8Linear)}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_byte_that_the_model_holds_is_counted(kind, tie):
+    """A step that drops nothing reads all of it once; of an embedding of its own, a row. A row
+    counts with its share of the scales."""
+    config = Config(64, 32, 96, 2, 2, 2, 16, qk_norm="head", qkv_bias=True, tie_embeddings=tie)
+    blocks, head = KINDS[kind]
+    model = Model(config, torch.bfloat16, linear=lambda layer, *rest: (
+        head if layer is None else blocks)(layer, *rest))
+    row = 0 if model.embedding is None else 32 * 2
+    assert block_bytes(model) + other_bytes(model) == sum(held(model).values()) + row
+    kept = torch.zeros(2, 7, dtype=torch.int64)
+    assert block_bytes(model, kept) == 0
+    kept[1, 6] = 3
+    down = sum(tensor.nbytes for tensor in tensors(model.blocks[1].down) if tensor.dim() > 1)
+    assert block_bytes(model, kept) == 3 * down / 96
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or not os.access("/proc/self/clear_refs", os.W_OK),
+                    reason="Linux tells which memory of a CPU was touched")
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_bytes_counted_are_those_touched(quantize):
+    """By the processor's marks: of a step that reads gate, up and down, and one that drops them."""
+    config = Config(512, 512, 8192, 2, 4, 4, 128, context=8)
+    model = benchmark.random_model(config, torch.bfloat16, "cpu", quantize)
+    thresholds, touched, counted = torch.full((2, 7), -1.0), [], []
+    for t in -1.0, math.inf:
+        thresholds[:, 4:] = t
+        session = Session(model, thresholds)
+        tokens = session.generate([1, 2], 3)
+        next(tokens)
+        next(tokens)
+        Path("/proc/self/clear_refs").write_text("1")
+        next(tokens)
+        with open("/proc/self/smaps") as lines:
+            touched.append(sum(int(line.split()[1]) << 10 for line in lines
+                               if line.startswith("Referenced:")))
+        counted.append(session.bytes_per_token())
+    size = counted[0] - counted[1]
+    assert size == pytest.approx(block_bytes(model) * 3 / (3 + 4 * 512 / 8192), rel=0.01)
+    assert touched[0] - touched[1] == pytest.approx(size, rel=0.1)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="Ctrl-C does not cut a step of a GPU short")

@@ -4,6 +4,7 @@ import sys
 
 from checkpoint.tokenizer import text_pieces
 from session import SparsityWatch, block_bytes
+from tensor_parallel import mean, world_size
 
 
 def write(ids, tokenizer, stop=()):
@@ -32,17 +33,21 @@ def say(text):
 
 
 def report(session, stats, sparsity, seed):
-    """What happened, by name: the numbers of `summary` and --json."""
+    """What happened, by name: the numbers of `summary` and --json. Bytes are those of all ranks."""
+    def of_all(n_bytes):
+        return mean(n_bytes) * world_size()
+
     numbers = {"prompt_tokens": stats.prompt_tokens, "new_tokens": stats.new_tokens,
                "prompt_tokens_per_second": None, "tokens_per_second": None, "sparsity": sparsity,
                "realised_sparsity": None, "bytes_per_token": None,
-               "block_bytes": block_bytes(session.model), "seed": seed, "ended": session.ended}
+               "block_bytes": of_all(block_bytes(session.model)), "ranks": world_size(),
+               "seed": seed, "ended": session.ended}
     if stats.prompt_tokens:
         numbers["prompt_tokens_per_second"] = stats.prompt_tokens / stats.prefill_seconds
     if stats.steps:
         numbers |= {"tokens_per_second": stats.steps / stats.decode_seconds,
                     "realised_sparsity": session.sparsity(stats),
-                    "bytes_per_token": session.bytes_per_token(stats)}
+                    "bytes_per_token": of_all(session.bytes_per_token(stats))}
     return numbers
 
 
@@ -56,7 +61,8 @@ def summary(numbers):
     if numbers["seed"] is not None:
         parts.append(f"seed {numbers['seed']}")
     if numbers["bytes_per_token"]:
-        parts.append(f"{numbers['bytes_per_token'] / 1e6:.1f} MB read per token")
+        ranks = f" by {numbers['ranks']} ranks" if numbers["ranks"] > 1 else ""
+        parts.append(f"{numbers['bytes_per_token'] / 1e6:.1f} MB read per token{ranks}")
         if numbers["sparsity"]:
             parts.append(f"{numbers['realised_sparsity']:.1%} of the blocks' "
                          f"{numbers['block_bytes'] / 1e6:.1f} MB unread "

@@ -146,6 +146,7 @@ def test_ranks_share_an_int4_folder(int4_folder, tmp_path):
 
 
 def test_generate_prints_once(folder):
+    """And its numbers are those of both ranks, which is said: only the LM head is read twice."""
     words = ["generate.py", "--model", folder, "--raw", "--prompt", "-", "--dtype", "float32",
              "--device", "cpu", "--max-new-tokens", "20", "--temperature", "0.8"]
     two = subprocess.run(torchrun("2", *words), cwd=HERE, input="abc", env=ENV,
@@ -157,6 +158,9 @@ def test_generate_prints_once(folder):
     assert one.returncode == two.returncode == 0, two.stderr
     assert two.stdout == one.stdout
     assert two.stderr.count("new 20 tokens") == 1
+    read = [float(re.search(r"([\d.]+) MB read per token" + ranks, done.stderr)[1])
+            for done, ranks in ((one, r"\n"), (two, " by 2 ranks"))]
+    assert read[1] == pytest.approx(read[0] + 64 * 256 * 4 / 1e6, abs=0.1)
 
 
 def test_benchmark_counts_a_rank(folder):
