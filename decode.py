@@ -7,23 +7,26 @@ Method: Liu et al., "TEAL" (arXiv:2408.14690). The CUDA graph is gpt-fast's idea
 "Accelerating Generative AI with PyTorch II", 2023).
 """
 
+import functools
 import gc
+import sys
 
 import torch
-import torch.nn.functional as F
 
-from cpu_gemv import CpuGemv, RowCount
+from checkpoint.files import cache_folder
+from cpu.compiler import NoCompiler
+from cpu.step import CStep
 from gpu.compile_ahead import compile_together
 from gpu.decode_attention import Workspace, decode_attention
 from gpu.gpu_gemv import gpu_gemv
 from gpu.token_kernels import embed
 from model import PROJECTIONS, rms_norm
-from sparse_gemv import supports_pdl
+from sparse_gemv import sparse_gemv, supports_pdl
 
 # ---- one step on a CPU -------------------------------------------------------------------------
 
 class CpuDecoder:
-    """Runs decode steps of a model on a CPU over a KV cache.
+    """Runs decode steps of a model on a CPU over a KV cache: in C, or slowly in PyTorch.
 
     choose:     a function of logits [V] that returns a token id, int64 [1]
     generators, graph: see `GpuDecoder`; they mean nothing here
@@ -32,26 +35,19 @@ class CpuDecoder:
     """
 
     def __init__(self, model, cache, choose, generators=(), graph=True):
-        config = model.config
         self.model, self.cache, self.choose = model, cache, choose
-        self.kept = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.int64)
+        self.thresholds = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
+        self.kept = torch.zeros(self.thresholds.shape, dtype=torch.int64)
         self.n_steps = 0
-        head = model.lm_head
-        # The ordinary product is faster where all rows of a float32 matrix are read.
-        self.lm_head = head if head.w_t.dtype == torch.float32 else CpuGemv(
-            head.w_t, head.ends, [-1.0], head.scale, dtype=head.dtype)
-        norms = [norm for block in model.blocks for norm in (block.attn_norm, block.mlp_norm)]
-        self.twice = {id(norm): torch.cat((norm, norm)) for norm in [*norms, model.norm]}
-        self.set_thresholds(torch.full(self.kept.shape, -1.0))
+        try:
+            self.logits = CStep(model, cache, self.thresholds, self.kept, cache_folder())
+        except NoCompiler as error:
+            self.logits = self.plain_logits
+            warn_once(f"decoding on this CPU is slow: {error}")
 
     def set_thresholds(self, thresholds):
         """Decode with thresholds float32 [n_layers, 7] from now on; -1 keeps everything."""
-        self.products = {}
-        for linear in self.model.linears():
-            at = linear.layer, linear.places
-            self.products[linear] = CpuGemv(linear.w_t, linear.ends, thresholds[at].tolist(),
-                                            linear.scale, linear.bias, linear.dtype)
-        self.rows_read = RowCount(self.products.values())
+        self.thresholds.copy_(thresholds)
 
     def start(self, token, position):
         """Make `token`, an id, the input of the next step, at `position` in the text."""
@@ -59,59 +55,34 @@ class CpuDecoder:
 
     @torch.inference_mode()
     def step(self):
-        """One token, as `model.forward` would compute it, in fewer operations."""
-        model, cache, config, products = self.model, self.cache, self.model.config, self.products
-        ropes = {}
-        for kind, (cos, sin, growth) in model.rope(self.position, 1).items():
-            ropes[kind] = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # [1, 1, head_dim]
-        scale = config.head_dim ** -0.5 * growth.item()  # of the scores
-        end, n_kv, front = self.position + 1, config.n_kv_heads, not config.norms_behind
-
-        def rotate(qk, cos, sin):  # RoPE
-            qk = qk.float()
-            return torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, -1), sin).to(x.dtype)
-
-        x = model.embed(self.token)
-        for block in model.blocks:
-            start = max(0, end - (config.window(block.i) or end))
-            h = self.norm(x, block.attn_norm) if front else x
-            qkv = products[block.qkv](h)
-            if config.qk_norm:
-                q, k, v = qkv.split(block.qkv.widths, -1)
-                qkv = torch.cat((rms_norm(q, block.q_norm, config.norm_eps),
-                                 rms_norm(k, block.k_norm, config.norm_eps), v), -1)
-            qkv = qkv.view(1, -1, config.head_dim)
-            qk = rotate(qkv[:, :-n_kv], *ropes[config.rope_kind(block.i)])
-            cache.k[block.i, :, self.position] = qk[0, -n_kv:]
-            cache.v[block.i, :, self.position] = qkv[0, -n_kv:]
-            # Query heads that share a key head are rows of one matrix: no mask, no copies.
-            y = F.scaled_dot_product_attention(
-                qk[:, :-n_kv].view(1, n_kv, -1, config.head_dim),
-                cache.k[None, block.i, :, start:end], cache.v[None, block.i, :, start:end],
-                scale=scale)
-            h = block.reduce(products[block.o](y.view(1, -1)))
-            x = x + (h if front else self.norm(h, block.attn_norm))
-            h = self.norm(x, block.mlp_norm) if front else x
-            gate, up = products[block.gate_up](h).chunk(2, dim=-1)
-            h = block.reduce(products[block.down](F.silu(gate) * up))
-            x = x + (h if front else self.norm(h, block.mlp_norm))
-        self.token = self.choose(self.lm_head(self.norm(x, model.norm))[0])
-        self.position = end
-        self.kept += self.rows_read().view_as(self.kept)
+        """Read `token`, at `position`, and put the next one in its place."""
+        logits = self.logits(max(0, self.token.item()), self.position)
+        self.token = self.choose(logits)
+        self.position += 1
         self.n_steps += 1
 
-    def norm(self, x, weight):
-        """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: half F.rms_norm's time here."""
-        n = x.shape[-1]
-        y = F.layer_norm(torch.cat((x, -x), -1), (2 * n,), self.twice[id(weight)],
-                         eps=self.model.config.norm_eps)
-        return y[..., :n]
+    def plain_logits(self, token, position):
+        """What the step in C computes, without a compiler."""
+        length, self.cache.length = self.cache.length, position
+        hidden = self.model.forward(torch.tensor([token]), self.cache, self.project)
+        self.cache.length = length  # whoever calls counts the tokens
+        return self.model.logits(hidden)[0]
+
+    def project(self, x, linear):
+        at = linear.layer, linear.places
+        return sparse_gemv(x, linear.w_t, self.thresholds[at], ends=linear.ends,
+                           scale=linear.scale, bias=linear.bias, kept=self.kept[at])
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose."""
         for _ in range(n_steps):
             self.step()
             yield self.token.item()
+
+
+@functools.cache
+def warn_once(sentence):
+    print(f"warning: {sentence}", file=sys.stderr)
 
 
 # ---- one step on a GPU -------------------------------------------------------------------------

@@ -92,7 +92,14 @@ class Linear:
         self.allocate(device)
 
     def allocate(self, device):
-        self.w_t = torch.empty(self.in_features, self.ends[-1], dtype=self.dtype, device=device)
+        self.w_t = self.empty(self.dtype, device)
+
+    def empty(self, dtype, device):
+        """Room for w_t. On a CPU the LM head lies in memory as W [N, K]: a logit is one row."""
+        shape = self.in_features, self.ends[-1]
+        if self.site == "lm_head" and torch.device(device).type == "cpu":
+            return torch.empty(*shape[::-1], dtype=dtype, device=device).T
+        return torch.empty(*shape, dtype=dtype, device=device)
 
     def load_weight(self, i, weight):
         """Copy the weight [out_features, in_features] of projection i to its columns."""

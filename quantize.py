@@ -14,7 +14,6 @@ import runpy
 
 import torch
 
-from cpu_gemv import ROW_END, empty_packed, pack, unpack
 from gpu.tensor_gemv import GROUP
 from model import Linear
 
@@ -61,20 +60,11 @@ def quantize_tensor(weight, name="weight"):
 
 
 class Int8Linear(Linear):
-    """A `Linear` with int8 weights: y = (x @ w_t) * scale + bias.
-
-    w_t is int8 [K, N] on a GPU. On a CPU it is packed as the fast product there wants it
-    (cpu_gemv.py).
-    """
+    """A `Linear` with int8 weights: y = (x @ w_t) * scale + bias. w_t is int8 [K, N]."""
 
     def allocate(self, device):
-        n = self.ends[-1]
-        self.packed = torch.device(device).type == "cpu"
-        if self.packed:
-            self.w_t = empty_packed(self.in_features, self.ends, narrow=self.site == "lm_head")
-        else:
-            self.w_t = torch.empty(self.in_features, n, dtype=torch.int8, device=device)
-        self.scale = torch.empty(n, device=device)
+        self.w_t = self.empty(torch.int8, device)
+        self.scale = torch.empty(self.ends[-1], device=device)
 
     def load_weight(self, i, weight):
         """Store projection i's weight [out_features, in_features], floats, or int8 with
@@ -82,41 +72,32 @@ class Int8Linear(Linear):
         start, end = self.starts[i], self.ends[i]
         if weight.dtype != torch.int8:
             weight, self.scale[start:end] = quantize_tensor(weight)
-        if self.packed:
-            pack(self.w_t, start, weight)
-        else:
-            self.w_t[:, start:end] = weight.T
+        self.w_t[:, start:end] = weight.T
 
     def load_scale(self, i, scale):
         self.scale[self.starts[i]:self.ends[i]] = scale
 
     def weight(self, start, end):
         """Columns start ... end - 1 as the floats they stand for, [K, end - start]."""
-        q = unpack(self.w_t, start, end) if self.packed else self.w_t[:, start:end]
-        w = torch.empty(q.shape, dtype=self.dtype, device=q.device)
+        q = self.w_t[:, start:end]
+        w = torch.empty_like(q, dtype=self.dtype)
         return torch.mul(q, self.scale[start:end], out=w)
 
     def __call__(self, x):
-        if self.packed:
+        # All columns as floats could be the largest thing in memory. On a CPU, a piece is small
+        # enough to stay in the cache from one operation to the next.
+        on_cpu, n = x.device.type == "cpu", self.ends[-1]
+        step = max(1, (PIECE if on_cpu else FLOATS) // self.in_features)
+        pieces = range(0, n, step)
+        if on_cpu:
             # Integers up to 127 are exact in any dtype, but sums of them overflow float16.
             dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-            pieces = [x.to(dtype) @ q for q in self.integers(dtype)]
-            y = (torch.cat(pieces, dim=-1) * self.scale).to(x.dtype)
-        else:  # all columns as floats could be the largest thing in memory
-            n, step = self.ends[-1], max(1, FLOATS // self.in_features)
-            y = torch.cat([x @ self.weight(start, min(start + step, n))
-                           for start in range(0, n, step)], dim=-1)
+            x_wide = x.to(dtype)
+            y = torch.cat([x_wide @ self.w_t[:, i:i + step].to(dtype) for i in pieces], dim=-1)
+            y = (y * self.scale).to(x.dtype)
+        else:
+            y = torch.cat([x @ self.weight(i, min(i + step, n)) for i in pieces], dim=-1)
         return y if self.bias is None else y + self.bias
-
-    def integers(self, dtype):
-        """The packed columns, unscaled, a piece after the other.
-
-        A piece is small enough to stay in the cache from one operation to the next.
-        """
-        width, step = self.w_t.shape[2] - ROW_END, max(1, PIECE // self.in_features)
-        for block in self.w_t:
-            for q in block[:, :width].split(step, dim=1):
-                yield (q ^ 128).view(torch.int8).to(dtype)
 
 
 # ---- 4 bits: 5 bits a weight, scales included --------------------------------------------------

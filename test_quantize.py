@@ -2,7 +2,6 @@
 and int4. All on tiny random models and the CPU."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -16,19 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import calibrate
 import checkpoint
-import cpu_gemv
 import quantize
 from checkpoint.config import parse_config
 from checkpoint.tensors import is_quantized, put, tensor_shapes
 from checkpoint.test_checkpoint import CONFIG, strings, weights, write_folder, write_gguf
 from cli import quantize_folder
 from cli.command_line import load_model, run_script
-from cpu_gemv import BITS, CpuGemv, RowCount, empty_packed, largest_bits, pack, unpack
 from generate import generate_tokens
 from model import PROJECTIONS, Linear, Model, dense, masked
 from quantize import Int4Linear, Int4OnCPU, Int8Linear, can_be_int4, quantize_tensor
-from sparse_gemv import sparse_gemv
-from test_sparse_gemv import reference
 
 torch.set_num_threads(1)  # tiny products: a second thread would only wait
 
@@ -103,107 +98,6 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, run, tmp_path):
 
 
 # ---- products ----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("k, ends", [
-    (64, (96, 128, 160)), (33, (1000,)), (50, (307,)), (16, (512, 1024)), (5, (1,))])
-def test_packed_products(k, ends, narrow, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    g = torch.Generator().manual_seed(k)
-    q = torch.randint(-127, 128, (k, ends[-1]), dtype=torch.int8, generator=g)  # [K, N]
-    q[0] = -128  # another program's file may hold it
-    packed, start = empty_packed(k, ends, narrow), 0
-    for end in ends:
-        pack(packed, start, q[:, start:end].T.contiguous())
-        start = end
-    assert torch.equal(unpack(packed, 0, ends[-1]), q)
-    assert torch.equal(unpack(packed, *(0, *ends)[-2:]), q[:, (0, *ends)[-2]:])
-
-    scale, bias = torch.rand(ends[-1], generator=g), torch.randn(ends[-1], generator=g)
-    options = {"scale": scale, "bias": bias}
-    for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
-        x = torch.randn(1, k, generator=g).to(dtype)
-        x[0, 0] = 0.5
-        for threshold in (-1.0, 0.5, 100.0, 0.7, [0.3 * i - 0.1 for i in range(len(ends))]):
-            thresholds = threshold if isinstance(threshold, list) else [threshold] * len(ends)
-            counts = torch.zeros(3, len(ends), dtype=torch.int64)
-            wanted = reference(x, q, thresholds, ends=ends, kept=counts[0], **options)
-            product = CpuGemv(packed, ends, thresholds, scale, bias, dtype)
-            for y in (product(x),
-                      sparse_gemv(x, q, thresholds, ends=ends, kept=counts[2], **options)):
-                assert y.dtype == dtype and y.shape == (1, ends[-1])
-                torch.testing.assert_close(y[0], wanted, rtol=rtol, atol=rtol * 127 * 5)
-            counts[1] = RowCount([product])()
-            assert torch.equal(counts[1], counts[0]) and torch.equal(counts[2], counts[0])
-
-
-def test_a_threshold_of_0_drops_zeros():
-    x, w_t = torch.randn(1, 64), torch.randn(64, 32)
-    x[0, ::4] = 0
-    product = CpuGemv(w_t, (32,), [0.0])
-    torch.testing.assert_close(product(x), x @ w_t)
-    assert RowCount([product])().tolist() == [48]
-
-
-def test_x_of_another_dtype_than_the_limits():
-    q, x = torch.randint(-127, 128, (48, 32), dtype=torch.int8), torch.randn(1, 48).bfloat16()
-    packed = empty_packed(48, (32,))
-    pack(packed, 0, q.T)
-    product = CpuGemv(packed, (32,), [0.5])  # limits in float32
-    wanted = torch.where(x.float().abs() <= 0.5, 0, x.double()) @ q.double()
-    torch.testing.assert_close(product(x).double(), wanted, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_thresholds_as_bits(dtype):
-    """Integers decide as floats do: at a threshold, next to it, near 0 and beyond the range."""
-    t = torch.cat((torch.rand(500) * 3, torch.rand(50) * 1e-7,
-                   torch.tensor([0.0, -0.0, 7e4, 1e-45, -1e-9, -1.0])))
-    x = torch.cat((t, t.nextafter(torch.tensor(math.inf)), torch.randn(500))).to(dtype)
-    bits = x.view(BITS[dtype.itemsize])
-    kept = (bits & torch.iinfo(bits.dtype).max)[:, None] > torch.from_numpy(largest_bits(t, dtype))
-    assert torch.equal(kept, ~(x.float().abs()[:, None] <= t))
-
-
-def test_packed_products_without_the_operator(monkeypatch):
-    """A PyTorch without the quantized operator: one warning, the same sums."""
-    torch.manual_seed(0)
-    ends, x = (32, 96), torch.randn(1, 16)
-    packed = empty_packed(16, ends)
-    for start, end in ((0, 32), (32, 96)):
-        pack(packed, start, torch.randint(-127, 128, (end - start, 16), dtype=torch.int8))
-    products = [CpuGemv(packed, ends, t) for t in ([0.4, 0.9], [-1.0, -1.0])]
-    wanted, count = [product(x) for product in products], RowCount(products)
-    rows_read = count()
-    monkeypatch.setattr(torch.ops, "quantized", object())
-    cpu_gemv.byte_bags.cache_clear()
-    with pytest.warns(UserWarning, match="no embedding_bag for bytes") as caught:
-        found = [product(x) for product in products]
-    cpu_gemv.byte_bags.cache_clear()
-    assert len(caught) == 1 and torch.equal(count(), rows_read)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_prepared_product_keeps_nan_and_infinity(dtype):
-    """Both are larger than any threshold; of equal sizes, the sign does not matter."""
-    w_t, x = torch.ones(6, 8, dtype=dtype), torch.tensor([[0.0, 0.5, -0.5, 0.75, -0.75, 0.25]])
-    product = CpuGemv(w_t, (4, 8), [0.5, 0.7])
-    for wrong in (math.nan, math.inf, -math.inf):
-        x[0, 0] = wrong
-        assert torch.equal(product(x.to(dtype)).isfinite(), torch.zeros(1, 8, dtype=torch.bool))
-        assert RowCount([product])().tolist() == [3, 3]
-    x[0, 0] = -0.625
-    assert product(x.to(dtype)).tolist() == [[-0.625] * 4 + [0.0] * 4]
-    assert RowCount([product])().tolist() == [3, 2]
-
-
-def test_the_unprepared_product_refuses_packed_weights():
-    packed, x, scale = empty_packed(16, (32, 96)), torch.randn(16), torch.ones(96)
-    for w_t in (packed, packed[0]):
-        with pytest.raises(ValueError, match="w_t"):
-            sparse_gemv(x, w_t, 0.1, scale=scale)
-
 
 @pytest.mark.parametrize("dtype, tolerance", [
     (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

@@ -1,0 +1,680 @@
+/* One token of a Llama-like model on a CPU: from the token's id to the logits of the next one.
+
+A token needs every weight once, so its time is the time of reading them from memory. TEAL (Liu et
+al., arXiv:2408.14690) leaves most of that unread: in y = W x, column k of W matters only if x[k]
+is not nearly zero. W is stored transposed, as w[K, N], so column k of W is one contiguous row of
+w. `keep_rows` lists the x[k] that matter, and `add_rows` reads their rows and no others.
+
+Read from the bottom: `decode` is the forward pass, a call per stage. Every stage is cut into
+n_shares equal shares, and the workers (threads) divide the shares among themselves. A sum depends
+on its share alone, never on who computed it, so the logits do not depend on how many workers are
+awake. All activations are float32; weights and cache keep their dtypes. The reading is hidden
+behind the arithmetic by asking for rows a few rows early (prefetch).
+
+Python fills in the structs (cpu/step.py) and calls start_team once, step for every token, and
+stop_team at the end. The file needs a C compiler that knows gnu11, and pthreads. */
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };       // dtypes
+enum { NORM_NONE, NORM_HEAD, NORM_ALL };         // RMSNorm of q and k: none, each head, all heads
+
+enum {
+    AHEAD = 8,          // rows that are prefetched before they are added
+    TILE = 4096,        // columns that are summed up at a time: their sums stay in the L1 cache
+    HEAD_AHEAD = 8192,  // bytes of the LM head that are prefetched
+    SPINS = 200,        // looks at a barrier before a worker lets others run
+    IDLE_NS = 1000000,  // how long a worker waits awake for the next token
+    WINDOW = 8,         // tokens after which a team looks at how long its workers waited
+};
+
+// ---- what Python fills in ---------------------------------------------------------------------
+
+// A matrix W [N, K]: up to three projections side by side, each with its threshold.
+typedef struct {
+    const void *w;            // [K, N], W transposed; of the LM head W itself, [N, K]
+    const float *scale;       // [N], multiplies the sums, or NULL
+    const float *bias;        // [N], added next, or NULL
+    const float *thresholds;  // one per projection; a negative one keeps everything
+    int64_t *kept;            // one per projection: the rows read so far
+    int32_t dtype, k, n, n_parts;
+    int32_t ends[4];          // the last column + 1 of each projection
+} Matrix;
+
+typedef struct {
+    Matrix qkv, o, gate_up, down;
+    const float *attn_norm, *mlp_norm;  // [hidden], weights of RMSNorm
+    const float *q_norm, *k_norm;       // [head_dim] or [heads * head_dim], or NULL
+    void *keys, *values;                // the layer's KV cache, [kv_heads, context, head_dim]
+    int32_t window;                     // of attention: how many tokens it sees; 0 for all
+    int32_t rope;                       // which of the model's ropes
+} Layer;
+
+// What RoPE does: pair j turns by position * frequency[j] and is multiplied by factor[j].
+typedef struct {
+    const float *frequency, *factor;  // [head_dim / 2]
+} Rope;
+
+typedef struct Team Team;
+
+typedef struct {
+    int32_t n_layers, hidden, inter, heads, kv_heads, head_dim, vocab, context;
+    int32_t cache_dtype, embedding_dtype, qk_norm, norms_behind, n_ropes;
+    int32_t largest;          // K of all matrices
+    int32_t n_shares;         // into which every stage is cut
+    float eps;                // of RMSNorm
+    float growth, growth_at;  // q is multiplied by 1 + growth * ln(1 + position / growth_at)
+    const Layer *layers;
+    const Rope *ropes;
+    Matrix head;
+    const void *embedding;    // [vocab, hidden]
+    const float *norm;        // [hidden], of the last RMSNorm
+    void (*reduce)(float *y, int32_t n);  // adds up y over all ranks, or NULL
+    // Written by all workers:
+    float *sums[2];           // [row_shares, N], of a product and of the one after it
+    float *attended;          // [heads * head_dim], what attention found
+    float *mlp;               // [inter], silu(gate) * up
+    float *added;             // [hidden], a sum over all ranks
+    float *logits;            // [vocab]
+    // Of every worker, so [n_shares, ...]:
+    float *x, *h, *y;         // [hidden]: the residual stream, a block's input and its output
+    float *qkv;               // [N of qkv]
+    float *turns;             // [n_ropes, head_dim], cosines and sines
+    float *scores;            // [context]
+    float *up;                // [inter]
+    void *fresh;              // the token's k and v in cache_dtype, [2, kv_heads, head_dim]
+    float *kept_x;            // [largest K + AHEAD], the kept x[k]
+    int32_t *kept_k;          // [largest K + AHEAD], their k
+    const int32_t *positions; // [context + AHEAD], 0, 1, 2, ...; one for all
+    Team *team;
+    int32_t token, position;
+} Model;
+
+// ---- numbers of every dtype become floats -----------------------------------------------------
+
+// A vector of floats, as wide as the processor's. Compilers know vectors without any header.
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+// Functions with `const int dtype` are written once and compiled once per dtype, without a branch.
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE int bytes_of(const int dtype) {
+    return dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2;
+}
+
+INLINE float from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+// float16 has 5 bits of exponent, 15 too small for float32's 8 by 112; no denormal may appear.
+INLINE float from_float16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = (uint32_t)(half & 0x7fff) << 13;
+    float normal = from_bits(rest + (112u << 23));
+    float tiny = (float)(int32_t)(half & 0x3ff) * 0x1p-24f;
+    float special = from_bits(rest | 0x7f800000);
+    float x = half & 0x7c00 ? normal : tiny;
+    x = (half & 0x7c00) == 0x7c00 ? special : x;
+    return from_bits(bits_of(x) | sign);
+}
+
+// Number i of an array.
+INLINE float get(const void *array, int64_t i, const int dtype) {
+    switch (dtype) {
+    case FLOAT32: return ((const float *)array)[i];
+    case BFLOAT16: return from_bits((uint32_t)((const uint16_t *)array)[i] << 16);
+    case FLOAT16: return from_float16(((const uint16_t *)array)[i]);
+    default: return ((const int8_t *)array)[i];
+    }
+}
+
+// Numbers i ... i + LANES - 1.
+INLINE Floats get_lanes(const void *array, int64_t i, const int dtype) {
+    float lanes[LANES];
+    for (int l = 0; l < LANES; l++) lanes[l] = get(array, i + l, dtype);
+    Floats x;
+    memcpy(&x, lanes, sizeof x);
+    return x;
+}
+
+INLINE Floats lanes_at(const float *array) {
+    Floats x;
+    memcpy(&x, array, sizeof x);
+    return x;
+}
+
+// Rounds to nearest, ties to even, as PyTorch does.
+static void put(void *array, int64_t i, float x, int dtype) {
+    uint32_t bits = bits_of(x), low = bits & 0x7fffffff;
+    if (dtype == FLOAT32) {
+        ((float *)array)[i] = x;
+    } else if (dtype == BFLOAT16) {
+        uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        ((uint16_t *)array)[i] = low > 0x7f800000 ? (bits >> 16) | 64 : rounded;  // NaN stays NaN
+    } else {
+        uint32_t half;
+        if (low > 0x7f800000) half = 0x7e00;                       // NaN
+        else if (low >= 0x477ff000) half = 0x7c00;                 // too large: infinite
+        else if (low < 0x38800000) half = lrintf(from_bits(low) * 0x1p24f);  // below 2^-14
+        else half = (low - (112u << 23) + 0xfff + ((low >> 13) & 1)) >> 13;
+        ((uint16_t *)array)[i] = half | (bits >> 16 & 0x8000);
+    }
+}
+
+// ---- TEAL -------------------------------------------------------------------------------------
+
+// The entries of x [k] that matter: where each stands, and its value. Returns how many.
+static int keep_rows(const float *x, int k, float threshold, int32_t *rows, float *values) {
+    int n = 0;
+    for (int i = 0; i < k; i++) {
+        rows[n] = i;
+        values[n] = x[i];
+        n += !(fabsf(x[i]) <= threshold);  // "not", so that a NaN is kept and stays visible
+    }
+    for (int i = 0; i < AHEAD; i++) rows[n + i] = n ? rows[n - 1] : 0;  // prefetched, never added
+    return n;
+}
+
+// sums [width] += values[i] * row rows[i] of w, for each i below n: only these rows are read. A row
+// has `stride` bytes. R rows at a time, so that a sum is loaded and stored once for R products.
+INLINE void add_some_rows(float *restrict sums, const char *w, int64_t stride, const int32_t *rows,
+                          const float *values, int n, int width, const int R, const int dtype) {
+    const int size = bytes_of(dtype), line = 64 / size;  // 64 bytes are a line of the cache
+    for (int i = 0; i < n; i += R) {
+        const char *row[4], *later[4];
+        for (int r = 0; r < R; r++) {
+            row[r] = w + rows[i + r] * stride;
+            later[r] = w + rows[i + r + AHEAD] * stride;
+        }
+        int j = 0;
+        for (; j + line <= width; j += line) {
+            for (int r = 0; r < R; r++) __builtin_prefetch(later[r] + j * size, 0, 2);
+            for (int l = j; l < j + line; l += LANES) {
+                Floats sum = lanes_at(sums + l);
+                for (int r = 0; r < R; r++) sum += values[i + r] * get_lanes(row[r], l, dtype);
+                memcpy(sums + l, &sum, sizeof sum);
+            }
+        }
+        for (; j < width; j++)
+            for (int r = 0; r < R; r++) sums[j] += values[i + r] * get(row[r], j, dtype);
+    }
+}
+
+INLINE void add_rows_of(float *restrict sums, const char *w, int64_t stride, const int32_t *rows,
+                        const float *values, int n, int width, const int dtype) {
+    add_some_rows(sums, w, stride, rows, values, n & ~3, width, 4, dtype);
+    int done = n & ~3;
+    add_some_rows(sums, w, stride, rows + done, values + done, n - done, width, 1, dtype);
+}
+
+// As `add_some_rows`. The list of rows must go on for AHEAD entries; what they name is prefetched.
+static void add_rows(float *sums, const void *w, int64_t stride, const int32_t *rows,
+                     const float *values, int n, int width, int dtype) {
+    switch (dtype) {
+    case FLOAT32: add_rows_of(sums, w, stride, rows, values, n, width, FLOAT32); break;
+    case BFLOAT16: add_rows_of(sums, w, stride, rows, values, n, width, BFLOAT16); break;
+    case FLOAT16: add_rows_of(sums, w, stride, rows, values, n, width, FLOAT16); break;
+    case INT8: add_rows_of(sums, w, stride, rows, values, n, width, INT8); break;
+    }
+}
+
+// Shares of a product lie in a grid: up to four share the kept rows, and `finish` adds up their
+// sums; more shares than that share the columns.
+static int row_shares(const Model *m) {
+    int rows = m->n_shares < 4 ? m->n_shares : 4;
+    while (m->n_shares % rows) rows--;
+    return rows;
+}
+
+// The first column of column share c of `of`; 64 columns touch no line of another share's sums.
+static int first_column(int n, int c, int of) {
+    return c == of ? n : (int64_t)n * c / of & ~63;
+}
+
+// A share of x [K] times a matrix, into the sums of its row share.
+static void product(const Model *m, const Matrix *a, const float *x, int worker, int share,
+                    float *sums) {
+    int n_rows = row_shares(m), n_columns = m->n_shares / n_rows, size = bytes_of(a->dtype);
+    int r = share % n_rows, c = share / n_rows;
+    int left = first_column(a->n, c, n_columns), right = first_column(a->n, c + 1, n_columns);
+    int32_t *rows = m->kept_k + (int64_t)worker * (m->largest + AHEAD);
+    float *values = m->kept_x + (int64_t)worker * (m->largest + AHEAD);
+    sums += (int64_t)r * a->n;
+    memset(sums + left, 0, (right - left) * sizeof *sums);
+    int n = 0;
+    for (int part = 0, start = 0; part < a->n_parts; start = a->ends[part++]) {
+        if (part == 0 || a->thresholds[part] != a->thresholds[part - 1])
+            n = keep_rows(x, a->k, a->thresholds[part], rows, values);
+        if (share == 0) a->kept[part] += n;
+        int first = n * (int64_t)r / n_rows, last = n * (int64_t)(r + 1) / n_rows;
+        int begin = start > left ? start : left;
+        int end = a->ends[part] < right ? a->ends[part] : right;
+        for (int j = begin, width; j < end; j += width) {
+            width = end - j < TILE ? end - j : TILE;
+            add_rows(sums + j, (const char *)a->w + (int64_t)j * size, (int64_t)a->n * size,
+                     rows + first, values + first, last - first, width, a->dtype);
+        }
+    }
+}
+
+// Columns first ... first + n - 1 of a finished product, into y [n].
+static void finish(const Model *m, const Matrix *a, const float *sums, int first, int n, float *y) {
+    int n_rows = row_shares(m);
+    memcpy(y, sums + first, n * sizeof *y);
+    for (int r = 1; r < n_rows; r++)
+        for (int j = 0; j < n; j++) y[j] += sums[(int64_t)r * a->n + first + j];
+    if (a->scale)
+        for (int j = 0; j < n; j++) y[j] *= a->scale[first + j];
+    if (a->bias)
+        for (int j = 0; j < n; j++) y[j] += a->bias[first + j];
+}
+
+// ---- the small parts of a block ---------------------------------------------------------------
+
+// Four sums side by side, because each addition waits for the one before it.
+INLINE float dot_of(const float *x, const void *row, int n, const int dtype) {
+    Floats sums[4] = {0};
+    int i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int s = 0; s < 4; s++)
+            sums[s] += lanes_at(x + i + s * LANES) * get_lanes(row, i + s * LANES, dtype);
+    Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float total = 0;
+    for (int l = 0; l < LANES; l++) total += sum[l];
+    for (; i < n; i++) total += x[i] * get(row, i, dtype);
+    return total;
+}
+
+static float dot(const float *x, const void *row, int n, int dtype) {
+    switch (dtype) {
+    case FLOAT32: return dot_of(x, row, n, FLOAT32);
+    case BFLOAT16: return dot_of(x, row, n, BFLOAT16);
+    case FLOAT16: return dot_of(x, row, n, FLOAT16);
+    default: return dot_of(x, row, n, INT8);
+    }
+}
+
+// y = x [n], scaled to a root mean square of 1, times weight. y may be x.
+static void rms_norm(float *y, const float *x, const float *weight, int n, float eps) {
+    float scale = 1 / sqrtf(dot(x, x, n, FLOAT32) / n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+// Rotates the pairs (j, j + half) of a head.
+static void rotate(float *restrict head, const float *restrict cosine, const float *restrict sine,
+                   int half) {
+    for (int j = 0; j < half; j++) {
+        float a = head[j], b = head[j + half];
+        head[j] = a * cosine[j] - b * sine[j];
+        head[j + half] = b * cosine[j] + a * sine[j];
+    }
+}
+
+// e^x = 2^n e^r with |r| <= ln 2 / 2: relative error 2e-7. Compilers vectorise it, but not expf.
+INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the lowest bits are round(x / ln 2)
+    uint32_t power = bits_of(n) << 23;
+    n -= 12582912.0f;
+    float r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    float p = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f
+              + r / 720)))));
+    return x == x ? from_bits(bits_of(p) + power) : x;
+}
+
+// ---- workers ----------------------------------------------------------------------------------
+
+// Workers sleep between tokens and meet at a barrier between stages. A team notices when other
+// programs take its processors: then workers wait long for one that does not run, and fewer
+// workers are faster. So the team halves, and tries again later.
+struct Team {
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    pthread_t *threads;
+    Model *model;
+    int32_t size, active;         // workers there are; those that take part
+    int32_t patience, rest;       // tokens to stay halved next time; tokens left of it
+    int32_t tokens;               // of the present window
+    int64_t waited, elapsed;      // nanoseconds of the present window
+    int64_t job;                  // the number of the token * 256 + active; -1 to end
+    char line0[64];               // each counter below has a line of the cache to itself
+    int32_t arrived;
+    char line1[64];
+    int32_t generation;
+    char line2[64];
+};
+
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+static inline void pause_a_moment(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Waits until all active workers have come here.
+static void barrier(Team *team) {
+    if (team->active == 1) return;
+    int32_t now = __atomic_load_n(&team->generation, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->active) {
+        __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&team->generation, now + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int i = 0; i < SPINS; i++) {
+        if (__atomic_load_n(&team->generation, __ATOMIC_ACQUIRE) != now) return;
+        pause_a_moment();
+    }
+    int64_t start = nanoseconds();
+    while (__atomic_load_n(&team->generation, __ATOMIC_ACQUIRE) == now) sched_yield();
+    __atomic_add_fetch(&team->waited, nanoseconds() - start, __ATOMIC_RELAXED);
+}
+
+// ---- the stages of a token: a worker's part of each -------------------------------------------
+
+// The token's row of the embedding. Every worker keeps the whole residual stream x [hidden].
+static void embed(const Model *m, float *x) {
+    int64_t at = (int64_t)m->token * m->hidden;
+    for (int i = 0; i < m->hidden; i++) x[i] = get(m->embedding, at + i, m->embedding_dtype);
+}
+
+// The cosines and sines by which heads turn at this position, of every kind of RoPE.
+static void turn(const Model *m, float *turns) {
+    int half = m->head_dim / 2;
+    for (int kind = 0; kind < m->n_ropes; kind++, turns += m->head_dim)
+        for (int j = 0; j < half; j++) {
+            const Rope *rope = &m->ropes[kind];
+            turns[j] = cosf(m->position * rope->frequency[j]) * rope->factor[j];
+            turns[half + j] = sinf(m->position * rope->frequency[j]) * rope->factor[j];
+        }
+}
+
+// The q|k|v that the shares summed up -> q, k, v with their norms, RoPE and growth.
+static void prepare_heads(const Model *m, const Layer *layer, const float *turns, float *qkv) {
+    int d = m->head_dim, heads = m->heads, kv_heads = m->kv_heads;
+    const float *cosine = turns + layer->rope * d, *sine = cosine + d / 2;
+    float *k = qkv + heads * d;
+    finish(m, &layer->qkv, m->sums[0], 0, layer->qkv.n, qkv);
+    if (m->qk_norm == NORM_ALL) {
+        rms_norm(qkv, qkv, layer->q_norm, heads * d, m->eps);
+        rms_norm(k, k, layer->k_norm, kv_heads * d, m->eps);
+    }
+    float growth = 1 + m->growth * logf(1 + floorf(m->position / m->growth_at));
+    for (int head = 0; head < heads + kv_heads; head++) {
+        float *x = qkv + head * d;
+        if (m->qk_norm == NORM_HEAD)
+            rms_norm(x, x, head < heads ? layer->q_norm : layer->k_norm, d, m->eps);
+        rotate(x, cosine, sine, d / 2);
+        if (head < heads)
+            for (int j = 0; j < d; j++) x[j] *= growth;
+    }
+}
+
+// softmax(q K^T / sqrt(head_dim)) V of one head, over the positions first ... m->position; keys and
+// values are the head's cache, k and v those of the token, which may not stand there yet.
+static void attend(const Model *m, const float *q, const char *keys, const char *values,
+                   const char *k, const char *v, int first, float *p, float *y) {
+    int d = m->head_dim, n = m->position - first, dtype = m->cache_dtype;
+    int64_t stride = (int64_t)d * bytes_of(dtype);
+    float scale = 1 / sqrtf(d), most = -INFINITY, total = 0;
+    for (int s = 0; s < n; s++) p[s] = dot(q, keys + (first + s) * stride, d, dtype) * scale;
+    p[n] = dot(q, k, d, dtype) * scale;
+    for (int s = 0; s <= n; s++) most = p[s] > most ? p[s] : most;
+    for (int s = 0; s <= n; s++) p[s] = exponential(p[s] - most);
+    for (int s = 0; s <= n; s++) total += p[s];
+    memset(y, 0, d * sizeof *y);
+    add_rows(y, values + first * stride, stride, m->positions, p, n, d, dtype);
+    add_rows(y, v, stride, m->positions, p + n, 1, d, dtype);
+    for (int j = 0; j < d; j++) y[j] /= total;
+}
+
+// The share's heads: attention, and the token's k and v into the cache.
+static void attention(const Model *m, const Layer *layer, const float *qkv, char *fresh, float *p,
+                      int share) {
+    int d = m->head_dim, kv_heads = m->kv_heads, group = m->heads / kv_heads, of = m->n_shares;
+    int64_t size = bytes_of(m->cache_dtype), head_bytes = m->context * d * size;
+    const float *k = qkv + m->heads * d;
+    for (int i = 0; i < 2 * kv_heads * d; i++) put(fresh, i, k[i], m->cache_dtype);
+    char *fresh_v = fresh + kv_heads * d * size;
+    for (int kv = kv_heads * share / of; kv < kv_heads * (share + 1) / of; kv++) {
+        int64_t at = kv * head_bytes + m->position * d * size;
+        memcpy((char *)layer->keys + at, fresh + kv * d * size, d * size);
+        memcpy((char *)layer->values + at, fresh_v + kv * d * size, d * size);
+    }
+    int first = layer->window && layer->window <= m->position ? m->position + 1 - layer->window : 0;
+    for (int head = m->heads * share / of; head < m->heads * (share + 1) / of; head++) {
+        int kv = head / group;
+        attend(m, qkv + head * d, (const char *)layer->keys + kv * head_bytes,
+               (const char *)layer->values + kv * head_bytes, fresh + kv * d * size,
+               fresh_v + kv * d * size, first, p, m->attended + head * d);
+    }
+}
+
+// SwiGLU: silu(gate) decides how much of each of up's channels goes on to down.
+static void swiglu(const Model *m, const Matrix *gate_up, float *y, int share) {
+    int first = first_column(m->inter, share, m->n_shares);
+    int n = first_column(m->inter, share + 1, m->n_shares) - first;
+    float *restrict gate = m->mlp + first, *restrict up = y;
+    finish(m, gate_up, m->sums[0], first, n, gate);
+    finish(m, gate_up, m->sums[0], m->inter + first, n, up);
+    for (int j = 0; j < n; j++) gate[j] = gate[j] / (1 + exponential(-gate[j])) * up[j];
+}
+
+// Adds a finished product to the residual stream, after a norm where the model has it there.
+static void add_to_stream(const Model *m, const Matrix *a, const float *norm, int worker, float *x,
+                          float *y) {
+    if (m->reduce) {  // every rank has a part of the sum
+        if (worker == 0) {
+            finish(m, a, m->sums[1], 0, m->hidden, m->added);
+            m->reduce(m->added, m->hidden);
+        }
+        barrier(m->team);
+        memcpy(y, m->added, m->hidden * sizeof *y);
+    } else {
+        finish(m, a, m->sums[1], 0, m->hidden, y);
+    }
+    if (m->norms_behind) rms_norm(y, y, norm, m->hidden, m->eps);
+    for (int i = 0; i < m->hidden; i++) x[i] += y[i];
+}
+
+// The share's logits, one row of the head each.
+static void logits(const Model *m, const float *x, int share) {
+    const Matrix *head = &m->head;
+    int64_t row_bytes = (int64_t)head->k * bytes_of(head->dtype);
+    int first = (int64_t)head->n * share / m->n_shares;
+    int end = (int64_t)head->n * (share + 1) / m->n_shares;
+    for (int i = first; i < end; i++) {
+        const char *row = (const char *)head->w + i * row_bytes;
+        for (int64_t j = 0; j < row_bytes; j += 64) __builtin_prefetch(row + HEAD_AHEAD + j, 0, 2);
+        m->logits[i] = dot(x, row, head->k, head->dtype) * (head->scale ? head->scale[i] : 1);
+    }
+}
+
+// ---- the forward pass -------------------------------------------------------------------------
+
+// A loop over the worker's shares of a stage.
+#define FOR_SHARES for (int share = worker; share < m->n_shares; share += m->team->active)
+
+// One worker's part of a token. All workers run this; a barrier stands where one needs what the
+// others computed. sums[0] and sums[1] alternate, so that a worker may be a product ahead.
+static void decode(const Model *m, int worker) {
+    Team *team = m->team;
+    int64_t hidden = m->hidden, id = worker;
+    float *x = m->x + id * hidden, *h = m->h + id * hidden, *y = m->y + id * hidden;
+    float *qkv = m->qkv + id * m->layers[0].qkv.n;
+    float *turns = m->turns + id * m->n_ropes * m->head_dim;
+    float *scores = m->scores + id * m->context, *up = m->up + id * m->inter;
+    char *fresh = (char *)m->fresh + id * 2 * m->kv_heads * m->head_dim * bytes_of(m->cache_dtype);
+
+    embed(m, x);
+    turn(m, turns);
+    for (const Layer *layer = m->layers; layer < m->layers + m->n_layers; layer++) {
+        // Attention reads the stream through a norm ...
+        const float *in = m->norms_behind ? x : h;
+        if (!m->norms_behind) rms_norm(h, x, layer->attn_norm, hidden, m->eps);
+        FOR_SHARES product(m, &layer->qkv, in, worker, share, m->sums[0]);
+        barrier(team);
+        prepare_heads(m, layer, turns, qkv);
+        FOR_SHARES attention(m, layer, qkv, fresh, scores, share);
+        barrier(team);
+        FOR_SHARES product(m, &layer->o, m->attended, worker, share, m->sums[1]);
+        barrier(team);
+        add_to_stream(m, &layer->o, layer->attn_norm, worker, x, y);  // ... and adds to it.
+        // So does the MLP.
+        if (!m->norms_behind) rms_norm(h, x, layer->mlp_norm, hidden, m->eps);
+        FOR_SHARES product(m, &layer->gate_up, in, worker, share, m->sums[0]);
+        barrier(team);
+        FOR_SHARES swiglu(m, &layer->gate_up, up, share);
+        barrier(team);
+        FOR_SHARES product(m, &layer->down, m->mlp, worker, share, m->sums[1]);
+        barrier(team);
+        add_to_stream(m, &layer->down, layer->mlp_norm, worker, x, y);
+    }
+    rms_norm(h, x, m->norm, hidden, m->eps);
+    FOR_SHARES logits(m, h, share);
+    barrier(team);
+}
+
+// ---- what Python calls ------------------------------------------------------------------------
+
+// Denormal floats, below 1e-38, count as zeros: some processors need 100 times as long for them.
+static void flush_denormals(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);
+#elif defined(__aarch64__)
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode | 1 << 24));
+#endif
+}
+
+// The next token's number: awake for a moment if the last token needed this worker, else asleep.
+static int64_t next_job(Team *team, int64_t last, int awake) {
+    int64_t job, start = nanoseconds();
+    do {
+        job = __atomic_load_n(&team->job, __ATOMIC_ACQUIRE);
+        if (job != last) return job;
+        sched_yield();
+    } while (awake && nanoseconds() - start < IDLE_NS);
+    pthread_mutex_lock(&team->mutex);
+    while ((job = __atomic_load_n(&team->job, __ATOMIC_ACQUIRE)) == last)
+        pthread_cond_wait(&team->wake, &team->mutex);
+    pthread_mutex_unlock(&team->mutex);
+    return job;
+}
+
+static void give_job(Team *team, int64_t job) {
+    pthread_mutex_lock(&team->mutex);
+    __atomic_store_n(&team->job, job, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&team->wake);
+    pthread_mutex_unlock(&team->mutex);
+}
+
+typedef struct { Model *m; int worker; } Start;
+
+static void *work(void *argument) {
+    Start start = *(Start *)argument;
+    free(argument);
+    flush_denormals();
+    int active = 0;
+    for (int64_t job = 0; (job = next_job(start.m->team, job, active)) >= 0;) {
+        active = start.worker < (job & 255);
+        if (active) decode(start.m, start.worker);
+    }
+    return NULL;
+}
+
+// Ends the workers of start_team.
+void stop_team(Model *m) {
+    Team *team = m->team;
+    give_job(team, -1);
+    for (int i = 1; i < team->size; i++) pthread_join(team->threads[i], NULL);
+    pthread_cond_destroy(&team->wake);
+    pthread_mutex_destroy(&team->mutex);
+    free(team->threads);
+    free(team);
+    m->team = NULL;
+}
+
+// Starts the workers but the first, which is whoever calls `step`. Returns how many there are.
+int start_team(Model *m) {
+    Team *team = m->team = calloc(1, sizeof *team);
+    pthread_mutex_init(&team->mutex, NULL);
+    pthread_cond_init(&team->wake, NULL);
+    team->threads = calloc(m->n_shares, sizeof *team->threads);
+    for (team->size = 1; team->size < m->n_shares; team->size++) {
+        Start *start = malloc(sizeof *start);
+        *start = (Start){m, team->size};
+        if (pthread_create(&team->threads[team->size], NULL, work, start)) {
+            free(start);
+            break;  // the workers there are take all shares
+        }
+    }
+    team->active = team->size;
+    team->patience = 1;
+    return team->size;
+}
+
+// After a window of tokens: fewer workers if they waited for an eighth of the time, each on
+// average; more again after a while, which grows as long as that does not help.
+static void adapt(Team *team) {
+    if (++team->tokens < WINDOW) return;
+    int64_t waited = __atomic_exchange_n(&team->waited, 0, __ATOMIC_RELAXED);
+    if (waited * 8 > team->elapsed * team->active) {
+        team->active = (team->active + 1) / 2;
+        team->rest = team->patience;
+        team->patience = team->patience < 64 ? 2 * team->patience : 64;
+    } else if (team->active == team->size) {
+        team->patience = 1;
+    } else if (--team->rest <= 0) {
+        team->active = 2 * team->active < team->size ? 2 * team->active : team->size;
+    }
+    team->tokens = team->elapsed = 0;
+}
+
+// Reads `token`, which stands at `position`, with what the cache holds: fills m->logits.
+void step(Model *m, int32_t token, int32_t position) {
+    Team *team = m->team;
+    m->token = token;
+    m->position = position;
+#if defined(__x86_64__)
+    unsigned mode = __builtin_ia32_stmxcsr();
+#endif
+    flush_denormals();
+    int64_t start = nanoseconds();
+    give_job(team, ((team->job >> 8) + 1) << 8 | team->active);
+    decode(m, 0);
+    team->elapsed += nanoseconds() - start;
+    adapt(team);
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(mode);
+#endif
+}

@@ -1,0 +1,158 @@
+"""The Python side of step.c: describes a model, its cache and its thresholds in C's structs.
+
+Nothing is copied but norms and biases, which become float32: C reads the weights, the cache and
+the thresholds where PyTorch keeps them.
+"""
+
+import ctypes
+import weakref
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from cpu.compiler import load
+from model import SITES, Block
+
+SOURCE = Path(__file__).with_name("step.c")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+QK_NORMS = {None: 0, "head": 1, "all": 2}
+AHEAD = 8  # entries that C reads past the end of a list of rows
+MOST_SHARES = 64
+Reduce = ctypes.CFUNCTYPE(None, POINTER(c_float), c_int32)
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("w", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("thresholds", c_void_p),
+                ("kept", c_void_p), ("dtype", c_int32), ("k", c_int32), ("n", c_int32),
+                ("n_parts", c_int32), ("ends", c_int32 * 4)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [*((site, Matrix) for site in SITES),
+                *((name, c_void_p) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm",
+                                                "keys", "values")),
+                ("window", c_int32), ("rope", c_int32)]
+
+
+class Rope(ctypes.Structure):
+    _fields_ = [("frequency", c_void_p), ("factor", c_void_p)]
+
+
+class CModel(ctypes.Structure):
+    _fields_ = [*((name, c_int32) for name in (
+                    "n_layers", "hidden", "inter", "heads", "kv_heads", "head_dim", "vocab",
+                    "context", "cache_dtype", "embedding_dtype", "qk_norm", "norms_behind",
+                    "n_ropes", "largest", "n_shares")),
+                ("eps", c_float), ("growth", c_float), ("growth_at", c_float),
+                ("layers", POINTER(Layer)), ("ropes", POINTER(Rope)), ("head", Matrix),
+                ("embedding", c_void_p), ("norm", c_void_p), ("reduce", Reduce),
+                ("sums", c_void_p * 2),
+                *((name, c_void_p) for name in (
+                    "attended", "mlp", "added", "logits", "x", "h", "y", "qkv", "turns", "scores",
+                    "up", "fresh", "kept_x", "kept_k", "positions", "team")),
+                ("token", c_int32), ("position", c_int32)]
+
+
+class CStep:
+    """One decode step of a model in C: `step(token, position)` -> logits, float32 [vocab_size].
+
+    model, cache: as for `Model.forward`, on a CPU
+    thresholds:   float32 [n_layers, 7]; changes in place count from the next step on
+    kept:         int64 [n_layers, 7], to which the rows that were read are added
+    folder:       where the compiled library is kept, a Path
+    n_shares:     into how many pieces the work is cut, one for each thread
+    Raises NoCompiler (cpu/compiler.py) where there is no library.
+    """
+
+    def __init__(self, model, cache, thresholds, kept, folder, n_shares=None):
+        self.library = load(SOURCE, folder)
+        self.tensors = [thresholds, kept]  # that C points to: they must live as long as this
+        self.thresholds, self.kept = thresholds, kept
+        n_shares = min(n_shares or torch.get_num_threads(), MOST_SHARES)
+        self.m = self.describe(model, cache, n_shares)
+        self.logits = self.allocate(model, cache, n_shares)
+        self.library.start_team(ctypes.byref(self.m))
+        weakref.finalize(self, self.library.stop_team, ctypes.byref(self.m))
+
+    def __call__(self, token, position):
+        self.library.step(ctypes.byref(self.m), token, position)
+        return self.logits
+
+    def describe(self, model, cache, n_shares):
+        """The structs of a model."""
+        config, kinds, head = model.config, list(model.rotations), model.lm_head
+        growth, growth_at = config.query_growth
+        layers, ropes = (Layer * config.n_layers)(), (Rope * len(kinds))()
+        for block, layer in zip(model.blocks, layers):
+            for site in SITES:
+                self.fill(getattr(layer, site), getattr(block, site))
+            for name in ("attn_norm", "mlp_norm", *(("q_norm", "k_norm") if config.qk_norm else ())):
+                setattr(layer, name, self.floats(getattr(block, name)))
+            layer.keys, layer.values = self.at(cache.k[block.i]), self.at(cache.v[block.i])
+            layer.window = config.window(block.i) or 0
+            layer.rope = kinds.index(config.rope_kind(block.i))
+        for rope, (frequency, factor) in zip(ropes, model.rotations.values()):
+            rope.frequency, rope.factor = self.floats(frequency), self.floats(factor)
+        rows = head.w_t.T if model.embedding is None else model.embedding
+        m = CModel(
+            n_layers=config.n_layers, hidden=config.hidden_size, inter=config.intermediate_size,
+            heads=config.n_heads, kv_heads=config.n_kv_heads, head_dim=config.head_dim,
+            vocab=config.vocab_size, context=cache.context, cache_dtype=DTYPES[cache.k.dtype],
+            embedding_dtype=DTYPES[rows.dtype], qk_norm=QK_NORMS[config.qk_norm],
+            norms_behind=config.norms_behind, n_ropes=len(kinds),
+            largest=max(linear.in_features for linear in model.linears()), n_shares=n_shares,
+            eps=config.norm_eps, growth=growth, growth_at=growth_at, layers=layers, ropes=ropes,
+            embedding=self.at(rows), norm=self.floats(model.norm), reduce=self.reduce(model))
+        self.fill(m.head, head)
+        return m
+
+    def fill(self, matrix, linear):
+        """Describe a Linear; a block's has thresholds, the head none."""
+        rows = linear.w_t.T if linear.layer is None else linear.w_t
+        matrix.w, matrix.dtype = self.at(rows), DTYPES[rows.dtype]
+        matrix.k, matrix.n = linear.in_features, linear.ends[-1]
+        matrix.n_parts, matrix.ends[:len(linear.ends)] = len(linear.ends), linear.ends
+        matrix.scale = None if linear.scale is None else self.at(linear.scale)
+        matrix.bias = None if linear.bias is None else self.floats(linear.bias)
+        if linear.layer is not None:
+            places = linear.layer, linear.places
+            matrix.thresholds = self.at(self.thresholds[places])
+            matrix.kept = self.at(self.kept[places])
+
+    def reduce(self, model):
+        """What adds up y over all ranks, as a function for C; NULL where there is one rank."""
+        add_up = model.blocks[0].reduce
+        if add_up is Block.reduce:
+            return Reduce()
+        return Reduce(lambda y, n: add_up(torch.frombuffer(
+            ctypes.cast(y, POINTER(c_float * n)).contents, dtype=torch.float32)) and None)
+
+    def allocate(self, model, cache, n):
+        """C's working memory, described in step.c; returns the logits."""
+        config, m = model.config, self.m
+        d, n_qkv = config.head_dim, model.blocks[0].qkv.ends[-1]
+        widest = max(linear.ends[-1] for linear in model.linears())
+        m.sums[:] = [self.at(torch.zeros(n * widest)) for _ in range(2)]
+        logits = torch.zeros(config.vocab_size)
+        shapes = {"attended": (config.n_heads * d,), "mlp": (config.intermediate_size,),
+                  "added": (config.hidden_size,), "x": (n, config.hidden_size),
+                  "h": (n, config.hidden_size), "y": (n, config.hidden_size), "qkv": (n, n_qkv),
+                  "turns": (n, m.n_ropes, d), "scores": (n, cache.context),
+                  "up": (n, config.intermediate_size), "kept_x": (n, m.largest + AHEAD)}
+        for name, shape in shapes.items():
+            setattr(m, name, self.at(torch.zeros(shape)))
+        m.logits = self.at(logits)
+        m.fresh = self.at(torch.zeros(n, 2, config.n_kv_heads, d, dtype=cache.k.dtype))
+        m.kept_k = self.at(torch.zeros(n, m.largest + AHEAD, dtype=torch.int32))
+        m.positions = self.at(torch.arange(cache.context + AHEAD, dtype=torch.int32))
+        return logits
+
+    def at(self, tensor):
+        """The address of a contiguous tensor, which is kept alive."""
+        assert tensor.is_contiguous() and tensor.device.type == "cpu"
+        self.tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def floats(self, tensor):
+        return self.at(tensor.float().contiguous())
