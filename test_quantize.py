@@ -2,6 +2,7 @@
 and int4. All on tiny random models and the CPU."""
 
 import json
+import math
 import os
 import shutil
 import subprocess

@@ -6,7 +6,7 @@ the thresholds where PyTorch keeps them.
 
 import ctypes
 import weakref
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_void_p
 from pathlib import Path
 
 import torch
@@ -87,7 +87,8 @@ class CStep:
         for block, layer in zip(model.blocks, layers):
             for site in SITES:
                 self.fill(getattr(layer, site), getattr(block, site))
-            for name in ("attn_norm", "mlp_norm", *(("q_norm", "k_norm") if config.qk_norm else ())):
+            head_norms = ("q_norm", "k_norm") if config.qk_norm else ()
+            for name in ("attn_norm", "mlp_norm", *head_norms):
                 setattr(layer, name, self.floats(getattr(block, name)))
             layer.keys, layer.values = self.at(cache.k[block.i]), self.at(cache.v[block.i])
             layer.window = config.window(block.i) or 0

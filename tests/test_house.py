@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parents[1]
-FOLDERS = ("", "gpu", "checkpoint", "calibrations", "cli", "examples", "figures", "tests")
+FOLDERS = ("", "cpu", "gpu", "checkpoint", "calibrations", "cli", "examples", "figures", "tests")
 FILES = [file for folder in FOLDERS for file in sorted((HERE / folder).glob("*.py"))]
 
 
