@@ -147,7 +147,7 @@ def plain(model, folder):
 def test_the_int8_model_is_a_model_with_rounded_weights(source):
     model, _ = checkpoint.load(source, quantize="int8")
     assert all(isinstance(linear, Int8Linear) for linear in model.linears())
-    assert model.lm_head.w_t.dtype == torch.uint8 and model.embedding.dtype == torch.float32
+    assert model.lm_head.w_t.dtype == torch.int8 and model.embedding.dtype == torch.float32
     wanted = plain(model, source)
     tokens = torch.randint(320, (32,), generator=torch.Generator().manual_seed(0))
     logits, expected = (m.logits(m.forward(tokens)) for m in (model, wanted))

@@ -31,7 +31,8 @@ enum {
     HEAD_AHEAD = 8192,  // bytes of the LM head that are prefetched
     SPINS = 200,        // looks at a barrier before a worker lets others run
     IDLE_NS = 1000000,  // how long a worker waits awake for the next token
-    WINDOW = 8,         // tokens after which a team looks at how long its workers waited
+    REST = 32,          // tokens for which a crowded team stays halved at first
+    MOST_REST = 1024,
 };
 
 // ---- what Python fills in ---------------------------------------------------------------------
@@ -355,9 +356,9 @@ struct Team {
     pthread_t *threads;
     Model *model;
     int32_t size, active;         // workers there are; those that take part
-    int32_t patience, rest;       // tokens to stay halved next time; tokens left of it
-    int32_t tokens;               // of the present window
-    int64_t waited, elapsed;      // nanoseconds of the present window
+    int64_t waited;               // nanoseconds in this token, of all workers
+    int64_t tokens, until;        // so far; when all workers are tried again
+    int32_t crowded, calm, rest;  // tokens in a row; the length of the last rest, in tokens
     int64_t job;                  // the number of the token * 256 + active; -1 to end
     char line0[64];               // each counter below has a line of the cache to itself
     int32_t arrived;
@@ -639,25 +640,29 @@ int start_team(Model *m) {
         }
     }
     team->active = team->size;
-    team->patience = 1;
+    team->calm = team->rest = REST;
     return team->size;
 }
 
-// After a window of tokens: fewer workers if they waited for an eighth of the time, each on
-// average; more again after a while, which grows as long as that does not help.
-static void adapt(Team *team) {
-    if (++team->tokens < WINDOW) return;
+// After a token: half of the workers if they waited for an eighth of the time, each on average, twice
+// in a row; all again after a rest, which is longer whenever that came too early.
+static void adapt(Team *team, int64_t elapsed) {
     int64_t waited = __atomic_exchange_n(&team->waited, 0, __ATOMIC_RELAXED);
-    if (waited * 8 > team->elapsed * team->active) {
+    int crowded = waited * 8 > elapsed * team->active;
+    team->crowded = crowded ? team->crowded + 1 : 0;
+    if (team->crowded == 2 || (crowded && team->calm == 0)) {
         team->active = (team->active + 1) / 2;
-        team->rest = team->patience;
-        team->patience = team->patience < 64 ? 2 * team->patience : 64;
-    } else if (team->active == team->size) {
-        team->patience = 1;
-    } else if (--team->rest <= 0) {
-        team->active = 2 * team->active < team->size ? 2 * team->active : team->size;
+        team->rest = team->calm < REST ? 2 * team->rest : REST;
+        if (team->rest > MOST_REST) team->rest = MOST_REST;
+        team->calm = team->crowded = 0;
+        team->until = team->tokens + team->rest;
+    } else if (team->active < team->size && team->tokens >= team->until) {
+        team->active = team->size;
+        team->calm = 0;  // one crowded token ends this try
+    } else {
+        team->calm++;
     }
-    team->tokens = team->elapsed = 0;
+    team->tokens++;
 }
 
 // Reads `token`, which stands at `position`, with what the cache holds: fills m->logits.
@@ -672,8 +677,7 @@ void step(Model *m, int32_t token, int32_t position) {
     int64_t start = nanoseconds();
     give_job(team, ((team->job >> 8) + 1) << 8 | team->active);
     decode(m, 0);
-    team->elapsed += nanoseconds() - start;
-    adapt(team);
+    if (team->size > 1) adapt(team, nanoseconds() - start);
 #if defined(__x86_64__)
     __builtin_ia32_ldmxcsr(mode);
 #endif
