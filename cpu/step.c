@@ -109,6 +109,7 @@ enum { LANES = 4 };
 #endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
 // Functions with `const int dtype` are written once and compiled once per dtype, without a branch.
 #define INLINE static inline __attribute__((always_inline))
@@ -129,34 +130,40 @@ INLINE uint32_t bits_of(float x) {
     return bits;
 }
 
-// float16 has 5 bits of exponent, 15 too small for float32's 8 by 112; no denormal may appear.
-INLINE float from_float16(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = (uint32_t)(half & 0x7fff) << 13;
-    float normal = from_bits(rest + (112u << 23));
-    float tiny = (float)(int32_t)(half & 0x3ff) * 0x1p-24f;
-    float special = from_bits(rest | 0x7f800000);
-    float x = half & 0x7c00 ? normal : tiny;
-    x = (half & 0x7c00) == 0x7c00 ? special : x;
-    return from_bits(bits_of(x) | sign);
+// float16 has 5 bits of exponent, float32 has 8: 112 is added, but for zero and denormals (exponent
+// 0), which are multiples of 2^-24, and for infinity and NaN (all ones). Masks choose among the three.
+INLINE Floats from_float16(Words half) {
+    Words exponent = half & 0x7c00, rest = (half & 0x7fff) << 13;
+    Words small = (Words)(__builtin_convertvector((Ints)(half & 0x3ff), Floats) * 0x1p-24f);
+    Words is_small = (Words)(exponent == 0), is_special = (Words)(exponent == 0x7c00);
+    Words bits = (is_small & small) | (is_special & (rest | 0x7f800000))
+                 | (~(is_small | is_special) & (rest + (112 << 23)));
+    return (Floats)(bits | (half & 0x8000) << 16);
 }
 
-// Number i of an array.
+// Numbers i ... i + LANES - 1 of an array. Compilers make one or two instructions of each loop.
+INLINE Floats get_lanes(const void *array, int64_t i, const int dtype) {
+    Words words;
+    Ints ints;
+    switch (dtype) {
+    case FLOAT32: memcpy(&words, (const float *)array + i, sizeof words); return (Floats)words;
+    case INT8:
+        for (int l = 0; l < LANES; l++) ints[l] = ((const int8_t *)array)[i + l];
+        return __builtin_convertvector(ints, Floats);
+    default:
+        for (int l = 0; l < LANES; l++) words[l] = ((const uint16_t *)array)[i + l];
+        return dtype == BFLOAT16 ? (Floats)(words << 16) : from_float16(words);
+    }
+}
+
+// Number i.
 INLINE float get(const void *array, int64_t i, const int dtype) {
     switch (dtype) {
     case FLOAT32: return ((const float *)array)[i];
     case BFLOAT16: return from_bits((uint32_t)((const uint16_t *)array)[i] << 16);
-    case FLOAT16: return from_float16(((const uint16_t *)array)[i]);
+    case FLOAT16: return from_float16((Words){((const uint16_t *)array)[i]})[0];
     default: return ((const int8_t *)array)[i];
     }
-}
-
-// Numbers i ... i + LANES - 1.
-INLINE Floats get_lanes(const void *array, int64_t i, const int dtype) {
-    float lanes[LANES];
-    for (int l = 0; l < LANES; l++) lanes[l] = get(array, i + l, dtype);
-    Floats x;
-    memcpy(&x, lanes, sizeof x);
-    return x;
 }
 
 INLINE Floats lanes_at(const float *array) {
