@@ -37,10 +37,10 @@ class CpuDecoder:
     def __init__(self, model, cache, choose, generators=(), graph=True):
         self.model, self.cache, self.choose = model, cache, choose
         self.thresholds = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
-        self.kept = torch.zeros(self.thresholds.shape, dtype=torch.int64)
+        self.kept, self.rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
         self.n_steps = 0
         try:
-            self.logits = CStep(model, cache, self.thresholds, self.kept, cache_folder())
+            self.logits = CStep(model, cache, self.thresholds, self.rows, cache_folder())
         except NoCompiler as error:
             self.logits = self.plain_logits
             warn_once(f"decoding on this CPU is slow: {error}")
@@ -56,9 +56,10 @@ class CpuDecoder:
     @torch.inference_mode()
     def step(self):
         """Read `token`, at `position`, and put the next one in its place."""
-        logits = self.logits(max(0, self.token.item()), self.position)
-        self.token = self.choose(logits)
+        self.rows.zero_()  # of this step; Ctrl-C may end it before it counts
+        self.token = self.choose(self.logits(max(0, self.token.item()), self.position))
         self.position += 1
+        self.kept += self.rows
         self.n_steps += 1
 
     def plain_logits(self, token, position):
@@ -71,7 +72,7 @@ class CpuDecoder:
     def project(self, x, linear):
         at = linear.layer, linear.places
         return sparse_gemv(x, linear.w_t, self.thresholds[at], ends=linear.ends,
-                           scale=linear.scale, bias=linear.bias, kept=self.kept[at])
+                           scale=linear.scale, bias=linear.bias, kept=self.rows[at])
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose."""

@@ -91,15 +91,12 @@ class Linear:
         self.bias = torch.zeros(self.ends[-1], dtype=dtype, device=device) if has_bias else None
         self.allocate(device)
 
-    def allocate(self, device):
-        self.w_t = self.empty(self.dtype, device)
-
-    def empty(self, dtype, device):
-        """Room for w_t. On a CPU the LM head lies in memory as W [N, K]: a logit is one row."""
-        shape = self.in_features, self.ends[-1]
-        if self.site == "lm_head" and torch.device(device).type == "cpu":
-            return torch.empty(*shape[::-1], dtype=dtype, device=device).T
-        return torch.empty(*shape, dtype=dtype, device=device)
+    def allocate(self, device, dtype=None):
+        """Make w_t. A CPU's LM head lies in memory as W [N, K]: each logit reads one row."""
+        by_logit = self.site == "lm_head" and torch.device(device).type == "cpu"
+        shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
+        w = torch.empty(shape, dtype=dtype or self.dtype, device=device)
+        self.w_t = w.T if by_logit else w
 
     def load_weight(self, i, weight):
         """Copy the weight [out_features, in_features] of projection i to its columns."""

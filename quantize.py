@@ -63,7 +63,7 @@ class Int8Linear(Linear):
     """A `Linear` with int8 weights: y = (x @ w_t) * scale + bias. w_t is int8 [K, N]."""
 
     def allocate(self, device):
-        self.w_t = self.empty(torch.int8, device)
+        super().allocate(device, torch.int8)
         self.scale = torch.empty(self.ends[-1], device=device)
 
     def load_weight(self, i, weight):

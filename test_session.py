@@ -107,30 +107,6 @@ def test_session_equals_the_plain_forward_pass(name, sparsity):
         assert session.sparsity() == 0
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="looks into the decoder of a CPU")
-def test_sparse_steps_are_masked_products(smollm):
-    """Every product of a step is one with masked x; the rows counted are those that masks keep."""
-    model, tokenizer = smollm
-    thresholds = find(model).thresholds(0.5)
-    session, kept = Session(model, thresholds), torch.zeros(thresholds.shape, dtype=torch.int64)
-
-    def checked(linear, product):
-        def multiply(x):
-            y, at = product(x), (linear.layer, linear.places)
-            kept[at] += (x.abs() > thresholds[at][:, None]).sum(1)
-            expected = masked(x, linear, thresholds[at])
-            assert (y - expected).norm() <= 1e-5 * expected.norm()
-            return y
-        return multiply
-
-    products = session.decoder.products
-    products.update({linear: checked(linear, product) for linear, product in products.items()})
-    tokens = list(session.generate(ask(tokenizer, PROMPTS[0]), 16))
-    assert torch.equal(session.kept, kept)
-    ids = ask(tokenizer, PROMPTS[0])
-    assert tokens == list(generate_tokens(model, ids, 16, thresholds=thresholds))
-
-
 def test_realised_sparsity(smollm):
     model, tokenizer = smollm
     reached = []
@@ -421,11 +397,12 @@ def test_rows_of_a_step_cut_short_are_not_counted(monkeypatch):
     tokens = cut.generate([1, 2, 3], 6)
     next(tokens)
 
-    def interrupt(y):
+    def interrupted(token, position, logits=cut.decoder.logits):
+        logits(token, position)  # Python sees Ctrl-C when C returns
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model.blocks[1], "reduce", interrupt)
+        patch.setattr(cut.decoder, "logits", interrupted)
         next(tokens)
     assert cut.decoder.n_steps == 0 and not cut.kept.any()
     list(cut.generate([1, 2, 3], 6))
