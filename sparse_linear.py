@@ -33,6 +33,8 @@ class SparseLinear(torch.nn.Module):
     x[k] with |x[k]| <= threshold; more tokens, as in a prompt, are a dense product. `w_t`
     [in_features, out_features] is the weight, stored once, and `bias` [out_features] or None.
     `threshold`, float32 [1], is a buffer: fill_ it at any time, under a captured CUDA graph too.
+    In a state dict, the weight has an `nn.Linear`'s name and shape: `save_pretrained` writes what
+    `from_pretrained` reads, dense, into the model without this class.
     Works under torch.compile(fullgraph=True). float32, float16 and bfloat16; no gradients.
     """
 
@@ -80,6 +82,15 @@ class SparseLinear(torch.nn.Module):
         if x.numel() == self.in_features == x.shape[-1]:
             return _sparse_linear(x.contiguous(), self.w_t, self.threshold, self.bias)
         return F.linear(x, self.w_t.T, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination.pop(prefix + "w_t").T
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if prefix + "weight" in state_dict:
+            state_dict[prefix + "w_t"] = state_dict.pop(prefix + "weight").T
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn, recurse=True):
         """`to`, `half`, `cuda` and their like."""

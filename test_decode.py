@@ -398,6 +398,32 @@ def test_the_decoder_captures_replays_and_records_on_its_device(guard, monkeypat
     assert all(place is not None for _, place in guard.notes) and not guard.held
 
 
+def test_what_a_trial_step_changes_is_put_back(guard, monkeypatch):
+    """Token, position, counts and random state are those of before a capture."""
+    for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    generator, model = torch.Generator().manual_seed(3), random_model(
+        CONFIGS["llama"], device="cpu")
+    decoder, steps = GpuDecoder(model, KVCache(model.config, 160), None, [generator]), []
+    state = {"token": 5, "position": 7, "kept": 2}
+
+    def step():
+        steps.append(decoder.position.item())
+        for name in state:
+            getattr(decoder, name).add_(1)
+        torch.rand(3, generator=generator)
+
+    decoder.step = step
+    for name, value in state.items():
+        getattr(decoder, name).fill_(value)
+    decoder.capture()
+    for name, value in state.items():
+        assert (getattr(decoder, name) == value).all(), name
+    assert torch.equal(torch.rand(9, generator=generator),
+                       torch.rand(9, generator=torch.Generator().manual_seed(3)))
+    assert len(steps) == 3 and steps[1] == 158  # the cache's last rows
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_sparse_products_take_one_kernel_or_two(guard, int8):
     """Two for the last of four, with seven tiles of 64 rows a program, and for all in int8."""
@@ -514,7 +540,7 @@ def test_graph_and_kernels_choose_the_same_tokens():
     pass; the thresholds may change under the graph."""
     torch.manual_seed(0)
     model = random_model(CONFIGS["llama"])
-    tables = [torch.full((2, 7), t, device=DEVICE) for t in (-1.0, 0.3)]
+    tables, counts = [torch.full((2, 7), t, device=DEVICE) for t in (-1.0, 0.3)], []
     for sampling in ((0, 0, 1.0), (0.8, 50, 0.95)):
         expected, cache = [5], KVCache(model.config, 160, torch.float32, DEVICE)
         generator = torch.Generator(DEVICE).manual_seed(3)
@@ -541,4 +567,6 @@ def test_graph_and_kernels_choose_the_same_tokens():
                 decoder.start(tokens[-1], len(tokens) - 1)
                 tokens += decoder.tokens(60)
             assert tokens == expected
+            counts.append(decoder.kept.tolist())
+            assert counts[-1] == counts[len(counts) - 1 - (len(counts) - 1) % 3]  # in every way
             assert decoder.graphs is None or decoder.graphs.keys() == {False, True}

@@ -63,7 +63,22 @@ def test_state_dict_goes_around():
     new.load_state_dict(old.state_dict())
     x = tokens(1, 96)
     assert torch.equal(new(x), old(x)) and new.threshold.item() == old.threshold.item()
-    assert list(old.state_dict()) == ["w_t", "bias", "threshold"]
+    new.load_state_dict(linear().state_dict(), strict=False)  # an nn.Linear's, too
+    assert {*old.state_dict()} == {"weight", "bias", "threshold"}
+    assert torch.equal(new.w_t, linear().weight.T) and torch.equal(new.bias, linear().bias)
+
+
+def test_a_saved_model_loads_as_what_it_was(tmp_path):
+    """By transformers, without SparseLinear: the dense model."""
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+                                      num_hidden_layers=2, num_attention_heads=2)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(10)[None]
+    expected = model(ids).logits
+    replace_linears(model, {name: 0.1 for name, part in model.named_modules()
+                            if isinstance(part, nn.Linear) and "layers" in name})
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, expected)
 
 
 def test_other_dtypes_do_not_round_the_threshold():

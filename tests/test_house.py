@@ -68,6 +68,15 @@ def test_nothing_but_tests_imports_tests():
             assert not any(".test_" in f".{other}" for other in found), name
 
 
+def test_what_a_captured_graph_may_read_is_never_freed():
+    """A cache of tensors with an end would free the oldest."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            for decorator in getattr(node, "decorator_list", ()):
+                if "lru_cache" in ast.unparse(decorator) and node.name != "supports_pdl":
+                    assert ast.unparse(decorator) == "functools.lru_cache(maxsize=None)", node.name
+
+
 def test_lines_have_at_most_100_columns():
     for file in FILES:
         for i, line in enumerate(file.read_text().splitlines(), 1):
