@@ -19,6 +19,7 @@ from cpu.step import CStep
 from gpu.compile_ahead import compile_together
 from gpu.decode_attention import Workspace, decode_attention
 from gpu.gpu_gemv import gpu_gemv
+from gpu.head_gemv import Head
 from gpu.token_kernels import embed
 from model import PROJECTIONS, rms_norm
 from sparse_gemv import sparse_gemv, supports_pdl
@@ -29,12 +30,12 @@ class CpuDecoder:
     """Runs decode steps of a model on a CPU over a KV cache: in C, or slowly in PyTorch.
 
     choose:     a function of logits [V] that returns a token id, int64 [1]
-    generators, graph: see `GpuDecoder`; they mean nothing here
+    the others: see `GpuDecoder`; they mean nothing here
 
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
     """
 
-    def __init__(self, model, cache, choose, generators=(), graph=True):
+    def __init__(self, model, cache, choose, generators=(), graph=True, **head):
         self.model, self.cache, self.choose = model, cache, choose
         self.thresholds = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
         self.kept, self.rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
@@ -102,11 +103,12 @@ class GpuDecoder:
     choose:     a function from any logits [V] to a token id, int64 [1], by GPU operations alone
     generators: the torch.Generators that `choose` draws from
     graph:      False launches every kernel from Python: the same result, slow, for debugging
+    head:       which logits `choose` needs: see `Head`; the default is all
 
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
     """
 
-    def __init__(self, model, cache, choose, generators=(), graph=True):
+    def __init__(self, model, cache, choose, generators=(), graph=True, **head):
         config, device = model.config, model.device
         self.model, self.cache, self.choose = model, cache, choose
         self.thresholds = torch.full((config.n_layers, len(PROJECTIONS)), -1.0, device=device)
@@ -125,6 +127,7 @@ class GpuDecoder:
         self.attention = buffer(block.o.in_features)
         self.gate_up = buffer(block.gate_up.ends[-1])
         self.logits = buffer(config.vocab_size)
+        self.head = Head(model.lm_head, (model.norm, config.norm_eps), **head)
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
         self.n_steps, self.generators = 0, generators
         self.sparse = False
@@ -186,14 +189,13 @@ class GpuDecoder:
             front = None if config.norms_behind else (block.mlp_norm, eps)
             self.project(x, block.gate_up, self.gate_up, norm=front)
             self.add(self.gate_up, block, block.down, block.mlp_norm, swiglu=True)
-        head = model.lm_head
-        gpu_gemv(x, head.w_t, None, self.logits, scale=head.scale, norm=(model.norm, eps))
-        self.token.copy_(self.choose(self.logits))
+        self.token.copy_(self.choose(self.head(x, self.logits)))
 
     def capture(self):
         """Compile the kernels and capture one step. Whatever the trial step changes is put back."""
         states = [(generator, generator.get_state()) for generator in self.generators]
-        changed = [(t, t.clone()) for t in (self.token, self.position, self.kept)]
+        changed = [(t, t.clone()) for t in (
+            self.token, self.position, self.kept, self.head.rows_read)]
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
@@ -222,6 +224,11 @@ class GpuDecoder:
             self.step()
         else:
             self.graphs[self.sparse].replay()
+
+    def head_rows(self):
+        """Rows of the LM head read so far, but for its certificate."""
+        return (self.n_steps * self.model.config.vocab_size if self.head.bounds is None
+                else self.head.rows_read.item())
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose; the GPU is one step ahead of the host."""

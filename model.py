@@ -80,6 +80,7 @@ class Linear:
     """
 
     scale = None  # float32 [N], multiplies the sums of int8 weights (quantize.py)
+    certificate = None  # of the LM head, made when first asked for (lm_head.py)
 
     def __init__(self, layer, site, in_features, widths, has_bias, dtype, device):
         self.layer, self.site, self.in_features, self.dtype = layer, site, in_features, dtype
@@ -92,8 +93,10 @@ class Linear:
         self.allocate(device)
 
     def allocate(self, device, dtype=None):
-        """Make w_t. A CPU's LM head lies in memory as W [N, K]: each logit reads one row."""
-        by_logit = self.site == "lm_head" and torch.device(device).type == "cpu"
+        """Make w_t. An LM head lies in memory as W [N, K]: each logit reads one row. That of a GPU
+        in int8 does not."""
+        by_logit = self.site == "lm_head" and (
+            dtype is None or torch.device(device).type == "cpu")
         shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
         w = torch.empty(shape, dtype=dtype or self.dtype, device=device)
         self.w_t = w.T if by_logit else w
