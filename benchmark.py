@@ -34,7 +34,7 @@ from gpu import benchmark_gpu as gpu
 from gpu.token_kernels import likeliest
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
 from quantize import GROUP, GROUP_BYTES, Int4Linear, Int4OnCPU, Int8Linear, int4_linear
-from session import block_bytes, cache_bytes, other_bytes, seen
+from session import block_bytes, cache_bytes, head_saving, other_bytes, seen
 from tensor_parallel import (
     all_reduce,
     connect,
@@ -177,10 +177,12 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
     fill(model, cache, prompt, first)
     token = prompt[first % len(prompt)].item()
     times, blocks = [[] for _ in thresholds], [0 for _ in thresholds]
+    savings = list(blocks)
     for run in range(runs + 1):
         for i, t in enumerate(thresholds):
             decoder.set_thresholds(t)
             decoder.kept.zero_()
+            rows = decoder.head_rows()
             decoder.start(token, first)
             start = time.perf_counter()
             for _ in decoder.tokens(n_tokens):
@@ -188,10 +190,11 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
             if run > 0:  # the first round warms up
                 times[i].append(time.perf_counter() - start)
             blocks[i] = mean(block_bytes(model, decoder.kept) / n_tokens)
+            savings[i] = head_saving(decoder, (decoder.head_rows() - rows) / n_tokens)
     cache = seen(config, first + n_tokens / 2) * cache_bytes(config, model.dtype)
     rest = other_bytes(model) + cache
-    return [(n_tokens / sorted(t)[runs // 2], read + rest, 1 - read / block_bytes(model))
-            for t, read in zip(times, blocks)]
+    return [(n_tokens / sorted(t)[runs // 2], read + rest - saved, 1 - read / block_bytes(model))
+            for t, read, saved in zip(times, blocks, savings)]
 
 
 def reduce_seconds(decoder, repeats=20):
@@ -279,7 +282,8 @@ def run(args):
     loading = process_seconds() - start
     n_tokens, runs = (200, 3) if on_gpu else (128, 5)
     cache = KVCache(model.config, max(args.context) + n_tokens, model.dtype, model.device)
-    decoder = (GpuDecoder if on_gpu else CpuDecoder)(model, cache, likeliest)
+    decoder = (GpuDecoder if on_gpu else CpuDecoder)(
+        model, cache, likeliest, top=int(args.head == "auto"))
     fill(model, cache, prompt, 100)
     decoder.start(1, 100)
     next(decoder.tokens(1))
@@ -337,6 +341,7 @@ def parse_args():
         metavar="S", help="default: %(default)s")
     add("--context", type=number(int, 1, 2**31 - 1), nargs="+", default=[200], metavar="N",
         help="tokens in the KV cache (default: %(default)s)")
+    add("--head", choices=("auto", "whole"), default="auto", help="see generate.py")
     add("--compare", choices=["transformers"],
         help="also time this engine on the same weights, dense")
     add("--kernels", action="store_true",

@@ -36,7 +36,7 @@ class CpuDecoder:
     """
 
     def __init__(self, model, cache, choose, generators=(), graph=True, **head):
-        self.model, self.cache, self.choose = model, cache, choose
+        self.model, self.cache, self.choose, self.bounds = model, cache, choose, None
         self.thresholds = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
         self.kept, self.rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
         self.n_steps = 0
@@ -74,6 +74,10 @@ class CpuDecoder:
         at = linear.layer, linear.places
         return sparse_gemv(x, linear.w_t, self.thresholds[at], ends=linear.ends,
                            scale=linear.scale, bias=linear.bias, kept=self.rows[at])
+
+    def head_rows(self):
+        """Rows of the LM head read so far: all."""
+        return self.n_steps * self.model.config.vocab_size
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose."""
@@ -128,6 +132,7 @@ class GpuDecoder:
         self.gate_up = buffer(block.gate_up.ends[-1])
         self.logits = buffer(config.vocab_size)
         self.head = Head(model.lm_head, (model.norm, config.norm_eps), **head)
+        self.bounds = self.head.bounds
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
         self.n_steps, self.generators = 0, generators
         self.sparse = False
@@ -227,8 +232,9 @@ class GpuDecoder:
 
     def head_rows(self):
         """Rows of the LM head read so far, but for its certificate."""
-        return (self.n_steps * self.model.config.vocab_size if self.head.bounds is None
-                else self.head.rows_read.item())
+        if self.bounds is None:
+            return self.n_steps * self.model.config.vocab_size
+        return self.head.rows_read.item()
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose; the GPU is one step ahead of the host."""

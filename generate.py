@@ -161,6 +161,9 @@ def parse_args():
         help="leave out tokens less likely than P times the likeliest (default: %(default)s)")
     add("--repetition-penalty", type=number(float, 0.01, 100), metavar="R",
         help="above 1, make tokens of the text so far less likely (default: 1.0)")
+    add("--head", choices=("auto", "whole"), default="auto",
+        help="auto leaves rows of the LM head unread that cannot hold the likeliest tokens; whole "
+             "reads all of them, for the same text (default: %(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
         help="same seed, same text (default: a new one, which the summary names)")
     add = parser.add_argument_group("output").add_argument
@@ -195,7 +198,7 @@ def main():
     prompt, args.seed = from_first((prompt, args.seed))
     if args.thinking is not None and not tokenizer.can_think:
         raise ValueError("this model's chat template has no switch for --thinking")
-    sampling = {"min_p": args.min_p, "seed": args.seed}
+    sampling = {"min_p": args.min_p, "seed": args.seed, "head": args.head}
     for name, default in SAMPLING.items():
         given = getattr(args, name)
         sampling[name] = tokenizer.sampling.get(name, default) if given is None else given

@@ -20,7 +20,7 @@ before they are compared. Rounding keeps order, so a row that is left out is sma
 largest after rounding, too, and cannot tie with it. NaN, infinities and logits near the end of
 the dtype's range prove nothing: then all rows are read.
 
-This file needs torch alone. gpu/head_gemv.py and the step in C compute with these numbers.
+This file needs torch alone. gpu/head_gemv.py computes `bounds` and `likely_rows` in two kernels.
 """
 
 from dataclasses import dataclass
@@ -72,9 +72,37 @@ def certify(w):
 def limits(dtype):
     """(largest bound that proves something, logit of a row that is not read) for logits of dtype.
 
-    The second is smaller than every logit that is read, also after a repetition penalty of 100.
+    The second is smaller than the largest logits, also after a repetition penalty of 100.
     """
     return (2.0 ** 14, -(2.0 ** 15)) if dtype == torch.float16 else (2.0 ** 100, -(2.0 ** 110))
+
+
+def bounds(h, certificate):
+    """Hidden state h [K], float32 -> (lower, upper) of all logits, float32 [V], in plain PyTorch.
+
+    A NaN proves nothing.
+    """
+    k = len(h)
+    t = h.abs().amax() / LARGEST_V
+    grown = ((h / t).norm() * (127 * k ** 0.5 / 2 ** 30)).clamp_(min=1)
+    t = t * grown
+    v = (h / t + 0.5).floor_()
+    norm, rest = (h / t).norm(), (h / t - v).norm()
+    rest += norm * (k * 2.0 ** -23 + 2.0 ** -19)
+    scale, error, w_norm = certificate.rows
+    y = torch.cat([q.double() @ v.double() for q in certificate.q.split(max(1, PIECE // k))])
+    y = y.float() * (t * scale)
+    radius = t * (error * norm + w_norm * rest) * (1 + 2.0 ** -8) + 1e-28
+    return y - radius, y + radius
+
+
+def likely_rows(lower, upper, top, dtype):
+    """`bounds` -> which logits of dtype can be among the `top` largest, bool [V]."""
+    lower, upper = lower.to(dtype), upper.to(dtype)
+    limit, _ = limits(dtype)
+    if not ((lower > -limit) & (upper < limit)).all():
+        return torch.ones_like(lower, dtype=torch.bool)
+    return upper >= lower.topk(top).values[-1]
 
 
 def can_certify(v, k, top):

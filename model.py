@@ -272,7 +272,7 @@ class Model:
     def embed(self, tokens):
         """Token ids [T] -> hidden states [T, hidden_size]."""
         if self.embedding is None:
-            return self.lm_head.w_t.index_select(1, tokens).T.contiguous()
+            return self.lm_head.w_t.T[tokens]
         return self.embedding[tokens]
 
     def rope(self, start, n_tokens):

@@ -17,6 +17,7 @@ import torch
 from cli.progress import Progress
 from decode import CpuDecoder, GpuDecoder
 from gpu.token_kernels import likeliest
+from lm_head import logits_needed
 from model import PROJECTIONS, KVCache, dense, masked
 from sampling import penalize, sample
 from tensor_parallel import mean
@@ -37,6 +38,7 @@ class Stats:
     decode_seconds: float = 0.0
     cache_bytes: int = 0  # keys and values read by the steps
     kept: torch.Tensor | int = 0  # rows read by the decoder's steps, int64 [n_layers, 7]
+    head_rows: int = 0  # rows of the LM head read by the decoder's steps
     decoder_steps: int = 0  # on a GPU, the decoder may be a step ahead
 
     def __add__(self, other):
@@ -54,13 +56,16 @@ class Session:
     repetition_penalty: see `penalize`
     stop:       ids of the tokens that end a generation
     context:    tokens that the KV cache has room for; None for the model's longest
+    head:       "auto" leaves rows of the LM head unread where that cannot change the choice
+                (lm_head.py); "whole" reads all of them: the same tokens
     graph:      on a GPU, capture the step as a CUDA graph; False gives the same tokens, slower
 
     Raises ValueError for an option that is out of range.
     """
 
     def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0,
-                 min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), context=None, graph=True):
+                 min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), context=None, head="auto",
+                 graph=True):
         context = model.config.context if context is None else context
         for name, value, low, high, kind in (
                 ("temperature", temperature, 0, 100, Real), ("top_p", top_p, 0, 1, Real),
@@ -69,6 +74,8 @@ class Session:
                 ("seed", seed, -2**63, 2**64 - 1, Integral),
                 ("context", context, 1, model.config.context, Integral)):
             require(name, value, low, high, kind)
+        if head not in ("auto", "whole"):
+            raise ValueError(f"head is {head!r}; expected 'auto' or 'whole'")
         self.model, self.stop = model, frozenset(stop)
         generator = torch.Generator(model.device).manual_seed(seed)
         self.sampling = (temperature, top_k, top_p, min_p, generator)
@@ -81,7 +88,9 @@ class Session:
         self.turn = None  # the last generation
         self.stats = Stats()
         decoder = GpuDecoder if model.device.type == "cuda" else CpuDecoder
-        self.decoder = decoder(model, self.cache, self.choose, [generator], graph)
+        top = logits_needed(temperature, top_k, repetition_penalty) if head == "auto" else 0
+        self.decoder = decoder(model, self.cache, self.choose, [generator], graph, top=top,
+                               seen=self.seen, penalty=repetition_penalty)
         self.set_thresholds(thresholds)
 
     def set_thresholds(self, thresholds):
@@ -224,7 +233,7 @@ class Session:
 
     def measured(self):
         """The `Stats` of everything so far. The difference of two is what happened between."""
-        return replace(self.stats, kept=self.kept.cpu().clone(),
+        return replace(self.stats, kept=self.kept.cpu().clone(), head_rows=self.decoder.head_rows(),
                        decoder_steps=self.decoder.n_steps)
 
     def sparsity(self, stats=None):
@@ -238,7 +247,8 @@ class Session:
         """Bytes that a decode step reads, on average: blocks, LM head, keys and values."""
         stats = stats or self.measured()
         blocks = block_bytes(self.model, stats.kept) / stats.decoder_steps
-        return blocks + other_bytes(self.model) + stats.cache_bytes / stats.steps
+        saved = head_saving(self.decoder, stats.head_rows / stats.decoder_steps)
+        return blocks + other_bytes(self.model) - saved + stats.cache_bytes / stats.steps
 
 
 def require(name, value, low, high, kind=Real):
@@ -277,6 +287,12 @@ def seen(config, n_tokens):
 def tensors(thing):
     """The tensors that an object holds itself, such as a `Linear`'s."""
     return [value for value in vars(thing).values() if isinstance(value, torch.Tensor)]
+
+
+def head_saving(decoder, rows):
+    """Bytes fewer that a step reads of the LM head, bounds included, if it reads these rows."""
+    head, bounds = decoder.model.lm_head, decoder.bounds
+    return 0 if bounds is None else head.w_t.nbytes * (1 - rows / head.ends[-1]) - bounds.nbytes
 
 
 def bytes_per_weight(linear):

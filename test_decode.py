@@ -19,7 +19,14 @@ from triton.compiler import ASTSource
 import decode
 import sparse_gemv
 from decode import CpuDecoder, GpuDecoder
-from gpu import decode_attention, dense_gemv, gpu_gemv, tensor_gemv, token_kernels
+from gpu import (
+    decode_attention,
+    dense_gemv,
+    gpu_gemv,
+    head_gemv,
+    tensor_gemv,
+    token_kernels,
+)
 from gpu.decode_attention import Workspace, decode_attention_reference
 from gpu.token_kernels import likeliest
 from model import Config, KVCache, Linear, Model, masked
@@ -331,7 +338,8 @@ def guard(monkeypatch):
             return lambda *_, **__: notes.append((self.name, held[-1] if held else None))
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module in (sparse_gemv, dense_gemv, tensor_gemv, decode_attention, token_kernels, decode):
+    for module in (sparse_gemv, dense_gemv, tensor_gemv, head_gemv, decode_attention,
+                   token_kernels, decode):
         if hasattr(module, "supports_pdl"):
             monkeypatch.setattr(module, "supports_pdl", lambda device: False)
         if hasattr(module, "INTERPRETED"):
@@ -353,6 +361,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(guard):
         "tensor_gemv": lambda: tensor_gemv.tensor_gemv(
             x, torch.zeros(64, 16, dtype=torch.uint8), one, out, ends=(32,),
             scale=torch.zeros(64, 1, 2, dtype=torch.bfloat16)),
+        "head_gemv": lambda: head_gemv.Head(model.lm_head, (model.norm, 1e-5), 1)(
+            x[:48], torch.empty(101)),
         "decode_attention": lambda: decode_attention.decode_attention(
             x[:48], cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8), torch.ones(8),
             one.long(),
@@ -439,9 +449,9 @@ def test_sparse_products_take_one_kernel_or_two(guard, int8):
         decoder.step()
         products = [name for name, _ in guard.notes if name.startswith(("dense", "sparse"))]
         if int8:
-            assert products == 4 * two + one  # one: the LM head
+            assert products == 4 * two
         else:
-            assert products == 3 * one + (one if t < 0 else two) + one
+            assert products == 3 * one + (one if t < 0 else two)
 
 
 def random_model(config, linear=Linear, device=DEVICE):

@@ -47,7 +47,8 @@ def report(session, stats, sparsity, seed):
     if stats.steps:
         numbers |= {"tokens_per_second": stats.steps / stats.decode_seconds,
                     "realised_sparsity": session.sparsity(stats),
-                    "bytes_per_token": of_all(session.bytes_per_token(stats))}
+                    "bytes_per_token": of_all(session.bytes_per_token(stats)),
+                    "head_rows_per_token": stats.head_rows / stats.decoder_steps}
     return numbers
 
 

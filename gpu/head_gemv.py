@@ -23,8 +23,7 @@ from sparse_gemv import PTX, _to_float32, supports_pdl
 
 WARPS = 4
 TILE = 16384  # bytes of weights that a program loads at once
-PROGRAMS = 528  # that compute bounds: four on each of 132 multiprocessors
-BLOCK = 256  # rows of a program that computes logits
+PROGRAMS = 528  # four on each of 132 multiprocessors
 
 
 @triton.jit
@@ -71,11 +70,10 @@ def _bounds_kernel(x_ptr, norm_ptr, q_ptr, rows_ptr, seen_ptr, logits_ptr, upper
     # t, so small that integers are at most LARGEST, so large that q . v stays below 2**31
     t = tl.max(tl.max(tl.abs(h), axis=1), axis=0) / LARGEST
     exact = h / t
-    grown = tl.maximum(1.0, tl.sqrt(tl.sum(exact * exact)) * (127 * K ** 0.5 / 2 ** 30))
-    t *= grown
-    exact = h / t
-    v = tl.floor(exact + 0.5)
     norm = tl.sqrt(tl.sum(exact * exact))
+    grown = tl.maximum(1.0, norm * (127 * K ** 0.5 / 2 ** 30))
+    t, exact, norm = t * grown, exact / grown, norm / grown
+    v = tl.floor(exact + 0.5)
     rest = tl.sqrt(tl.sum((exact - v) * (exact - v))) + norm * (K * 2.0 ** -23 + 2.0 ** -19)
     v = v.to(tl.int32)
     high = (v + 128) >> 8
@@ -212,6 +210,7 @@ class Head:
         self.rows_read = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = max(1, TILE // triton.next_power_of_2(k))  # of bytes, at once
         self.programs = min(PROGRAMS, triton.cdiv(v, self.rows))
+        self.block = max(64, triton.next_power_of_2(triton.cdiv(v, PROGRAMS)))  # of logits
         if top and linear.scale is None and can_certify(v, k, top):
             if linear.certificate is None:
                 linear.certificate = certify(linear.w_t.T)
@@ -238,9 +237,9 @@ class Head:
                     x, norm, self.bounds.q.view(torch.int32), self.bounds.rows, self.seen, logits,
                     upper, lower, eps, self.penalty, K=k, V=v, LIMIT=limit, LARGEST=LARGEST_V,
                     ROWS=self.rows, WORDS=k_padded // 4, **launch)
-            _rows_kernel[(triton.cdiv(v, BLOCK),)](
+            _rows_kernel[(triton.cdiv(v, self.block),)](
                 x, norm, w, upper, lower, rows, self.rows_read, logits, eps, K=k, V=v,
                 GROUPS=programs, GROUPS_PADDED=triton.next_power_of_2(programs), TOP=self.top,
-                FILL=fill, BLOCK=BLOCK, ROWS=max(1, TILE // w.element_size() // k_padded),
+                FILL=fill, BLOCK=self.block, ROWS=max(1, TILE // w.element_size() // k_padded),
                 K_PADDED=k_padded, **launch)
         return logits

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 import decode
 import sparse_gemv
 from decode import GpuDecoder
-from gpu import decode_attention, dense_gemv, tensor_gemv, token_kernels
+from gpu import decode_attention, dense_gemv, head_gemv, tensor_gemv, token_kernels
 from gpu.compile_ahead import compile_together
 from gpu.token_kernels import likeliest
 from model import Config, KVCache, Linear
@@ -27,7 +27,7 @@ from test_decode import CONFIGS, random_model
 
 pytestmark = pytest.mark.skipif(
     sparse_gemv.INTERPRETED, reason="the interpreter compiles nothing")
-MODULES = (sparse_gemv, dense_gemv, tensor_gemv, decode_attention, token_kernels)
+MODULES = (sparse_gemv, dense_gemv, tensor_gemv, head_gemv, decode_attention, token_kernels)
 KERNELS = {kernel for module in MODULES for name, kernel in vars(module).items()
            if name.endswith("_kernel")}
 DEVICE, OTHER_DEVICE = 990, 991  # numbers that no real GPU has
@@ -173,7 +173,7 @@ def int4_linear(layer, *arguments):
 def make_decoder(n_layers=2, linear=Linear, sparse=False):
     config = Config(96, 64, 96, n_layers, 4, 2, 16, context=160, tie_embeddings=False)
     model = random_model(config, linear, "cpu")
-    decoder = GpuDecoder(model, KVCache(config, 160), likeliest)
+    decoder = GpuDecoder(model, KVCache(config, 160), likeliest, top=int(sparse))
     decoder.sparse = sparse
     return decoder
 
@@ -181,19 +181,21 @@ def make_decoder(n_layers=2, linear=Linear, sparse=False):
 @pytest.mark.parametrize("linear, sparse, n_launches, products", [
     (Linear, False, 4, {"_dense_kernel"}),
     (Linear, True, 6, {"_select_kernel", "_sum_rows_kernel", "_dense_kernel"}),
-    (int4_linear, True, 8, {"_select_kernel", "_kernel", "_dense_kernel"})])
+    (int4_linear, True, 8, {"_select_kernel", "_kernel"})])
 def test_a_steps_kernels_are_complete(driver, linear, sparse, n_launches, products):
-    """What is compiled ahead is exactly what a step then finds; the step's state stays."""
+    """What is compiled ahead is exactly what a step then finds; the step's state stays. The dense
+    step reads the whole LM head."""
     decoder = make_decoder(2, linear, sparse)
     decoder.position.fill_(7)
     compile_together(decoder.step, decoder.x)
     assert decoder.position.item() == 7 and decoder.kept.sum() == 0 and not driver.launched
     loaded = [name for name, _ in driver.loaded]
-    assert set(loaded) == products | {
-        "_embed_kernel", "_decode_attention_kernel", "_likeliest_kernel"}
+    assert set(loaded) == products | {"_bounds_kernel"} & {"_bounds_kernel" * sparse} | {
+        "_embed_kernel", "_decode_attention_kernel", "_rows_kernel", "_likeliest_kernel"}
     decoder.step()
     assert len(driver.loaded) == len(loaded)  # a step compiles nothing
-    assert len(driver.launched) == 3 + 2 * (n_launches + 1)  # embedding, head, choice; layers
+    # embedding, head, choice; layers
+    assert len(driver.launched) == 3 + sparse + 2 * (n_launches + 1)
 
 
 @pytest.mark.parametrize("linear", [Linear, int4_linear])
