@@ -390,9 +390,10 @@ static inline void pause_a_moment(void) {
 
 // Waits until all active workers have come here.
 static void barrier(Team *team) {
-    if (team->active == 1) return;
+    int32_t active = team->active;  // read before arriving: after the last barrier it may change
+    if (active == 1) return;
     int32_t now = __atomic_load_n(&team->generation, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->active) {
+    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == active) {
         __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&team->generation, now + 1, __ATOMIC_RELEASE);
         return;

@@ -1,0 +1,144 @@
+"""Tests of how step.c becomes a library: which compiler, under which name, whole or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpu import compiler
+from cpu.compiler import NoCompiler
+from cpu.step import SOURCE
+from decode import CpuDecoder
+from model import KVCache
+from test_decode import CONFIGS, random_model
+
+HERE = Path(__file__).resolve().parent
+has_compiler = True
+try:
+    compiler.compiler()
+except NoCompiler:
+    has_compiler = False
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="there is no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    compiler.load.cache_clear()
+    yield
+    compiler.load.cache_clear()
+
+
+@pytest.mark.parametrize("there, module, wanted", [
+    ({"cc", "gcc", "clang"}, True, ["cc"]), ({"gcc", "clang"}, True, ["gcc"]),
+    ({"clang"}, True, ["clang"]), (set(), True, [sys.executable, "-m", "ziglang", "cc"]),
+    (set(), False, None)])
+def test_which_compiler(there, module, wanted, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: name in there or None)
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: module or None)
+    if wanted is None:
+        with pytest.raises(NoCompiler, match="pip install ziglang"):
+            compiler.compiler()
+    else:
+        assert compiler.compiler() == wanted
+    monkeypatch.setenv("CC", "ccache 'my cc'")  # what the user names wins
+    assert compiler.compiler() == ["ccache", "my cc"]
+
+
+@needs_compiler
+def test_the_name_holds_what_the_library_depends_on(tmp_path, monkeypatch):
+    source = tmp_path / "two.c"
+    source.write_text("int two(void) { return 2; }")
+    assert compiler.load(source, tmp_path / "cache").two() == 2
+    compiler.load(source, tmp_path / "cache", ("-DX",))
+    compiler.load.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "processor", lambda: "another")
+        compiler.load(source, tmp_path / "cache")
+    source.write_text("int two(void) { return 1 + 1; }")
+    assert compiler.load(source, tmp_path / "cache", ()).two() == 2
+    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert len(names) == 4 and all(name.endswith(".so") for name in names)
+    monkeypatch.setattr(compiler, "build", None)  # from now on nothing is compiled
+    compiler.load.cache_clear()
+    compiler.load(source, tmp_path / "cache")
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written(tmp_path):
+    source, wall = tmp_path / "two.c", tmp_path / "wall"
+    source.write_text("int two(void) { return 2; }")
+    wall.write_text("a file where a folder should be")
+    assert compiler.load(source, wall / "cache").two() == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.c", "wall"]
+
+
+@needs_compiler
+def test_processes_at_once(tmp_path):
+    """Every one gets a whole library, and one library stays."""
+    program = ("import sys; from pathlib import Path; from cpu import compiler, step; "
+               "print(compiler.load(step.SOURCE, Path(sys.argv[1])).step is not None)")
+    started = [subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=HERE.parent,
+                                stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0] for process in started] == ["True\n"] * 3
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("command, words", [
+    ("no-such-compiler", "no-such-compiler"), (f"{sys.executable} -c 1/0", "cannot compile step.c"),
+    ("true", "cannot be loaded")])
+def test_without_a_compiler_decoding_is_right_and_says_so_once(
+        command, words, monkeypatch, capfd, tmp_path):
+    """A compiler that is missing, fails or makes nothing useful: one sentence, nothing left
+    behind."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, chosen = random_model(CONFIGS["qwen2"]), []
+    for cc in (None, command, command):
+        if cc:
+            monkeypatch.setenv("CC", cc)
+        compiler.load.cache_clear()
+        cache = KVCache(model.config, 160)
+        model.forward(torch.arange(5), cache)
+        decoder = CpuDecoder(model, cache, lambda logits: logits.argmax(keepdim=True))
+        decoder.set_thresholds(torch.full((2, 7), 0.3))
+        decoder.start(7, 5)
+        chosen.append((list(decoder.tokens(4)), decoder.kept.tolist()))
+        assert cache.length == 5
+    if has_compiler:
+        assert chosen[0] == chosen[1]
+    assert chosen[1] == chosen[2] and 0 < sum(chosen[1][1][0])
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == (1 if has_compiler else 2), errors
+    assert words in errors[-1] and "pip install ziglang" in errors[-1]
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(left) <= 1 + (command == "true") and not any(name.endswith("tmp") for name in left)
+
+
+def test_the_source_needs_no_header_of_a_package():
+    includes = {line.split()[1] for line in SOURCE.read_text().splitlines()
+                if line.startswith("#include")}
+    assert includes <= {f"<{name}.h>" for name in (
+        "math", "pthread", "sched", "stdint", "stdlib", "string", "time")}
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind, runtime", [
+    ("address,undefined", "libasan.so"), ("thread", "libtsan.so")])
+def test_sanitizers(kind, runtime, tmp_path):
+    """Steps of an odd little model on four threads: no stray access, no overflow, no race."""
+    done, path = compiler.run([*compiler.compiler(), f"-print-file-name={runtime}"])
+    if not done or not os.path.isabs(path.strip()):
+        pytest.skip(f"the compiler has no {runtime}")
+    environment = os.environ | {"LD_PRELOAD": path.strip(), "ASAN_OPTIONS": "detect_leaks=0",
+                                "TSAN_OPTIONS": "exitcode=66", "UBSAN_OPTIONS": "halt_on_error=1"}
+    program = ("import sys; from cpu import test_step; "
+               "test_step.run_for_sanitizers(sys.argv[1], sys.argv[2])")
+    done = subprocess.run([sys.executable, "-c", program, tmp_path, f"-fsanitize={kind}"],
+                          cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("this kernel's addresses are too random for ThreadSanitizer")
+    assert done.returncode == 0 and "anitizer" not in done.stderr, done.stderr[-3000:]
+    assert done.stdout.startswith("fine")
