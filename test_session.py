@@ -1,6 +1,7 @@
 """A session: the same tokens as transformers and as the plain forward pass, honest counts,
 sampling."""
 
+import dataclasses
 import math
 import os
 import types
@@ -326,6 +327,8 @@ def test_bytes_read_stop_at_the_sliding_window():
     token = 2 * 2 * 4 * 16 * 4  # keys and values of one, in bytes
     weights = block_bytes(model) + other_bytes(model)
     assert session.bytes_per_token() == weights + sum(seen) / 10 * token
+    half = dataclasses.replace(model.config, full_layers=(1,))  # of the two layers
+    assert [session_module.seen(half, n) for n in (10, 20, 30)] == [10, 20, 25]
 
 
 def held(thing, found=None):

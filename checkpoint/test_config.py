@@ -1,6 +1,7 @@
 """config.json -> Config, in both spellings; what it and `put` refuse."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from checkpoint.config import FAMILIES, parse_config
-from checkpoint.tensors import put
+from checkpoint.known_models import KNOWN_MODELS
+from checkpoint.tensors import put, tensor_shapes
 from checkpoint.unify import granite_factors
 from model import Model
 from test_model import CASES, ROPE, SMALL
@@ -202,3 +204,25 @@ def test_put_errors():
         put(model, "model.layers.0.self_attn.q_proj.weight", torch.zeros(32, 31))
     with pytest.raises(ValueError, match="layers.3.*shape"):
         put(model, "model.layers.3.self_attn.q_proj.weight", torch.zeros(32, 32))
+
+
+@pytest.mark.parametrize("name, weights, theta, context, n_heads, n_kv_heads, window", [
+    ("llama-2-7b", 6_738_415_616, 1e4, 4096, 32, 32, None),
+    ("llama-2-13b", 13_015_864_320, 1e4, 4096, 40, 40, None),
+    ("llama-2-70b", 68_976_648_192, 1e4, 4096, 64, 8, None),
+    ("llama-3-8b", 8_030_261_248, 5e5, 32768, 32, 8, None),
+    ("llama-3-70b", 70_553_706_496, 5e5, 32768, 64, 8, None),
+    ("llama-3.2-1b", 1_235_814_400, 5e5, 131072, 32, 8, None),
+    ("mistral-7b", 7_241_732_096, 1e4, 32768, 32, 8, 4096),
+    ("qwen2.5-0.5b", 494_032_768, 1e6, 32768, 14, 2, None),
+    ("qwen2.5-1.5b", 1_543_714_304, 1e6, 32768, 12, 2, None)])
+def test_known_models(name, weights, theta, context, n_heads, n_kv_heads, window):
+    """They are as large as their makers say."""
+    config = KNOWN_MODELS[name]
+    assert sum(map(math.prod, tensor_shapes(config).values())) == weights
+    assert (config.rope_theta, config.context, config.sliding_window) == (theta, context, window)
+    assert (config.n_heads, config.n_kv_heads) == (n_heads, n_kv_heads)
+    assert config.norm_eps == (1e-6 if "qwen" in name else 1e-5)
+    assert bool(config.rope_divisors) == (name == "llama-3.2-1b")
+    if config.rope_divisors:  # of the slowest pairs, and of the fastest
+        assert config.rope_divisors[-1] == 32 and config.rope_divisors[0] == 1
