@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -299,6 +300,18 @@ def test_labels_follow_the_predictions():
     for row, ids in zip(logits, drawn.T):
         shares = torch.bincount(ids, minlength=4) / len(ids)
         torch.testing.assert_close(shares, row.softmax(-1), atol=0.01, rtol=0)
+
+
+def test_how_much_is_looked_at(model, tokens, monkeypatch):
+    """Four windows to see what the targets reach; two draws of labels; text at temperature 1."""
+    monkeypatch.setattr(calibrate, "realised", mock.Mock(side_effect=calibrate.realised))
+    calibrate.calibrate(model, tokens.repeat(2), 64, "uniform")
+    _, windows, tables, _ = calibrate.realised.call_args.args
+    assert windows.shape == (4, 64) and len(tables) == 5 and calibrate.DRAWS == 2
+    monkeypatch.setattr(calibrate, "Session", mock.Mock(side_effect=Session))
+    calibrate.write_text(model, Letters(), 3, seed=5)
+    options = calibrate.Session.call_args.kwargs
+    assert options["temperature"] == 1 and options["seed"] == 5 and "top_k" not in options
 
 
 # ---- making a calibration ----------------------------------------------------------------------

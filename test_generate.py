@@ -474,6 +474,46 @@ def test_numbers_of_a_run(smollm):
     assert numbers["prompt_tokens_per_second"] == 3 / 0.5
     assert numbers["tokens_per_second"] == 3 / 0.25  # the first new token comes from prefill
     assert summary(numbers).startswith("prompt 3 tokens, 6.0 tok/s | new 4 tokens, 12.0 tok/s | ")
+    assert "unread" not in summary(numbers | {"realised_sparsity": 0.1})
+    session.stats.prefill_seconds = 100.0
+    list(session.generate([4, 5], 1))
+    assert 100 < session.stats.prefill_seconds < 200 and session.stats.prompt_tokens == 5
+
+
+def test_the_defaults_are_those_of_the_help():
+    text = " ".join(run("--help").stdout.decode().split())
+    for name, default in generate_module.SAMPLING.items():
+        flag = text[text.index(f"--{name.replace('_', '-')} ", text.index("options:")):]
+        assert re.search(r"\(default: ([^)]*)\)", flag)[1] == str(default), name
+
+
+def test_a_seed_is_new_each_time_and_told_if_it_matters(tiny, monkeypatch, capsys):
+    seeds = set()
+    for flags in ([], [], ["--temperature", "0"]):
+        words = ["--model", str(tiny), "--prompt", "a", "--max-new-tokens", "1", "--json", *flags]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+        generate_module.main()
+        seeds.add(json.loads(capsys.readouterr().err.splitlines()[-1])["seed"])
+    assert len(seeds) == 3 and None in seeds
+
+
+def test_the_python_api_ends_where_the_model_or_a_stop_text_does(tiny):
+    """And puts the first token in front of a text."""
+    model, tokenizer = checkpoint.load(tiny)
+    text = "".join(generate_module.generate(model, tokenizer, "abc", 9))
+    ids = list(generate_module.generate_tokens(model, tokenizer.encode("abc"), 9))
+    third = ids.index(ids[3])  # maybe not for the first time
+    tokenizer.eos_ids = frozenset({ids[3]})
+    assert "".join(generate_module.generate(model, tokenizer, "abc", 9)) == tokenizer.decode(
+        ids[:third])
+    tokenizer.eos_ids = frozenset()
+    short = generate_module.generate(model, tokenizer, "abc", 9, stop=[text[2]])
+    assert "".join(short) == text[:text.index(text[2])]
+    asked = []
+    encode = tokenizer.encode
+    tokenizer.encode = lambda *a, **o: asked.append((a, o)) or encode(*a, **o)
+    next(generate_module.generate(model, tokenizer, "abc", 2))
+    assert asked == [(("abc",), {})]
 
 
 def test_reader_leaves():
@@ -526,6 +566,9 @@ def test_too_little_memory(tiny, monkeypatch):
         "or --dtype bfloat16",
     ):
         model = Model(Config(64, 32, 48, 1, 4, 2, 8, context=9_999_999))
+        generate_module.open_session(model, context=9_999_999)
+    with pytest.raises(ValueError, match="with --context$"):
+        model = Model(Config(64, 32, 48, 1, 4, 2, 8, context=9_999_999), torch.bfloat16)
         generate_module.open_session(model, context=9_999_999)
 
 

@@ -374,6 +374,17 @@ def test_bytes_counted_are_those_touched(quantize):
     """By the processor's marks: of a step that reads gate, up and down, and one that drops them."""
     config = Config(512, 512, 8192, 2, 4, 4, 128, context=8)
     model = benchmark.random_model(config, torch.bfloat16, "cpu", quantize)
+    for attempt in range(5):  # the system may look at the marks, too, and clear them
+        touched, counted = touch(model)
+        assert counted == pytest.approx(block_bytes(model) * 3 / (3 + 4 * 512 / 8192), rel=0.01)
+        if abs(touched - counted) < 0.1 * counted:
+            return
+    pytest.fail(f"{touched} bytes were touched, {counted} counted")
+
+
+def touch(model):
+    """(bytes touched, bytes counted) by a step of the whole model, less those of one without gate,
+    up and down."""
     thresholds, touched, counted = torch.full((2, 7), -1.0), [], []
     for t in -1.0, math.inf:
         thresholds[:, 4:] = t
@@ -387,9 +398,7 @@ def test_bytes_counted_are_those_touched(quantize):
             touched.append(sum(int(line.split()[1]) << 10 for line in lines
                                if line.startswith("Referenced:")))
         counted.append(session.bytes_per_token())
-    size = counted[0] - counted[1]
-    assert size == pytest.approx(block_bytes(model) * 3 / (3 + 4 * 512 / 8192), rel=0.01)
-    assert touched[0] - touched[1] == pytest.approx(size, rel=0.1)
+    return touched[0] - touched[1], counted[0] - counted[1]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="Ctrl-C does not cut a step of a GPU short")
@@ -429,7 +438,7 @@ class Reading:
 
 def test_the_watch_looks_at_64_tokens_at_a_time():
     """It warns once, of too little and of too much, and no old tokens hide what new ones reach."""
-    for reached, warned in ((0.5, []), (0.25, [0.25]), (0.75, [0.75])):
+    for reached, warned in ((0.5, []), (0.46, []), (0.54, []), (0.43, [0.43]), (0.57, [0.57])):
         session, warnings = Reading(), []
         watch = SparsityWatch(session, lambda asked, found: warnings.append((asked, found)))
         assert list(watch.watch(session.steps(256, 0.5), 0.5)) == list(range(256))

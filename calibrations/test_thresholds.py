@@ -24,7 +24,7 @@ from calibrations.thresholds import (
     find,
     places,
 )
-from checkpoint.files import write_whole
+from checkpoint.files import cache_folder, one_line, write_whole
 from model import SITES, Config
 from test_calibrate import CONFIG, run_in_process, tiny
 
@@ -113,6 +113,14 @@ def damaged(calibration, **changes):
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format)
                for name, tensor in tensors.items()}
     return tensors, metadata
+
+
+def test_the_cache_is_where_the_system_wants_it(monkeypatch):
+    for value, folder in ("/a", "/a"), ("", "~/.cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder() == Path(folder).expanduser() / "nanoteal"
+    assert one_line(ValueError("x\ny")) == "x" and len(one_line(ValueError("x" * 999))) == 300
+    assert one_line(ValueError("a\x1b[1m")) == "a\ufffd[1m"
 
 
 def test_hostile_files_are_refused(calibration, tmp_path):

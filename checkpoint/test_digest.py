@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from benchmark import random_model
-from checkpoint.digest import weights_digest
+from checkpoint.digest import Digest, weights_digest
 from model import Config
 from test_calibrate import tiny
 from test_generate import tiny as tiny_folder  # noqa: F401, a fixture
@@ -76,6 +76,19 @@ def test_a_model_made_by_hand_is_known_by_what_it_holds():
             tensor.add_(1)
             seen.append(weights_digest(model))
         assert len(set(seen)) == len(tensors) + 1
+
+
+def test_names_shapes_and_norms_of_heads_matter():
+    digests = []
+    for name, shape in (("a", (2, 6)), ("b", (2, 6)), ("a", (3, 4))):
+        digest = Digest()
+        digest.add(name, torch.arange(12.0).view(shape))
+        digests.append(digest.hexdigest())
+    model = random_model(Config(30, 16, 32, 1, 2, 1, 8), torch.float32, "cpu", None)
+    for block in model.blocks * 2:
+        block.k_norm = torch.ones(8) * len(digests)
+        digests.append(weights_digest(model))
+    assert len(set(digests)) == 5
 
 
 def test_a_large_tensor_is_sampled_all_over():

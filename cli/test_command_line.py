@@ -113,6 +113,14 @@ def test_out_of_memory_is_one_sentence(ends):
         assert "GB free" in err and "--quantize int8" in err
 
 
+def test_the_memory_of_the_device_that_is_full(ends, monkeypatch):
+    free = {"cuda": 1e9, "cpu": 2e9}
+    monkeypatch.setattr("cli.command_line.free_memory", lambda device: free[device.type])
+    for error, words in (torch.OutOfMemoryError("no"), "1.0 GB"), (MemoryError(), "2.0 GB"):
+        code, _, err = ends(raising(error))
+        assert code == 2 and words in err
+
+
 def script(tmp_path, line):
     """The command of a script that is one line long."""
     path = tmp_path / "script.py"
