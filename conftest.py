@@ -1,11 +1,30 @@
-"""Settings, options and fixtures of the tests."""
+"""Settings, options and fixtures of the tests, and the one reference of all products."""
 
+import contextlib
+import math
 import os
+import random
+import sys
+import types
 
 # As in generate.py, before anything imports PyTorch.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+import sparse_gemv
+from model import Config, Linear, Model
+
+DEVICE = "cuda" if torch.cuda.is_available() and not sparse_gemv.INTERPRETED else "cpu"
+KERNELS = DEVICE == "cuda" or sparse_gemv.INTERPRETED  # whether Triton code can run
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="needs a GPU or TRITON_INTERPRET=1")
+# What an output's rounding may be off, relative to the whole vector; the interpreter cuts bfloat16
+# off where the hardware rounds to nearest.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3,
+             torch.bfloat16: 8e-3 if sparse_gemv.INTERPRETED else 4e-3}
+SEED = random.SystemRandom().randrange(2**32)
 
 
 def pytest_addoption(parser):
@@ -21,3 +40,142 @@ def smollm():
     import checkpoint
 
     return checkpoint.load()
+
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def seed():
+    """A seed that a failing test prints."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    return SEED
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Before each call of a kernel, all that its programs hand over is NaN or out of range: what
+    one of them reads must have been written in this call."""
+    real = sparse_gemv.workspace
+
+    def workspace(device, *parts):
+        buffers = real(device, *parts)
+        for buffer in buffers[:-1]:  # the last one may count programs, and be 0 as it must
+            buffer.fill_(float("nan") if buffer.is_floating_point() else 1 << 30)
+        return buffers
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "workspace", None) is real:
+            monkeypatch.setattr(module, "workspace", workspace)
+
+
+def reference(x, w_t, thresholds, *, ends=None, scale=None, bias=None, norm=None, swiglu=False,
+              residual=None, kept=None):
+    """The definition of a product with all that may be fused into it: the arguments of
+    `product_by_lists`, in plain PyTorch, sums in float64. Returns float64 [N]."""
+    dtype, x = x.dtype, x.reshape(-1).double()
+    if swiglu:
+        gate, up = x.chunk(2)
+        x = F.silu(gate) * up
+    if norm is not None:
+        x = F.rms_norm(x, x.shape, norm[0].double(), norm[1])
+    x, y, start = x.to(dtype), [], 0
+    ends = ends or (w_t.shape[1],)
+    thresholds = torch.as_tensor(-1.0 if thresholds is None else thresholds, device=x.device)
+    for i, (t, end) in enumerate(zip(thresholds.float().view(-1).expand(len(ends)), ends)):
+        keep = ~(x.float().abs() <= t)
+        y.append(x[keep].double() @ w_t[keep, start:end].double())
+        if kept is not None:
+            kept[i] += keep.sum()
+        start = end
+    y = torch.cat(y)
+    y = y if scale is None else y * scale.double()
+    y = y if bias is None else y + bias.double()
+    return y if residual is None else y + residual.double()
+
+
+def error(y, expected):
+    """Relative to the size of the whole vector, or to 1 for each of its elements, if more; NaN
+    never passes."""
+    y, expected = y.double().view(-1), expected.double().view(-1)
+    return ((y - expected).norm() / expected.norm().clamp(min=len(y) ** 0.5)).item()
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    """Kernels that only note (name, address of the tensor whose device was made the current one);
+    everything lies on a CPU and takes the GPU's way."""
+    held, notes, kernels = [], [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        held.append(tensor.data_ptr())
+        yield
+        held.pop()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: notes.append((self.name, held[-1] if held else None))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    import decode
+    from gpu import (
+        decode_attention,
+        four_bits,
+        head,
+        lists,
+        one_kernel,
+        tensor_cores,
+        token_kernels,
+    )
+
+    for module in (sparse_gemv, lists, one_kernel, tensor_cores, four_bits, decode_attention,
+                   head, token_kernels, decode):
+        if hasattr(module, "launch_options"):
+            monkeypatch.setattr(module, "launch_options", lambda device: {"PDL": False})
+        if hasattr(module, "INTERPRETED"):
+            monkeypatch.setattr(module, "INTERPRETED", True)
+        for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
+            kernels.append(f"{module.__name__.removeprefix('gpu.')}.{name}")
+            monkeypatch.setattr(module, name, Kernel(kernels[-1]))
+    return types.SimpleNamespace(held=held, notes=notes, kernels=set(kernels))
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+def random_model(config, linear=Linear, device=DEVICE):
+    model = Model(config, torch.float32, device, linear)
+    for tensor in [model.norm] + [
+        value for block in model.blocks for name, value in vars(block).items() if "norm" in name
+    ]:
+        tensor.normal_()
+    for matrix in [*model.linears(), model.lm_head]:
+        for i, width in enumerate(matrix.widths):
+            weight = torch.randn(width, matrix.in_features) * matrix.in_features**-0.5
+            matrix.load_weight(i, weight.to(device))
+            if matrix.bias is not None:
+                matrix.load_bias(i, torch.randn(width))
+    if model.embedding is not None:
+        model.embedding.normal_()
+    return model
+
+
+CONFIGS = {
+    "llama": Config(101, 48, 80, 2, 6, 2, 16, context=160, tie_embeddings=True),
+    "mistral": Config(101, 64, 96, 2, 4, 4, 16, context=160, sliding_window=20),
+    "ministral3": Config(101, 48, 80, 2, 6, 2, 16, context=160, query_growth=(0.9, 8)),
+    "olmo3": Config(101, 48, 80, 2, 6, 2, 16, context=160, qk_norm="all", norms_behind=True,
+                    sliding_window=20, full_layers=(1,), rope_divisors=(1, 1, 1, 2, 4, 8, 8, 8),
+                    rope_factor=1.2),
+    "qwen3": Config(101, 48, 80, 2, 3, 1, 24, context=160, qk_norm="head"),
+    "phi-4-mini": Config(101, 48, 80, 2, 6, 2, 16, context=160, rope_factor=1.2,
+                         rope_divisors=(1, 1, 1, 2, 4, 8, math.inf, math.inf)),
+    "smollm3": Config(101, 48, 80, 2, 6, 2, 16, context=160, no_rope_layers=(1,)),
+    "olmo2": Config(101, 48, 80, 2, 6, 2, 16, context=160, qk_norm="all", norms_behind=True),
+    # products of one kernel and of two: 64 columns divide all matrices but gate and up
+    "both forms": Config(101, 64, 96, 2, 4, 2, 32, context=160),
+    "qwen2": Config(101, 48, 80, 2, 3, 1, 16, context=160, qkv_bias=True),
+}

@@ -18,11 +18,11 @@ from cpu.compiler import NoCompiler
 from cpu.step import CStep
 from gpu.compile_ahead import compile_together
 from gpu.decode_attention import Workspace, decode_attention
-from gpu.gpu_gemv import gpu_gemv
-from gpu.head_gemv import Head
+from gpu.head import Head
+from gpu.product import product
 from gpu.token_kernels import embed
-from model import PROJECTIONS, rms_norm
-from sparse_gemv import sparse_gemv, supports_pdl
+from model import PROJECTIONS, masked, rms_norm
+from sparse_gemv import launch_options
 
 # ---- one step on a CPU -------------------------------------------------------------------------
 
@@ -72,8 +72,8 @@ class CpuDecoder:
 
     def project(self, x, linear):
         at = linear.layer, linear.places
-        return sparse_gemv(x, linear.w_t, self.thresholds[at], ends=linear.ends,
-                           scale=linear.scale, bias=linear.bias, kept=self.rows[at])
+        self.rows[at] += (~(x.float().abs() <= self.thresholds[at][:, None])).sum(1)
+        return masked(x, linear, self.thresholds[at])
 
     def head_rows(self):
         """Rows of the LM head read so far: all."""
@@ -99,7 +99,7 @@ class GpuDecoder:
     A step reads weights for a few milliseconds. Hundreds of small kernels, launched from Python,
     would cost as much again in gaps. So a layer is five operations: RMSNorm + q|k|v, attention
     with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down + residual. A product
-    is one kernel if all rows are read or a program has few, else two: gpu/gpu_gemv.py chooses.
+    is one kernel if all rows are read or a program has few, else two: gpu/product.py chooses.
     Whatever changes from token to token lives in GPU memory: the token, its position, thresholds,
     random state. So each of the two kinds of step is captured once, when first asked for. Then the
     host only asks for replays and fetches tokens.
@@ -161,7 +161,7 @@ class GpuDecoder:
         at = linear.layer, linear.places
         options = fused | {"ends": linear.ends, "kept": self.kept[at], "scale": linear.scale,
                            "bias": linear.bias, "out": out}
-        gpu_gemv(x, linear.w_t, self.thresholds[at] if self.sparse else None, **options)
+        product(x, linear.w_t, self.thresholds[at] if self.sparse else None, **options)
 
     def add(self, inputs, block, linear, norm, **fused):
         """Add a product to the residual stream, behind a norm where the model has it there."""
@@ -189,7 +189,7 @@ class GpuDecoder:
             rope = self.ropes[config.rope_kind(block.i)]
             decode_attention(self.qkv, cache.k[block.i], cache.v[block.i], *rope, self.position,
                              self.workspace, self.attention, config.window(block.i), norms,
-                             supports_pdl(model.device))
+                             launch_options(model.device)["PDL"])
             self.add(self.attention, block, block.o, block.attn_norm)
             front = None if config.norms_behind else (block.mlp_norm, eps)
             self.project(x, block.gate_up, self.gate_up, norm=front)

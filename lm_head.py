@@ -20,7 +20,7 @@ before they are compared. Rounding keeps order, so a row that is left out is sma
 largest after rounding, too, and cannot tie with it. NaN, infinities and logits near the end of
 the dtype's range prove nothing: then all rows are read.
 
-This file needs torch alone. gpu/head_gemv.py computes `bounds` and `likely_rows` in two kernels.
+This file needs torch alone. gpu/head.py computes `bounds` and `likely_rows` in two kernels.
 """
 
 from dataclasses import dataclass

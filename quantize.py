@@ -14,7 +14,7 @@ import runpy
 
 import torch
 
-from gpu.tensor_gemv import GROUP
+from gpu.four_bits import GROUP
 from model import Linear
 
 PIECE = 1 << 20  # weights quantized, or turned to floats on a CPU, at a time

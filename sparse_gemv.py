@@ -1,32 +1,15 @@
-"""y = W x for one token, reading only the rows of W that matter: Triton kernels and a CPU route.
+"""y = W x for one token, reading only the rows of W that matter: from PyTorch to fast kernels.
 
 When a language model decodes one token at a time, it uses every weight once. So the time of y = W x
-is the time to read W. Where x[k] is nearly zero, column k of W hardly changes y: do not read it.
+is the time to read W. If x[k] is nearly zero, column k of W hardly changes y: skip it.
 
     keep x[k]  iff  not (|x[k]| <= threshold)      compared in float32; "not", so that NaN is kept
 
-**Layout.** W is stored transposed, as w_t [K, N]: input channel k owns row k, N contiguous numbers.
-Memory is read in sectors of 32 bytes, so a dropped row saves traffic where a column would not.
-
-**Two kernels.** A Triton kernel is a function run by many *programs* at once: `kernel[(8, 3)](...)`
-starts 24 of them, and `tl.program_id` tells each which it is. A program works on tiles, whose sizes
-are powers of two known at compile time (`tl.constexpr`). `tl.load(pointer + offsets, mask)` reads a
-tile from memory, leaving out the places where the mask is false.
-1. *Select* looks at x, a few kilobytes, and lists the kept k and x[k] without gaps. A running
-   sum over the mask tells each kept entry its place.
-2. *Sum rows* walks down that list. A program owns BLOCK_N output columns. In each step it loads a
-   [BLOCK_K, BLOCK_N] tile of the next BLOCK_K rows of the list, multiplies, and adds up in float32.
-   It touches no other row: *this is where the bytes are saved*.
-
-**Split-K.** There are often too few columns to keep 130 multiprocessors busy. So K is cut into
-SPLITS pieces, each with its own list. The program that finishes last adds up the pieces, always
-in the same order: the result has the same bits every time.
-
-**Fusions.** Select can apply RMSNorm (`norm`) or silu(gate) * up (`swiglu`) to x first. Sum rows
-can apply a scale, a bias and the residual stream. Each would otherwise be a launch of its own.
+W is stored transposed, as w_t [K, N]: input channel k owns row k, N contiguous numbers. Memory is
+read in sectors of 32 bytes, so a skipped row saves traffic where a skipped column would not.
 
 Method: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL,
-arXiv:2408.14690), section 4. This file needs torch and triton alone: copy it wherever you like.
+arXiv:2408.14690), section 4. This file needs torch, and triton on a GPU: copy it where you like.
 """
 
 import functools
@@ -34,61 +17,105 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU
-PTX = tl.constexpr(not INTERPRETED)  # The interpreter cannot run inline PTX.
-WARPS = 2  # of a program that sums rows
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU
+except ImportError:  # as on macOS: the kernels below become empty names, and a CPU still works
+    from unittest.mock import MagicMock
+
+    triton = tl = gdc_launch_dependents = gdc_wait = MagicMock()
+    INTERPRETED = False
 
 
-# ---- GPU ---------------------------------------------------------------------------------------
+# ---- 1. The definition -------------------------------------------------------------------------
 
-@triton.jit(do_not_specialize_on_alignment=["kept_ptr", "threshold_ptr"])
-def _select_kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, kept_ptr, threshold_ptr, eps,
-                   K: tl.constexpr, CHUNK: tl.constexpr, SWIGLU: tl.constexpr,
-                   CHUNK_PADDED: tl.constexpr, K_PADDED: tl.constexpr, PDL: tl.constexpr):
-    """One program: the list of kept entries of one chunk of x, for one of the matrices."""
-    segment, part = tl.program_id(0), tl.program_id(1)
-    i = tl.arange(0, CHUNK_PADDED)
-    k = part * CHUNK + i
-    inside = (i < CHUNK) & (k < K)
-    if norm_ptr is not None:
-        weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    if PDL:  # The kernel in front may still run: wait here until what it writes is there.
-        gdc_wait()
-        gdc_launch_dependents()
-    threshold = tl.load(threshold_ptr + segment)
-    x = tl.load(x_ptr + k, mask=inside, other=0.0)
-    if SWIGLU:
-        gate = x.to(tl.float32)
-        up = tl.load(x_ptr + K + k, mask=inside, other=0.0).to(tl.float32)
-        x = (gate / (1 + tl.exp(-gate)) * up).to(x.dtype)
-    if norm_ptr is not None:
-        every_k = tl.arange(0, K_PADDED)
-        hidden = tl.load(x_ptr + every_k, mask=every_k < K, other=0.0).to(tl.float32)
-        inverse_rms = tl.rsqrt(tl.sum(hidden * hidden) / K + eps)
-        x = (x.to(tl.float32) * inverse_rms * weight).to(x.dtype)  # rounded as RMSNorm's output is
+def definition(x, w_t, threshold):
+    """x [K], w_t [K, N] -> y [N]"""
+    keep = ~(x.float().abs() <= threshold)
+    return x[keep] @ w_t[keep]
 
-    keep = inside & ~(tl.abs(x.to(tl.float32)) <= threshold)
-    place = tl.cumsum(keep.to(tl.int32), 0) - 1
-    item = segment * tl.num_programs(1) + part
-    tl.store(rows_ptr + item * CHUNK + place, k, mask=keep)
-    tl.store(values_ptr + item * CHUNK + place, x, mask=keep)
+
+# ---- 2. A naive kernel -------------------------------------------------------------------------
+#
+# A *kernel* is a function that a GPU runs in many *programs* at once. `kernel[(8, 3)](...)` starts
+# 24 of them, and `tl.program_id` tells each which it is. A program works on tiles, whose sizes are
+# powers of two known at compile time (`tl.constexpr`). `tl.load(pointer + offsets, mask)` reads a
+# tile from memory and skips the places where the mask is false.
+
+@triton.jit
+def naive_kernel(x_ptr, w_ptr, y_ptr, threshold, K, N, BLOCK_N: tl.constexpr):
+    """One program: BLOCK_N columns of y."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = tl.zeros([BLOCK_N], tl.float32)
+    for k in range(K):
+        x = tl.load(x_ptr + k).to(tl.float32)
+        if ~(tl.abs(x) <= threshold):  # otherwise row k is not read: this saves the bytes
+            y += x * tl.load(w_ptr + k * N + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+def naive_gemv(x, w_t, threshold):
+    """`definition` on a GPU, for fewer than 2**31 weights."""
+    (k, n), y = w_t.shape, x.new_empty(w_t.shape[1])
+    naive_kernel[(triton.cdiv(n, 64),)](x, w_t, y, float(threshold), k, n, BLOCK_N=64)
+    return y
+
+
+# ---- 3. What makes it fast ---------------------------------------------------------------------
+#
+# A GPU has some 130 *multiprocessors*, which run the programs. A load takes half a microsecond to
+# arrive, however small it is. So the memory is busy only while each multiprocessor has tens of
+# kilobytes on their way. The naive program loads 64 columns of a row, then looks at the next x[k].
+#
+# **Lists.** So one kernel decides and another one loads. *Select* looks at x, a few kilobytes, and
+# lists the kept k and x[k] without gaps. *Sum rows* walks down that list. In each turn it loads a
+# [BLOCK_K, BLOCK_N] tile of the list's next BLOCK_K rows, multiplies, and adds up in float32.
+#
+# **Split-K.** There are too few tiles of columns for all multiprocessors. So K is cut into SPLITS
+# chunks, each with a list of its own. The program that finishes last adds up the chunks' sums,
+# always in the same order: the result has the same bits every time.
+#
+# **Dependent launch.** A kernel normally begins when the one before it has ended. Since Hopper, it
+# may begin as soon as all programs of that one have called `gdc_launch_dependents` or ended. It
+# then does what does not depend on the other kernel, and waits for its results in `gdc_wait`.
+
+PTX = tl.constexpr(not INTERPRETED)  # The interpreter cannot run PTX, NVIDIA's assembly language.
+WARPS = 2  # of a program that sums rows; a warp is 32 threads that run in step
+
+
+# ---- 4. The parts of fast kernels --------------------------------------------------------------
+
+@triton.jit
+def write_list(k, x, keep, chunk, rows_ptr, values_ptr, counts_ptr, CHUNK: tl.constexpr):
+    """Store a chunk's kept k and x[k] without gaps; returns how many there are."""
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1  # a running sum over the mask
+    tl.store(rows_ptr + chunk * CHUNK + place, k, mask=keep)
+    tl.store(values_ptr + chunk * CHUNK + place, x, mask=keep)
     count = tl.sum(keep.to(tl.int32))
-    tl.store(counts_ptr + item, count)
-    if kept_ptr is not None:
-        tl.atomic_add(kept_ptr + segment, count.to(tl.int64), sem="relaxed")
+    tl.store(counts_ptr + chunk, count)
+    return count
 
 
 @triton.jit
-def _to_float32(w):
+def list_entries(rows_ptr, values_ptr, i, count, CHUNK: tl.constexpr):
+    """Row numbers and values of a list's entries i. Entries past its end get an arbitrary row and
+    value 0."""
+    place = tl.minimum(i, CHUNK - 1)  # not count - 1: these loads need not wait for the count
+    values = tl.load(values_ptr + place).to(tl.float32)
+    return tl.load(rows_ptr + place), tl.where(i < count, values, 0.0)
+
+
+@triton.jit
+def to_float32(w):
     """Weights as float32 in few instructions, which matter here as much as the bytes.
 
     A bfloat16 is the upper half of a float32, so a shift and a mask convert two of them. GPUs
-    convert integers slowly. But the float32 with the bits 0x4B0000bb is 2**23 + bb, so for int8
-    w, the byte w + 128 is put there, and 2**23 + 128 subtracted.
+    convert integers slowly. But the float32 with the bits 0x4B0000bb is 2**23 + bb. So the byte
+    w + 128 of an int8 w is put there, and 2**23 + 128 subtracted.
     """
     if PTX and w.dtype == tl.bfloat16:
         bits = tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
@@ -109,70 +136,57 @@ def _to_float32(w):
 
 
 @triton.jit
-def _entries(rows_ptr, values_ptr, i, count, CHUNK: tl.constexpr):
-    """Row numbers and values of the list's entries i; past its end, any row times 0."""
-    place = tl.minimum(i, CHUNK - 1)  # not count - 1: these loads need not wait for the count
-    values = tl.load(values_ptr + place).to(tl.float32)
-    return tl.load(rows_ptr + place), tl.where(i < count, values, 0.0)
-
-
-@triton.jit
-def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr,
-                     residual_ptr, sums_ptr, finished_ptr, K: tl.constexpr, N: tl.constexpr,
-                     END0: tl.constexpr, END1: tl.constexpr, CHUNK: tl.constexpr,
-                     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                     ROWS_AT_ONCE: tl.constexpr, PDL: tl.constexpr):
-    """One program: BLOCK_N columns, summed over one list.
-
-    The segments are the columns [0, END0), [END0, END1) and [END1, N). Each has lists of its own.
-    """
-    # A tile lies within one segment: find this program's segment, and its tile there.
-    program, part = tl.program_id(0), tl.program_id(1)
-    tiles0: tl.constexpr = (END0 + BLOCK_N - 1) // BLOCK_N
-    tiles1: tl.constexpr = tiles0 + (END1 - END0 + BLOCK_N - 1) // BLOCK_N
-    segment = (program >= tiles0).to(tl.int32) + (program >= tiles1).to(tl.int32)
-    tile = program - tl.where(segment == 0, 0, tl.where(segment == 1, tiles0, tiles1))
-    start = tl.where(segment == 0, 0, tl.where(segment == 1, END0, END1))
-    end = tl.where(segment == 0, END0, tl.where(segment == 1, END1, N))
-    n = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    FULL_TILES: tl.constexpr = END0 % BLOCK_N == 0 and END1 % BLOCK_N == 0 and N % BLOCK_N == 0
-    item = segment * SPLITS + part
-    rows_ptr += item * CHUNK
-    values_ptr += item * CHUNK
-
-    if PDL:
-        gdc_wait()
-    count = tl.load(counts_ptr + item)
+def sum_list(rows_ptr, values_ptr, count, w_ptr, n, end, K: tl.constexpr, N: tl.constexpr,
+             CHUNK: tl.constexpr, FULL_TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, ROWS_AT_ONCE: tl.constexpr):
+    """Sums over a list's rows, columns n < end: [ROWS_AT_ONCE, BLOCK_N], still to be added up."""
     i = tl.arange(0, BLOCK_K)
     total = tl.zeros([ROWS_AT_ONCE, BLOCK_N], tl.float32)
-    k, x = _entries(rows_ptr, values_ptr, i, count, CHUNK)
+    k, x = list_entries(rows_ptr, values_ptr, i, count, CHUNK)
     for first in tl.range(0, count, BLOCK_K, num_stages=1):
         # The next entries are on their way while these rows are loaded.
-        next_k, next_x = _entries(rows_ptr, values_ptr, first + BLOCK_K + i, count, CHUNK)
+        next_k, next_x = list_entries(rows_ptr, values_ptr, first + BLOCK_K + i, count, CHUNK)
         offsets = (k.to(tl.int64) if K * N >= 2 ** 31 else k)[:, None] * N + n[None, :]
         inside = (first + i < count)[:, None]  # not the last row again: infinity times 0 is NaN
         if not FULL_TILES:
             inside &= (n < end)[None, :]
+        # "evict_first": a weight is used once, so the cache may drop it before anything else
         w = tl.load(w_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
-        products = _to_float32(w) * x[:, None]
+        products = to_float32(w) * x[:, None]
         # ROWS_AT_ONCE rows of the tile fill all threads: each adds up what it holds itself.
         products = tl.reshape(products, [BLOCK_K // ROWS_AT_ONCE, ROWS_AT_ONCE, BLOCK_N])
         total += tl.sum(products, axis=0)
         k, x = next_k, next_x
+    return total
 
-    if PDL:  # Not earlier: waiting programs of the next kernel would fill multiprocessors unevenly.
-        gdc_launch_dependents()
-    y = tl.sum(total, axis=0)
+
+@triton.jit
+def finish(y, n, end, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr, finished_ptr,
+           N: tl.constexpr, SPLITS: tl.constexpr, squares=None, K: tl.constexpr = 1, eps=0.0):
+    """Add up a tile's splits, of which this one has the sums y [BLOCK_N] of the columns n; then
+    times scale, plus bias and residual. `squares`, a split's sum of x * x, is for RMSNorm: y is
+    divided by the root of the mean square of all x."""
+    tile, n_tiles, split = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     if SPLITS > 1:
-        tl.store(sums_ptr + part * N + n, y, mask=n < end)
+        tl.store(sums_ptr + split * N + n, y, mask=n < end)
+        if squares is not None:
+            tl.store(sums_ptr + SPLITS * N + split * n_tiles + tile, squares)
         tl.debug_barrier()  # all threads have stored
-        if tl.atomic_add(finished_ptr + program, 1, sem="acq_rel") < SPLITS - 1:
+        # "acq_rel": whoever sees this addition also sees what was stored before it
+        if tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
             return
-        y = tl.zeros([BLOCK_N], tl.float32)
+        y = tl.zeros_like(y)
         for other in tl.static_range(SPLITS):
-            # ".cg": from the L2 cache, where the other multiprocessors' sums arrive
+            # ".cg": not from this multiprocessor's own cache, which may hold old sums
             y += tl.load(sums_ptr + other * N + n, mask=n < end, other=0.0, cache_modifier=".cg")
-        tl.store(finished_ptr + program, 0)  # for the next launch
+        tl.store(finished_ptr + tile, 0)  # for the next launch
+        if squares is not None:
+            squares = 0.0
+            for other in tl.static_range(SPLITS):
+                squares += tl.load(sums_ptr + SPLITS * N + other * n_tiles + tile,
+                                   cache_modifier=".cg")
+    if squares is not None:
+        y *= tl.rsqrt(squares / K + eps)
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + n, mask=n < end, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -182,149 +196,141 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < end)
 
 
-def _launch_shape(k, n, size):
-    """(BLOCK_N, BLOCK_K, SPLITS) for w_t [k, n] with `size` bytes a weight.
+# ---- 5. The two kernels ------------------------------------------------------------------------
+
+@triton.jit
+def _select_kernel(x_ptr, rows_ptr, values_ptr, counts_ptr, threshold_ptr, K: tl.constexpr,
+                   CHUNK: tl.constexpr, CHUNK_PADDED: tl.constexpr, PDL: tl.constexpr):
+    """One program: the list of one chunk of x."""
+    chunk = tl.program_id(0)
+    i = tl.arange(0, CHUNK_PADDED)
+    k = chunk * CHUNK + i
+    inside = (i < CHUNK) & (k < K)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.load(x_ptr + k, mask=inside, other=0.0)
+    keep = inside & ~(tl.abs(x.to(tl.float32)) <= tl.load(threshold_ptr))
+    write_list(k, x, keep, chunk, rows_ptr, values_ptr, counts_ptr, CHUNK)
+
+
+@triton.jit
+def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr,
+                     sums_ptr, finished_ptr, K: tl.constexpr, N: tl.constexpr,
+                     CHUNK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_K: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, PDL: tl.constexpr):
+    """One program: BLOCK_N columns, summed over one chunk's list."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+    total = sum_list(rows_ptr + chunk * CHUNK, values_ptr + chunk * CHUNK,
+                     tl.load(counts_ptr + chunk), w_ptr, n, N, K, N, CHUNK, N % BLOCK_N == 0,
+                     BLOCK_N, BLOCK_K, ROWS_AT_ONCE)
+    if PDL:  # Not earlier: waiting programs of the next kernel would fill multiprocessors unevenly.
+        gdc_launch_dependents()
+    finish(tl.sum(total, axis=0), n, N, out_ptr, scale_ptr, bias_ptr, None, sums_ptr,
+           finished_ptr, N, SPLITS)
+
+
+def tile_shape(k, n, size):
+    """(BLOCK_N, BLOCK_K, ROWS_AT_ONCE, SPLITS) for w_t [k, n] with `size` bytes a weight.
 
     64 columns are whole sectors of a row, even in int8. A tile has 8 KB: each of 64 threads loads
-    128 bytes at once. K is split until each of some 130 multiprocessors has about eight programs:
-    enough to hide the latency. Chosen by timing whole 1B and 7B models.
+    128 bytes at once. K is split until each multiprocessor has about eight programs.
     """
     block_n = min(64, max(16, triton.next_power_of_2(n)))
     splits = max(1, min(16, round(1024 / triton.cdiv(n, block_n)), k // 128))
     block_k = min(128 // size, max(32, triton.next_power_of_2(triton.cdiv(k, splits))))
-    return block_n, block_k, splits
-
-
-@functools.lru_cache
-def supports_pdl(device):
-    """Whether a GPU can start the next kernel early (programmatic dependent launch, Hopper)."""
-    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
+    rows_at_once = min(block_k, WARPS * 32 * (16 // size) // block_n)  # 16 bytes per thread
+    return block_n, block_k, rows_at_once, splits
 
 
 @functools.lru_cache(maxsize=None)
-def _workspace(device, dtype, n_lists, chunk, n, splits, n_programs):
-    """What the kernels hand over: lists (rows, values, counts), sums, splits finished so far."""
+def launch_options(device):
+    """Dependent launch (programmatic dependent launch, PDL) where the GPU has it."""
+    pdl = not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@functools.lru_cache(maxsize=None)  # never freed: a captured graph may use it
+def workspace(device, *parts):
+    """What programs hand over: for each (size, dtype) of `parts` a tensor, at first of zeros."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("sparse_gemv: call it with these shapes before capturing a CUDA graph")
-    return (torch.empty(n_lists * chunk, dtype=torch.int32, device=device),
-            torch.empty(n_lists * chunk, dtype=dtype, device=device),
-            torch.empty(n_lists, dtype=torch.int32, device=device),
-            torch.empty(splits * n, dtype=torch.float32, device=device),
-            torch.zeros(n_programs, dtype=torch.int32, device=device))
+        raise RuntimeError("call the product with these shapes before capturing a CUDA graph")
+    return [torch.zeros(size, dtype=dtype, device=device) for size, dtype in parts]
 
 
-def _gemv_gpu(x, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out, kept):
+def _gemv_gpu(x, w_t, threshold, scale, bias, out):
     k, n = w_t.shape
-    segments = len(ends)
-    end0, end1, _ = (*ends, n, n)[:3]
-    block_n, block_k, splits = _launch_shape(k, n, w_t.element_size())
-    chunk = triton.cdiv(k, splits)
-    tiles = sum(triton.cdiv(width, block_n) for width in (end0, end1 - end0, n - end1))
-    norm_weight, eps = norm if norm is not None else (None, 0.0)
-    pdl = supports_pdl(x.device)
-    launch = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
-    chunk_padded, k_padded = triton.next_power_of_2(chunk), triton.next_power_of_2(k)
-    entries = max(chunk_padded, k_padded if norm is not None else 0)
-    a_thread = 16 // w_t.element_size()  # weights in one load of 16 bytes
-    rows_at_once = min(block_k, WARPS * 32 * a_thread // block_n)
+    block_n, block_k, rows, splits = tile_shape(k, n, w_t.element_size())
+    chunk, tiles = triton.cdiv(k, splits), triton.cdiv(n, block_n)
+    padded, options = triton.next_power_of_2(chunk), launch_options(x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        rows, values, counts, sums, finished = _workspace(
-            x.device, x.dtype, segments * splits, chunk, n, splits, tiles)
-        _select_kernel[(segments, splits)](
-            x, norm_weight, rows, values, counts, kept, thresholds, eps, K=k, CHUNK=chunk,
-            SWIGLU=swiglu, CHUNK_PADDED=chunk_padded, K_PADDED=k_padded,
-            num_warps=min(16, max(1, entries // 256)), **launch)
+        *lists, sums, finished = workspace(
+            x.device, (splits * chunk, torch.int32), (splits * chunk, x.dtype),
+            (splits, torch.int32), (splits * n, torch.float32), (tiles, torch.int32))
+        _select_kernel[(splits,)](x, *lists, threshold, K=k, CHUNK=chunk, CHUNK_PADDED=padded,
+                                  num_warps=min(16, max(1, padded // 256)), **options)
         _sum_rows_kernel[(tiles, splits)](
-            rows, values, counts, w_t, out, scale, bias, residual, sums, finished, K=k, N=n,
-            END0=end0, END1=end1, CHUNK=chunk, SPLITS=splits, BLOCK_N=block_n,
-            BLOCK_K=block_k, ROWS_AT_ONCE=rows_at_once, num_warps=WARPS, **launch)
-    return out
+            *lists, w_t, out, scale, bias, sums, finished, K=k, N=n, CHUNK=chunk, SPLITS=splits,
+            BLOCK_N=block_n, BLOCK_K=block_k, ROWS_AT_ONCE=rows, num_warps=WARPS, **options)
 
 
-# ---- CPU ---------------------------------------------------------------------------------------
+# ---- 6. The same on a CPU ----------------------------------------------------------------------
 
-def _gemv_cpu(x, w_t, thresholds, ends, kept):
+def _gemv_cpu(x, w_t, threshold):
     """x [K] -> its sums [N]. `embedding_bag` adds up chosen rows of a table, each times a number.
-
-    Each row of w_t is cut into equal blocks. The same memory is then a table of K * n_blocks
-    rows, and one bag sums up one block of columns. So matrices may differ, and the bags run on
-    several threads.
-    """
-    width = math.gcd(*ends)
-    width //= math.gcd(width, torch.get_num_threads())
-    lists, start = [], 0  # of kept k, one for each block
-    for i, (t, end) in enumerate(zip(thresholds.tolist(), ends)):
-        rows = (x.float().abs() <= t).logical_not_().nonzero().view(-1)
-        lists += [rows] * ((end - start) // width)
-        if kept is not None:
-            kept[i] += len(rows)
-        start = end
-    if w_t.dtype == torch.int8:  # embedding_bag takes floats alone
-        blocks = zip(lists, w_t.split(width, dim=1))
-        return torch.cat([x[rows].float() @ block[rows].float() for rows, block in blocks])
-    n_blocks = len(lists)
-    entries = torch.cat([rows * n_blocks + block for block, rows in enumerate(lists)])
-    starts = torch.tensor([0] + [len(rows) for rows in lists[:-1]]).cumsum(0)
-    return F.embedding_bag(entries, w_t.view(-1, width), starts, mode="sum",
-                           per_sample_weights=x[torch.cat(lists)]).view(-1)
+    w_t is a table of K * n_blocks rows, and each thread sums up one block of columns."""
+    rows = (~(x.float().abs() <= threshold)).nonzero().view(-1)
+    if w_t.dtype == torch.int8:  # embedding_bag takes floats only
+        return x[rows].float() @ w_t[rows].float()
+    n_blocks = math.gcd(w_t.shape[1], torch.get_num_threads())
+    block = torch.arange(n_blocks)
+    entries = (rows * n_blocks + block[:, None]).view(-1)
+    return F.embedding_bag(entries, w_t.view(-1, w_t.shape[1] // n_blocks), block * len(rows),
+                           mode="sum", per_sample_weights=x[rows].repeat(n_blocks)).view(-1)
 
 
-# ---- the public function -----------------------------------------------------------------------
+# ---- 7. The function to call -------------------------------------------------------------------
 
-def sparse_gemv(x, w_t, threshold, *, ends=None, scale=None, bias=None, norm=None, swiglu=False,
-                residual=None, out=None, kept=None):
+def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, out=None):
     """y[n] = sum of x[k] * w_t[k, n] over the k with not (|x[k]| <= threshold).
 
-    x:         [K], [1, K] or [1, 1, K] (2 K wide with swiglu); float32, float16 or bfloat16
+    x:         [K], [1, K] or [1, 1, K]; float32, float16 or bfloat16
     w_t:       [K, N], contiguous; x's dtype, or int8 with a `scale`. Dropped rows are never read.
-    threshold: a number, negative to keep everything; or one for each of the matrices of `ends`:
-               a list, or a float32 tensor on x's device that may change under a captured graph
-    ends:      where up to three matrices lie side by side in w_t, the last column + 1 of each
-    scale:     [N] float32, multiplies the sums (int8 weights: one scale per output channel)
-    bias:      [N], added next
-    norm:      (weight [K], eps): x is first RMS-normalised (in float32, rounded to x's dtype)
-    swiglu:    x holds gate and up side by side; silu(gate) * up takes its place first
-    residual:  [N], x's dtype, added last
-    out:       where to put the result; may be `residual` itself
-    kept:      int64 [number of matrices]: the number of kept rows is added to it
+    threshold: a number, negative to keep everything; or a float32 tensor of one element on x's
+               device, which may change under a captured graph
+    scale:     [N], multiplies the sums (int8 weights: one scale per output channel)
+    bias:      [N], added last
+    out:       where to put the result, [N] or of y's shape
 
     Returns y in x's dtype, shaped like x with N in place of K. Sums are float32, and the same
     inputs give the same bits. With `out`, a GPU call never synchronises, and allocates only when
     it meets a new shape: call it once before capturing a CUDA graph. Calls on different streams
-    must not overlap, and the kernel in front must not write norm's weight. Raises ValueError,
-    naming the argument, for shapes, dtypes, strides or devices that do not fit.
+    must not overlap. Raises ValueError, naming the argument, for shapes, dtypes, strides or devices
+    that do not fit.
     """
-    ends = tuple(ends) if ends else (w_t.shape[-1],)
-    thresholds = threshold
     if not isinstance(threshold, torch.Tensor):
-        values = tuple(threshold) if isinstance(threshold, list) else (threshold,) * len(ends)
-        thresholds = _constant(values, x.device)
-    _check(x, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out, kept)
-    flat = x.reshape(-1)
+        threshold = _on_device(float(threshold), x.device)
+    _check(x, w_t, threshold, scale, bias, out)
+    if out is None:
+        out = torch.empty(*x.shape[:-1], w_t.shape[1], dtype=x.dtype, device=x.device)
     if x.is_cuda or INTERPRETED:
-        if out is None:
-            out = torch.empty(*x.shape[:-1], ends[-1], dtype=x.dtype, device=x.device)
-        return _gemv_gpu(
-            flat, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out, kept)
-    if swiglu:
-        gate, up = flat.chunk(2)
-        flat = F.silu(gate) * up
-    if norm is not None:
-        flat = F.rms_norm(flat, flat.shape, *norm)
-    y = _gemv_cpu(flat, w_t, thresholds, ends, kept)
-    y = y if scale is None else y * scale
-    y = y if bias is None else y + bias
-    y = y if residual is None else y + residual.view(-1)
-    y = y.to(x.dtype).view(*x.shape[:-1], -1)
-    return y if out is None else out.copy_(y)
+        _gemv_gpu(x, w_t, threshold, scale, bias, out)
+    else:
+        y = _gemv_cpu(x.reshape(-1), w_t, threshold)
+        y = y if scale is None else y * scale
+        out.view(-1).copy_(y if bias is None else y + bias)
+    return out
 
 
 @functools.lru_cache(maxsize=None)  # never freed: a captured graph may read it
-def _constant(thresholds, device):
-    return torch.tensor(thresholds, dtype=torch.float32, device=device)
+def _on_device(threshold, device):
+    return torch.tensor([threshold], dtype=torch.float32, device=device)
 
 
-def _check(x, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out, kept):
+def _check(x, w_t, threshold, scale, bias, out):
     """Raise ValueError, naming the argument, its value and what was expected."""
     def require(fits, name, value, wanted):
         if not fits:
@@ -332,18 +338,12 @@ def _check(x, w_t, thresholds, ends, scale, bias, norm, swiglu, residual, out, k
 
     require(w_t.dim() == 2, "w_t", f"of shape {tuple(w_t.shape)}", "a matrix [K, N]")
     (k, n), floats = w_t.shape, (torch.float32, torch.float16, torch.bfloat16)
-    width = 2 * k if swiglu else k
-    require(x.shape[-1:] == (width,), "x", f"of shape {tuple(x.shape)}", f"[{width}] for {k} rows")
-    require(not swiglu or norm is None, "norm", "given with swiglu", "None: only one prepares x")
+    require(x.shape[-1:] == (k,), "x", f"of shape {tuple(x.shape)}", f"[{k}] for {k} rows")
     require(w_t.dtype != torch.int8 or scale is not None, "scale", None, f"[{n}], for w_t is int8")
-    require(len(ends) <= 3 and list(ends) == sorted(set(ends)) and ends[0] > 0 and ends[-1] == n,
-            "ends", ends, f"up to three ascending ends, the last at w_t's {n} columns")
     for name, t, size, dtypes in (
-            ("x", x, width, floats), ("w_t", w_t, k * n, (x.dtype, torch.int8)),
-            ("threshold", thresholds, len(ends), (torch.float32,)), ("scale", scale, n, floats),
-            ("bias", bias, n, floats), ("norm", norm and norm[0], k, floats),
-            ("residual", residual, n, floats), ("out", out, n, floats),
-            ("kept", kept, len(ends), (torch.int64,))):
+            ("x", x, k, floats), ("w_t", w_t, k * n, (x.dtype, torch.int8)),
+            ("threshold", threshold, 1, (torch.float32,)), ("scale", scale, n, floats),
+            ("bias", bias, n, floats), ("out", out, n, floats)):
         require(t is None or (t.numel() == size and t.dtype in dtypes and t.is_contiguous()
                               and t.device == x.device), name,
                 t is not None and f"{t.dtype} {tuple(t.shape)} {t.stride()} on {t.device}",

@@ -14,10 +14,10 @@ from calibrate import BINS, MOST, SINKS, allocate, byte_shares, count, masked_an
 from calibrations.thresholds import ALLOCATIONS, GRID, Calibration, CalibrationError, find
 from checkpoint.tensors import put, tensor_shapes
 from cli.command_line import run_script
+from conftest import CONFIGS, random_model
 from model import Config, Linear, Model, dense, masked
 from quantize import Int8Linear
 from session import Session
-from test_decode import CONFIGS, random_model
 
 CONFIG = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4,
                 n_kv_heads=2, head_dim=8)

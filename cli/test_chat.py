@@ -202,7 +202,7 @@ class Letters:
 
 def conversation(context=64, thresholds=lambda sparsity: None, respond=None, **options):
     """A Chat over a small random model, and the list of the prompts that it gives."""
-    from test_decode import CONFIGS, random_model
+    from conftest import CONFIGS, random_model
 
     session, prompts = Session(random_model(next(iter(CONFIGS.values()))), context=context), []
 

@@ -9,8 +9,8 @@ import torch
 import session
 from cli import progress
 from cli.progress import Progress
+from conftest import CONFIGS, random_model
 from session import Session
-from test_decode import CONFIGS, random_model
 
 
 class Clock:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import CONFIGS, random_model
 from cpu import compiler
 from cpu.compiler import NoCompiler
 from cpu.step import SOURCE
 from decode import CpuDecoder
 from model import KVCache
-from test_decode import CONFIGS, random_model
 
 HERE = Path(__file__).resolve().parent
 has_compiler = True

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu.gpu_gemv import gpu_gemv
+from gpu.product import product
 from model import SITES
 from quantize import GROUP, can_be_int4
 
@@ -142,7 +142,7 @@ class Product:
 
     def run(self):
         for w_t, scale in self.weights:
-            gpu_gemv(self.input, w_t, self.thresholds, ends=self.ends, scale=scale,
+            product(self.input, w_t, self.thresholds, ends=self.ends, scale=scale,
                      kept=self.kept, **self.options)
 
     def measure(self, sparsity):
@@ -167,7 +167,7 @@ class Product:
 
 
 def random_weight(k, n, kind):
-    """(w_t, scale) of a random matrix, as `gpu_gemv` takes them."""
+    """(w_t, scale) of a random matrix, as `product` takes them."""
     if kind == "int4":
         return (torch.randint(0, 256, (k, n // 2), dtype=torch.uint8),
                 torch.rand(k, n // GROUP, 2).bfloat16())
@@ -203,10 +203,10 @@ def kernels(configs, sparsities):
                 if kind == "int4" and not can_be_int4(site, ends):
                     continue
                 with torch.device("cuda"):
-                    product = Product(site, k, ends, kind)
-                cublas = cublas or product.cublas_seconds()
+                    timed = Product(site, k, ends, kind)
+                cublas = cublas or timed.cublas_seconds()
                 for sparsity in sparsities if site != "lm_head" else [0]:
-                    time, n_bytes = product.measure(sparsity)
+                    time, n_bytes = timed.measure(sparsity)
                     row = {"config": name, "site": site, "k": k, "n": ends[-1],
                            "dtype": kind, "sparsity": sparsity,
                            "microseconds": time * 1e6, "bandwidth": n_bytes / time,
@@ -217,5 +217,5 @@ def kernels(configs, sparsities):
                           f"{sparsity:>8.0%} {time * 1e6:>8.2f} {n_bytes / time / 1e12:>6.2f} "
                           f"{row['share_of_limit']:>8.0%} {row['speedup_over_cublas']:>8.2f}",
                           flush=True)
-                del product  # before the next one needs its memory
+                del timed  # before the next one needs its memory
     return rows

@@ -12,8 +12,8 @@ The position lives in GPU memory, and the launch does not depend on it: one capt
 serves every length. Programs without a chunk return at once, so the cost follows the tokens held.
 
 Sources: Dao et al., "Flash-Decoding for long-context inference" (2023); Milakov and Gimelshein,
-"Online normalizer calculation for softmax" (arXiv:1805.02867). This file needs torch and triton
-alone.
+"Online normalizer calculation for softmax" (arXiv:1805.02867). This file needs only torch and
+triton.
 """
 
 import torch
@@ -64,67 +64,30 @@ def _rope(ptr, mask, half: tl.constexpr, cos, sin, norm_ptr, norm_mask, eps, NOR
 
 
 @triton.jit
-def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, growth_ptr,
-                             position_ptr, sums_ptr, stats_ptr, counter_ptr, context, scale,
-                             q_norm_ptr, k_norm_ptr, eps, NORM: tl.constexpr,
-                             N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                             WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-                             GROUP_PADDED: tl.constexpr, MEMBERS: tl.constexpr,
-                             CHUNKS_AT_ONCE: tl.constexpr, HALF_PADDED: tl.constexpr,
-                             BLOCK_S: tl.constexpr, PDL: tl.constexpr):
-    """One program: one chunk of the context for one key head and the GROUP query heads that share
-    it."""
-    head, split = tl.program_id(0), tl.program_id(1)
-    HALF: tl.constexpr = HEAD_DIM // 2
-    DIM_PADDED: tl.constexpr = 2 * HALF_PADDED
-    g = tl.arange(0, GROUP_PADDED)
-    half = tl.arange(0, HALF_PADDED)
-    dim = tl.arange(0, DIM_PADDED)
-    k_ptr += head.to(tl.int64) * context * HEAD_DIM
-    v_ptr += head.to(tl.int64) * context * HEAD_DIM
-    # The position and the older keys were complete before the kernel in front of this one began.
-    position = tl.load(position_ptr).to(tl.int32)
+def _find_chunk(position, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """This program's chunk of the cached tokens that `position` sees: (start, end, how many chunks
+    there are). A program whose number is not below that has none."""
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
-    length = position - first  # tokens in the cache that this one sees
+    length = position - first
     # At least two blocks a chunk, and up to four in a single one: less would not be worth the
     # combination.
     least = tl.where(length <= 4 * BLOCK_S, 4, 2)
     chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S), least) * BLOCK_S
-    n_chunks = tl.maximum(tl.cdiv(length, chunk), 1)
-    if split >= n_chunks:
-        return
-    start = first + split * chunk
-    end = tl.minimum(start + chunk, position)
-    cos = tl.load(cos_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
-    scale *= tl.load(growth_ptr + position)  # of the scores
-    if PDL:
-        gdc_wait()  # for qkv
-        gdc_launch_dependents()
+    start = first + tl.program_id(1) * chunk
+    return start, tl.minimum(start + chunk, position), tl.maximum(tl.cdiv(length, chunk), 1)
 
-    q_mask = (g < GROUP)[:, None] & (half < HALF)[None, :]
-    heads = (head * GROUP + g)[:, None] * HEAD_DIM
-    half_mask = (half < HALF)[None, :]
-    q_a, q_b = _rope(qkv_ptr + heads + half[None, :], q_mask, HALF, cos, sin,
-                     q_norm_ptr + half[None, :], half_mask, eps, NORM)
-    new_k = qkv_ptr + (N_KV_HEADS * GROUP + head) * HEAD_DIM
-    new_a, new_b = _rope(new_k + half[None, :], half_mask, HALF, cos, sin,
-                         k_norm_ptr + half[None, :], half_mask, eps, NORM)
-    new_v = tl.load(new_k + N_KV_HEADS * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-    # The last chunk also has the new token. Its key and value enter the cache, and the running
-    # softmax begins with its score.
-    newest = split == n_chunks - 1
-    if newest:
-        row = k_ptr + position * HEAD_DIM + half[None, :]
-        tl.store(row, new_a, mask=(half < HALF)[None, :])
-        tl.store(row + HALF, new_b, mask=(half < HALF)[None, :])
-        tl.store(v_ptr + position * HEAD_DIM + dim, new_v, mask=dim < HEAD_DIM)
-    score = tl.sum(q_a.to(tl.float32) * new_a.to(tl.float32)
-                   + q_b.to(tl.float32) * new_b.to(tl.float32), axis=1)
-    biggest = tl.where(newest, score * scale, float("-inf"))  # [GROUP_PADDED]
-    total = tl.where(newest, tl.full([GROUP_PADDED], 1.0, tl.float32), 0.0)
-    y = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32) + new_v.to(tl.float32)[None, :]
-    y = tl.where(newest, y, 0.0)
+
+@triton.jit
+def _attend(q_a, q_b, k_ptr, v_ptr, start, end, scale, biggest, total, y, HEAD_DIM: tl.constexpr,
+            HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Go on with a running softmax over the cached tokens from start to end.
+
+    q_a, q_b: the queries' halves [GROUP_PADDED, HALF_PADDED]
+    biggest, total, y: the largest score so far, the sum of exp(score - biggest) [GROUP_PADDED], and
+              that of the values times it [GROUP_PADDED, 2 * HALF_PADDED]; returned renewed
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    half, dim = tl.arange(0, HALF_PADDED), tl.arange(0, 2 * HALF_PADDED)
     for s0 in tl.range(start, end, BLOCK_S, num_stages=3):
         s = s0 + tl.arange(0, BLOCK_S)
         k_rows = k_ptr + s[:, None] * HEAD_DIM + half[None, :]
@@ -142,22 +105,85 @@ def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, g
         total = total * shrink + tl.sum(weights, axis=1)
         y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
         biggest = new_biggest
+    return biggest, total, y
 
-    out = out_ptr + (head * GROUP + g)[:, None] * HEAD_DIM + dim[None, :]
-    out_mask = (g < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    if n_chunks == 1:
-        tl.store(out, (y / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
+
+@triton.jit
+def _decode_attention_kernel(qkv_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, growth_ptr,
+                             position_ptr, sums_ptr, stats_ptr, counter_ptr, context, scale,
+                             q_norm_ptr, k_norm_ptr, eps, NORM: tl.constexpr,
+                             N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+                             WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+                             GROUP_PADDED: tl.constexpr, MEMBERS: tl.constexpr,
+                             CHUNKS_AT_ONCE: tl.constexpr, HALF_PADDED: tl.constexpr,
+                             BLOCK_S: tl.constexpr, PDL: tl.constexpr):
+    """One program: one chunk of the context for one key head and its GROUP query heads."""
+    head, split = tl.program_id(0), tl.program_id(1)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    g, half = tl.arange(0, GROUP_PADDED), tl.arange(0, HALF_PADDED)
+    dim = tl.arange(0, 2 * HALF_PADDED)
+    k_ptr += head.to(tl.int64) * context * HEAD_DIM
+    v_ptr += head.to(tl.int64) * context * HEAD_DIM
+    # The position and the older keys were complete before the kernel before this one began.
+    position = tl.load(position_ptr).to(tl.int32)
+    start, end, n_chunks = _find_chunk(position, WINDOW, SPLITS, BLOCK_S)
+    if split >= n_chunks:
         return
-    # Leave this chunk's sum. The last program of this head combines the sums of all its chunks.
-    slot = (head * SPLITS + split) * GROUP
-    tl.store(sums_ptr + (slot + g)[:, None] * HEAD_DIM + dim[None, :], y, mask=out_mask)
+    half_mask = (half < HALF)[None, :]
+    cos = tl.load(cos_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + position * HALF + half, mask=half < HALF, other=0.0)[None, :]
+    scale *= tl.load(growth_ptr + position)  # of the scores
+    if PDL:  # dependent launch: the next kernel may start, and this one waits for qkv
+        gdc_wait()
+        gdc_launch_dependents()
+    heads = qkv_ptr + (head * GROUP + g)[:, None] * HEAD_DIM
+    q_a, q_b = _rope(heads + half[None, :], (g < GROUP)[:, None] & half_mask, HALF, cos, sin,
+                     q_norm_ptr + half[None, :], half_mask, eps, NORM)
+    new_k = qkv_ptr + (N_KV_HEADS * GROUP + head) * HEAD_DIM
+    new_a, new_b = _rope(new_k + half[None, :], half_mask, HALF, cos, sin,
+                         k_norm_ptr + half[None, :], half_mask, eps, NORM)
+    new_v = tl.load(new_k + N_KV_HEADS * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+    # The last chunk also has the new token. Its key and value enter the cache, and the running
+    # softmax begins with its score.
+    newest = split == n_chunks - 1
+    if newest:
+        row = k_ptr + position * HEAD_DIM + half[None, :]
+        tl.store(row, new_a, mask=half_mask)
+        tl.store(row + HALF, new_b, mask=half_mask)
+        tl.store(v_ptr + position * HEAD_DIM + dim, new_v, mask=dim < HEAD_DIM)
+    score = tl.sum(q_a.to(tl.float32) * new_a.to(tl.float32)
+                   + q_b.to(tl.float32) * new_b.to(tl.float32), axis=1)
+    biggest = tl.where(newest, score * scale, float("-inf"))  # [GROUP_PADDED]
+    total = tl.where(newest, tl.full([GROUP_PADDED], 1.0, tl.float32), 0.0)
+    y = tl.zeros([GROUP_PADDED, 2 * HALF_PADDED], tl.float32) + new_v.to(tl.float32)[None, :]
+    biggest, total, y = _attend(q_a, q_b, k_ptr, v_ptr, start, end, scale, biggest, total,
+                                tl.where(newest, y, 0.0), HEAD_DIM, HALF_PADDED, BLOCK_S)
+    if n_chunks == 1:
+        out = out_ptr + (head * GROUP + g)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(out, (y / total[:, None]).to(out_ptr.dtype.element_ty),
+                 mask=(g < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+    else:
+        done = _leave(biggest, total, y, sums_ptr, stats_ptr, counter_ptr + head,
+                      (head * SPLITS + split) * GROUP, GROUP, GROUP_PADDED, HEAD_DIM)
+        if done == n_chunks - 1:
+            _combine(sums_ptr, stats_ptr, out_ptr, head, n_chunks, GROUP, HEAD_DIM, SPLITS, MEMBERS,
+                     2 * HALF_PADDED, CHUNKS_AT_ONCE)
+            tl.store(counter_ptr + head, 0)  # for the next launch
+
+
+@triton.jit
+def _leave(biggest, total, y, sums_ptr, stats_ptr, counter_ptr, slot, GROUP: tl.constexpr,
+           GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Leave a chunk's sums for the last program of its head, which combines those of all chunks;
+    returns how many had done so before."""
+    g, dim = tl.arange(0, GROUP_PADDED), tl.arange(0, y.shape[1])
+    tl.store(sums_ptr + (slot + g)[:, None] * HEAD_DIM + dim[None, :], y,
+             mask=(g < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
     tl.store(stats_ptr + (slot + g) * 2, biggest, mask=g < GROUP)
     tl.store(stats_ptr + (slot + g) * 2 + 1, total, mask=g < GROUP)
     tl.debug_barrier()  # all threads have stored
-    if tl.atomic_add(counter_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
-        _combine(sums_ptr, stats_ptr, out_ptr, head, n_chunks, GROUP, HEAD_DIM, SPLITS, MEMBERS,
-                 DIM_PADDED, CHUNKS_AT_ONCE)
-        tl.store(counter_ptr + head, 0)  # for the next launch
+    # "acq_rel": whoever sees this addition also sees what was stored before it
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
 
 
 @triton.jit
@@ -212,13 +238,13 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, growth, position, workspac
     k_cache, v_cache: [n_kv_heads, context, head_dim], contiguous; row `position` is written, the
                rows before it are read
     cos, sin:  float32 [context, head_dim / 2]
-    growth:    float32 [context], multiplies a query behind RoPE; all 1 in most models
+    growth:    float32 [context], multiplies a query after RoPE; all 1 in most models
     position:  integer tensor of one element, on the device
     out:       [n_heads * head_dim], written
     window:    the token sees itself and window - 1 tokens before it; None for all
-    norms:     (weights of q's RMSNorm [head_dim], of k's, eps), for each head in front of RoPE;
-               or None
-    pdl:       launch with programmatic dependent launch (Hopper and newer)
+    norms:     (weights of q's RMSNorm [head_dim], of k's, eps), of each head, before RoPE; or None
+    pdl:       use dependent launch (Hopper and newer): the kernel begins before the one before it
+               has ended, and waits for it where it needs its results
     """
     n_kv_heads, context, head_dim = k_cache.shape
     group = qkv.numel() // head_dim // n_kv_heads - 2  # query heads that share a key head
@@ -228,8 +254,8 @@ def decode_attention(qkv, k_cache, v_cache, cos, sin, growth, position, workspac
         _decode_attention_kernel[(n_kv_heads, workspace.splits)](
             qkv, k_cache, v_cache, out, cos, sin, growth, position, workspace.sums, workspace.stats,
             workspace.counter, context, head_dim ** -0.5, q_norm, k_norm, eps,
-            NORM=norms is not None,
-            N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window or 0,
+            NORM=norms is not None, N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim,
+            WINDOW=window or 0,
             SPLITS=workspace.splits, GROUP_PADDED=max(16, members), MEMBERS=members,
             CHUNKS_AT_ONCE=max(1, min(32, 16384 // (members * dim_padded))),
             HALF_PADDED=max(16, triton.next_power_of_2(head_dim // 2)),

@@ -17,19 +17,20 @@ from triton.backends.compiler import GPUTarget
 
 import decode
 import sparse_gemv
+from conftest import CONFIGS, random_model
 from decode import GpuDecoder
-from gpu import decode_attention, dense_gemv, head_gemv, tensor_gemv, token_kernels
+from gpu import decode_attention, four_bits, head, lists, one_kernel, tensor_cores, token_kernels
 from gpu.compile_ahead import compile_together
 from gpu.token_kernels import likeliest
 from model import Config, KVCache, Linear
 from quantize import Int4Linear
-from test_decode import CONFIGS, random_model
 
 pytestmark = pytest.mark.skipif(
     sparse_gemv.INTERPRETED, reason="the interpreter compiles nothing")
-MODULES = (sparse_gemv, dense_gemv, tensor_gemv, head_gemv, decode_attention, token_kernels)
+MODULES = (sparse_gemv, lists, one_kernel, tensor_cores, four_bits, decode_attention, head,
+           token_kernels)
 KERNELS = {kernel for module in MODULES for name, kernel in vars(module).items()
-           if name.endswith("_kernel")}
+           if name.startswith("_") and name.endswith("_kernel")}
 DEVICE, OTHER_DEVICE = 990, 991  # numbers that no real GPU has
 
 
@@ -87,8 +88,9 @@ def driver(monkeypatch, tmp_path):
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(
             kernel.create_binder))
     for module in (*MODULES, decode):
-        if hasattr(module, "supports_pdl"):
-            monkeypatch.setattr(module, "supports_pdl", lambda device: True)
+        if hasattr(module, "launch_options"):
+            monkeypatch.setattr(module, "launch_options",
+                                lambda device: {"PDL": True, "launch_pdl": True})
         if hasattr(module, "INTERPRETED"):
             monkeypatch.setattr(module, "INTERPRETED", True)  # take the kernels' way on a CPU
     yield notes
@@ -179,9 +181,9 @@ def make_decoder(n_layers=2, linear=Linear, sparse=False):
 
 
 @pytest.mark.parametrize("linear, sparse, n_launches, products", [
-    (Linear, False, 4, {"_dense_kernel"}),
-    (Linear, True, 6, {"_select_kernel", "_sum_rows_kernel", "_dense_kernel"}),
-    (int4_linear, True, 8, {"_select_kernel", "_kernel"})])
+    (Linear, False, 4, {"_every_row_kernel"}),
+    (Linear, True, 6, {"_fused_select_kernel", "_fused_sum_kernel", "_kept_rows_kernel"}),
+    (int4_linear, True, 8, {"_fused_select_kernel", "_four_bit_kernel"})])
 def test_a_steps_kernels_are_complete(driver, linear, sparse, n_launches, products):
     """What is compiled ahead is exactly what a step then finds; the step's state stays. The dense
     step reads the whole LM head."""
@@ -212,7 +214,7 @@ def test_more_layers_need_no_more_kernels(driver, monkeypatch, linear, sparse):
         found, decoder = [], make_decoder(n_layers, linear, sparse)
         compile_together(decoder.step, decoder.x)
         counts.append(sorted(found))
-    assert counts[0] == counts[1] and ("_select_kernel" in found) == sparse
+    assert counts[0] == counts[1] and ("_fused_select_kernel" in found) == sparse
 
 
 def test_the_trial_step_reads_a_token_that_exists(monkeypatch):
@@ -240,7 +242,7 @@ def test_compiled_together_or_one_by_one_they_choose_the_same_tokens(monkeypatch
     tokens = []
     for i, compile_kernels in enumerate((compile_together, lambda run, x: None)):
         monkeypatch.setattr(decode, "compile_together", compile_kernels)
-        for known in (set(), {sparse_gemv._sum_rows_kernel, token_kernels._embed_kernel,
+        for known in (set(), {lists._fused_sum_kernel, token_kernels._embed_kernel,
                               decode_attention._decode_attention_kernel}):
             monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / f"{i}{len(known)}"))
             for kernel in KERNELS - known:

@@ -1,37 +1,18 @@
-"""Tests of 4-bit weights: the rounding, and the products against float64 in Triton's interpreter
-(the last test starts it in a process of its own) or on a GPU."""
+"""Tests of 4-bit weights: rounding, folders, prefill. test_products.py has a step's products."""
 
-import os
-import random
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy
 import pytest
 import torch
-import torch.nn.functional as F
-import triton
 
 import checkpoint
 import quantize
 from checkpoint.test_checkpoint import CONFIG, weights, write_folder
-from gpu import benchmark_gpu
-from gpu.tensor_gemv import GROUP, tensor_gemv
+from conftest import DEVICE
+from gpu.four_bits import GROUP
 from model import dense
 from quantize import Int4Linear, Int4OnCPU, Int8Linear, dequantize, quantize_int4, split_groups
 from session import bytes_per_weight
-from sparse_gemv import INTERPRETED
 
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-KERNELS = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU")
-SEED = random.SystemRandom().randrange(2**32)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    print("seed", SEED)
-    torch.manual_seed(SEED)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def rounded(weight):
@@ -137,108 +118,3 @@ def test_dense_products():
     torch.testing.assert_close(dense(x, linear).double(), wanted, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(linear.weight(96, 192), dequantize(linear.w_t, linear.scale)[:, 96:])
     assert bytes_per_weight(linear) * 50 * 192 == linear.w_t.nbytes + linear.scale.nbytes
-
-
-@KERNELS
-def test_random_draws():
-    """200 draws of sizes, types, thresholds and fused forms, against float64; some are dense."""
-    rng = random.Random(SEED)
-    for _ in range(200):
-        k = rng.choice([1, 7, 33, 64, 100, 256, 577])
-        ends = rng.choice([(32,), (96,), (160,), (32, 64), (64, 96, 128), (128, 160, 288)])
-        dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
-        n, swiglu = ends[-1], rng.random() < 0.3
-        w_t, scale = rounded(torch.randn(n, k, device=DEVICE))
-        x = torch.randn(k * (1 + swiglu), device=DEVICE).to(dtype)
-        input_ = x
-        if swiglu:
-            gate, up = x.float().chunk(2)
-            input_ = (F.silu(gate) * up).to(dtype)
-        magnitude = input_.float().abs().sort().values
-        # Thresholds lie between two values, so that no rounding decides what is kept.
-        at = [rng.randrange(k) for _ in ends]
-        t = torch.tensor([magnitude[i].item() * 0.98 if rng.random() < 0.9 else -1.0 for i in at],
-                         device=DEVICE)
-        if swiglu:
-            t.fill_(rng.choice([-1.0, 1e9]))
-        dense = rng.random() < 0.3
-        if dense:
-            t.fill_(-1)
-        bias, residual = (torch.randn(n, device=DEVICE).to(dtype) for _ in range(2))
-        kept = torch.zeros(len(ends), dtype=torch.int64, device=DEVICE)
-        out = torch.full((n,), float("nan"), dtype=dtype, device=DEVICE)
-        tensor_gemv(x, w_t, None if dense else t, out, ends=ends, scale=scale, bias=bias,
-                    swiglu=swiglu, residual=residual, kept=kept)
-        w, wanted, start = dequantize(w_t, scale).double(), [], 0
-        for i, end in enumerate(ends):
-            keep = ~(input_.float().abs() <= t[i])
-            assert kept[i] == keep.sum()
-            wanted.append(input_[keep].double() @ w[keep, start:end])
-            start = end
-        wanted = torch.cat(wanted) + bias.double() + residual.double()
-        tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
-        size = max(wanted.norm(), (input_.double() ** 2 @ w ** 2).sqrt().norm())
-        assert (out.double() - wanted).norm() <= tolerance * size, (k, ends, dtype, swiglu, dense)
-
-
-@KERNELS
-def test_norm_split_and_dropped_rows():
-    k, n = 1024, 96  # K is split here
-    w_t, scale = rounded(torch.randn(n, k, device=DEVICE))
-    x, weight = torch.randn(k, device=DEVICE), torch.rand(k, device=DEVICE)
-    normed = F.rms_norm(x, (k,), weight, 1e-5)
-    keep = normed.abs() > 0.3
-    scale[~keep] = float("nan")  # never read
-    outs = [torch.empty(n, device=DEVICE) for _ in range(3)]
-    for out in outs:
-        tensor_gemv(x, w_t, torch.tensor([0.3], device=DEVICE), out, ends=(n,), scale=scale,
-                    norm=(weight, 1e-5))
-    wanted = normed[keep].double() @ dequantize(w_t[keep], scale[keep]).double()
-    assert (outs[0] - wanted).norm() <= 1e-5 * wanted.norm()
-    assert all(torch.equal(out, outs[0]) for out in outs)
-    scale.nan_to_num_(1.0)
-    x /= 300  # the norm's eps matters now
-    normed = F.rms_norm(x, (k,), weight, 1e-5)
-    for out in outs:
-        tensor_gemv(x, w_t, None, out, norm=(weight, 1e-5), ends=(n,), scale=scale)
-    wanted = normed.double() @ dequantize(w_t, scale).double()
-    assert (outs[0] - wanted).norm() <= 1e-5 * wanted.norm()
-    assert all(torch.equal(out, outs[0]) for out in outs)
-
-
-@KERNELS
-def test_a_product_that_benchmark_times(monkeypatch):
-    monkeypatch.setattr(benchmark_gpu, "COPIES_BYTES", 0)
-    with torch.device(DEVICE):
-        product = benchmark_gpu.Product("o", 200, (96,), "int4")
-    assert product.bytes == sum(part.nbytes for part in product.weights[-1])
-    product.thresholds = product.x.float().abs().sort().values[99:100]
-    product.run()
-    x = torch.where(product.x.float().abs() <= product.thresholds, 0, product.x).double()
-    assert product.kept.item() == x.count_nonzero() * len(product.weights)
-    wanted = x @ dequantize(*product.weights[-1]).double() + product.options["residual"]
-    assert (product.options["out"] - wanted).norm() <= 1e-2 * wanted.norm()
-
-
-def test_what_does_not_fit_is_refused():
-    good, scales = rounded(torch.randn(96, 8))
-    for w_t, scale, ends in ((good, scales, (64,)), (good, scales.float(), (96,)),
-                             (good, scales[:, :2], (96,)), (good, scales, (40, 96)),
-                             (good[:7], scales, (96,))):
-        with pytest.raises(ValueError, match="tensor_gemv"):
-            tensor_gemv(torch.randn(8), w_t, torch.zeros(1), torch.empty(96), ends=ends,
-                        scale=scale)
-
-
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the process it starts, or a GPU")
-@pytest.mark.skipif(
-    [int(part) for part in triton.__version__.split(".")[:2]] < [3, 7]
-    and [int(part) for part in numpy.__version__.split(".")[:2]] >= [2, 4],
-    reason="this Triton's interpreter fails with this NumPy on loops up to a number from memory")
-def test_triton_code_in_the_interpreter():
-    """The kernel's own code, on the CPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
-         "-k", "draws or split or times"], cwd=Path(__file__).parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,14 +4,12 @@ Both are small. But PyTorch takes four kernels for the one, and 27 us for the ar
 logits of the other, about what a whole layer of a 1B model costs. So each is one kernel here.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from sparse_gemv import INTERPRETED, supports_pdl
+from sparse_gemv import INTERPRETED, launch_options, workspace
 
 LOGITS = 1024  # that one program looks at
 CHANNELS = 256  # that one program copies
@@ -70,14 +68,6 @@ def _likeliest_kernel(logits_ptr, token_ptr, best_ptr, place_ptr, finished_ptr,
         tl.store(finished_ptr, 0)  # for the next launch
 
 
-@functools.lru_cache(maxsize=None)  # never freed: a captured graph may use it
-def _workspace(device, n_chunks):
-    """What the programs leave for the last one: largest logits, their places, programs done."""
-    return (torch.empty(n_chunks, dtype=torch.float32, device=device),
-            torch.empty(n_chunks, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device))
-
-
 def likeliest(logits):
     """Logits [V] -> the likeliest id, int64 [1]: of equals the first; -1 if not all are finite."""
     if not (logits.is_cuda or INTERPRETED):
@@ -86,10 +76,12 @@ def likeliest(logits):
         return torch.tensor([logits.float().numpy().argmax() if finite else -1])
     n_chunks = triton.cdiv(logits.numel(), LOGITS)
     token = torch.empty(1, dtype=torch.int64, device=logits.device)
-    pdl = supports_pdl(logits.device)
+    # The programs leave their largest logits and the places of these for the last one.
+    parts = workspace(logits.device, (n_chunks, torch.float32), (n_chunks, torch.int32),
+                      (1, torch.int32))
     with torch.cuda.device_of(logits):
         _likeliest_kernel[(n_chunks,)](
-            logits, token, *_workspace(logits.device, n_chunks), V=logits.numel(), BLOCK=LOGITS,
-            CHUNKS_PADDED=triton.next_power_of_2(n_chunks), PDL=pdl, num_warps=4,
-            **({"launch_pdl": True} if pdl else {}))
+            logits, token, *parts, V=logits.numel(), BLOCK=LOGITS,
+            CHUNKS_PADDED=triton.next_power_of_2(n_chunks), num_warps=4,
+            **launch_options(logits.device))
     return token

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu.gpu_gemv import gpu_gemv
+from gpu.product import product
 from lm_head import LARGEST_V, can_certify, certify, limits
-from sparse_gemv import PTX, _to_float32, supports_pdl
+from sparse_gemv import PTX, launch_options, to_float32
 
 WARPS = 4
 TILE = 16384  # bytes of weights that a program loads at once
@@ -183,7 +183,7 @@ def _rows_kernel(x_ptr, norm_ptr, w_ptr, upper_ptr, lower_ptr, list_ptr, read_pt
         # The next rows are on their way while these are multiplied.
         next_n, next_inside, next_w = _read_rows(w_ptr, list_ptr, first, at + ROWS, count, K, V,
                                                  ROWS, K_PADDED)
-        y = tl.sum(_to_float32(w) * h[None, :], axis=1)
+        y = tl.sum(to_float32(w) * h[None, :], axis=1)
         tl.store(logits_ptr + n, y.to(logits_ptr.dtype.element_ty), mask=inside)
         n, inside, w = next_n, next_inside, next_w
     if PDL:
@@ -224,12 +224,12 @@ class Head:
         Call it once before capturing a CUDA graph. The kernel before must not write weights.
         """
         if self.linear.scale is not None:
-            return gpu_gemv(x, self.linear.w_t, None, logits, scale=self.linear.scale,
-                            norm=self.norm)
-        w, (norm, eps), pdl = self.linear.w_t.T, self.norm, supports_pdl(x.device)
+            return product(x, self.linear.w_t, None, logits, scale=self.linear.scale,
+                           norm=self.norm)
+        w, (norm, eps) = self.linear.w_t.T, self.norm
         (v, k), (limit, fill) = w.shape, limits(logits.dtype)
         k_padded, upper, lower, rows, programs = triton.next_power_of_2(k), None, None, None, 0
-        launch = {"PDL": pdl, "num_warps": WARPS} | ({"launch_pdl": True} if pdl else {})
+        launch = {"num_warps": WARPS} | launch_options(x.device)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             if self.bounds is not None:
                 upper, lower, rows, programs = self.upper, self.lower, self.list, self.programs

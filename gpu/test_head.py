@@ -7,23 +7,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import head_gemv
-from gpu.head_gemv import Head
+from conftest import DEVICE, needs_kernels
+from gpu import head
+from gpu.head import Head
 from gpu.token_kernels import likeliest
 from lm_head import bounds, can_certify, certify, likely_rows, limits, logits_needed
 from model import Linear, rms_norm
 from sampling import penalize
 from sparse_gemv import INTERPRETED
-from test_decode import DEVICE, needs_kernels
-from test_sparse_gemv import SEED
 
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    print("seed", SEED)
-    torch.manual_seed(SEED)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def scaled_rows(w, x, low, high):
@@ -165,7 +161,7 @@ def test_when_bounds_are_read():
 @pytest.mark.parametrize("name", ["_bounds_kernel", "_rows_kernel"])
 def test_weights_are_asked_for_before_x(name):
     """Compiled for a Hopper GPU, both kernels load 16 bytes at once, before they wait."""
-    kernel = getattr(head_gemv, name)
+    kernel = getattr(head, name)
     types = {"x_ptr": "*bf16", "norm_ptr": "*bf16", "logits_ptr": "*bf16", "eps": "fp32"}
     types |= {"_bounds_kernel": {"q_ptr": "*i32", "rows_ptr": "*fp32", "upper_ptr": "*fp32",
                                  "lower_ptr": "*fp32", "penalty": "fp32"},

@@ -1,0 +1,101 @@
+"""Attention of one token, the choice of a token, and what all launches share. On a GPU, or in
+Triton's interpreter, which test_sparse_gemv.py starts."""
+
+import pytest
+import torch
+
+from conftest import CONFIGS, DEVICE, needs_kernels, random_model
+from gpu.decode_attention import Workspace, decode_attention, decode_attention_reference
+from gpu.four_bits import product_of_four_bits
+from gpu.head import Head
+from gpu.lists import product_by_lists
+from gpu.one_kernel import product_in_one_kernel
+from gpu.tensor_cores import product_on_tensor_cores
+from gpu.token_kernels import embed, likeliest
+from sparse_gemv import sparse_gemv
+
+pytestmark = pytest.mark.usefixtures("seed", "poisoned")
+
+
+def test_chunks_of_attention_are_a_power_of_two():
+    """A tile of all chunks needs that."""
+    for n_kv_heads in range(1, 500):
+        splits = Workspace(n_kv_heads, n_kv_heads, 1, "cpu").splits
+        assert splits in (4, 8, 16, 32) and splits >= min(32, 384 // n_kv_heads)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "n_heads, n_kv_heads, head_dim, context, window",
+    [(4, 2, 16, 300, None), (3, 3, 24, 700, None), (8, 2, 64, 600, 100), (6, 1, 128, 700, None),
+     (2, 1, 16, 4100, None)],  # as many chunks as there can be
+)
+def test_attention(n_heads, n_kv_heads, head_dim, context, window):
+    """Every length, one chunk and many, inside and outside the window; the cache gets the new key
+    and value."""
+    k, v = (torch.randn(n_kv_heads, context, head_dim, device=DEVICE) for _ in range(2))
+    angles = torch.outer(torch.arange(context).float(), torch.rand(head_dim // 2)).to(DEVICE)
+    rope = angles.cos(), angles.sin(), 1 + torch.rand(context, device=DEVICE)
+    workspace = Workspace(n_heads, n_kv_heads, head_dim, DEVICE)
+    head_norms = *torch.rand(2, head_dim, device=DEVICE), 1e-5
+    for position, norms in zip((0, 63, 64, context - 1, 64), (None,) * 4 + (head_norms,)):
+        qkv = torch.randn((n_heads + 2 * n_kv_heads) * head_dim, device=DEVICE)
+        if norms:
+            qkv /= 300  # the norms' eps matters
+        at, k_expected, v_expected = torch.tensor([position], device=DEVICE), k.clone(), v.clone()
+        expected = decode_attention_reference(
+            qkv, k_expected, v_expected, *rope, position, window, norms)
+        for cache in (k, v):  # the new token's key and value, and those not yet written
+            cache[:, position:] = float("nan")
+        for _ in range(2):  # the second time finds the counters as the first left them
+            out = torch.full((n_heads * head_dim,), float("nan"), device=DEVICE)
+            for sums in (workspace.sums, workspace.stats):
+                sums.fill_(float("nan"))
+            decode_attention(qkv, k, v, *rope, at, workspace, out, window, norms)
+            assert (out - expected).abs().max() <= 2e-5
+        for cache, before in ((k, k_expected), (v, v_expected)):
+            cache[:, position + 1:] = before[:, position + 1:]
+        assert torch.allclose(k, k_expected, atol=1e-6) and torch.equal(v, v_expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_likeliest(dtype):
+    """argmax over one chunk and many: the first of equals; -1 if a logit is infinite or NaN."""
+    for n in (5, 1024, 3000):
+        logits = torch.randn(n, device=DEVICE).to(dtype)
+        for places in ((n - 1,), (n // 2, n - 1), (0, n // 2)):
+            tied = logits.clone()
+            tied[list(places)] = 9
+            assert [likeliest(tied).item() for _ in range(2)] == [places[0]] * 2
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            for place in (0, n - 1):
+                spoilt = logits.clone()
+                spoilt[place] = bad
+                assert likeliest(spoilt).tolist() == [-1]
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(guard):
+    """Each public function by itself, for somebody may have copied its file."""
+    x, w_t, out, one = torch.randn(64), torch.randn(64, 32), torch.empty(32), torch.zeros(1)
+    model = random_model(CONFIGS["mistral"], device="cpu")
+    cache, w4 = torch.zeros(1, 8, 16), torch.zeros(64, 16, dtype=torch.uint8)
+    scale = torch.zeros(64, 1, 2, dtype=torch.bfloat16)
+    calls = {
+        "sparse_gemv": lambda: sparse_gemv(x, w_t, 0.1),
+        "lists": lambda: product_by_lists(x, w_t, one, out),
+        "one_kernel": lambda: (product_in_one_kernel(x, w_t, None, out),
+                               product_in_one_kernel(x, w_t, one, out)),
+        "tensor_cores": lambda: product_on_tensor_cores(x, w_t, out),
+        "four_bits": lambda: product_of_four_bits(x, w4, None, out, scale=scale),
+        "decode_attention": lambda: decode_attention(
+            x[:48], cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8), torch.ones(8),
+            one.long(), Workspace(1, 1, 16, "cpu"), out[:16]),
+        "head": lambda: Head(model.lm_head, (model.norm, 1e-5), 1)(x[:48], torch.empty(101)),
+        "token_kernels": lambda: (embed(model, one.long(), one.long(), x), likeliest(x)),
+    }
+    for module, call in calls.items():
+        call()
+        names = {name for name, _ in guard.notes}
+        assert names == {name for name in guard.kernels if name.startswith(f"{module}.")}, module
+        assert {place for _, place in guard.notes} == {x.data_ptr()} and not guard.held, module
+        guard.notes.clear()

@@ -1,0 +1,282 @@
+"""Every product of a decode step on a GPU against the one reference: on a GPU, or in Triton's
+interpreter, which test_sparse_gemv.py starts."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from conftest import DEVICE, TOLERANCE, error, needs_kernels, reference
+from gpu import benchmark_gpu, four_bits, tensor_cores
+from gpu import product as choice
+from gpu.four_bits import product_of_four_bits
+from gpu.lists import product_by_lists
+from gpu.one_kernel import one_kernel_pays, product_in_one_kernel
+from gpu.tensor_cores import product_on_tensor_cores
+from quantize import dequantize, quantize_int4, split_groups
+from sparse_gemv import INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("seed", "poisoned")
+FLOATS = torch.float32, torch.float16, torch.bfloat16
+
+
+def on_tensor_cores(x, w_t, thresholds, out, **options):
+    return product_on_tensor_cores(x, w_t, out, **options)
+
+
+# name: function, dtypes of x, ends must be multiples of (for every row, for some; 0: not at all),
+# how many times TOLERANCE its sums may be off
+KINDS = {
+    "lists": (product_by_lists, FLOATS, 1, 1, 1),
+    "int8": (product_by_lists, FLOATS, 1, 1, 10),
+    "one kernel": (product_in_one_kernel, FLOATS, 1, 64, 1),
+    "tensor cores": (on_tensor_cores, [torch.bfloat16], 1, 0, 2.5),
+    "4 bits": (product_of_four_bits, FLOATS, 32, 32, 4),
+}
+ENDS = [(64,), (64, 192, 256), (128, 192), (32, 96), (32,), (160,), (33, 70), (5,), (80,)]
+
+
+def leveled(k):
+    """Numbers around 1, 2, 3 and 4 of random sign: no rounding moves one past 1.5, 2.5 or 3.5."""
+    signs = torch.randint(0, 2, (k,)) * 2 - 1
+    return (signs * torch.randint(1, 5, (k,)) * (1 + 0.1 * torch.rand(k))).to(DEVICE)
+
+
+def random_weights(k, n, kind, dtype):
+    """Weights as the product takes them, floats [K, N] as the reference does, scale's option."""
+    w = torch.randn(k, n, device=DEVICE)
+    if kind == "4 bits":
+        w_t, scale = (part.contiguous() for part in split_groups(quantize_int4(w.T)))
+        return w_t, dequantize(w_t, scale), {"scale": scale}
+    if kind == "int8":
+        w_t = torch.randint(-128, 128, (k, n), dtype=torch.int8, device=DEVICE)
+        scale = torch.rand(n, device=DEVICE) / 100
+        return w_t, w_t * scale, {"scale": scale}
+    return (w_t := w.to(dtype)), w_t, {}
+
+
+def draw(rng, kind, k, ends, dtype, form, sparse):
+    """Arguments of a product, its weights as the reference takes them, options, and scale's option.
+
+    Values of x lie on both sides of thresholds. What a dropped row could add is NaN or infinite.
+    """
+    x, options = leveled(k), {"ends": ends}
+    thresholds = torch.tensor([rng.choice([-1.0, 1.5, 2.5, 3.5, 9.0]) for _ in ends]).to(DEVICE)
+    # x and weights are rounded later: still no value is within 3% of a threshold
+    inputs = x
+    if form == "swiglu":
+        gate = 1 + torch.rand(k, device=DEVICE)
+        x, options["swiglu"] = torch.cat((gate, x / F.silu(gate))), True
+    if form == "norm":
+        x = x * rng.choice([1, 1 / 300])  # eps matters for the small ones
+        weight = torch.randn(k, device=DEVICE).sign() * (1 + 0.02 * torch.rand(k, device=DEVICE))
+        options["norm"] = weight.to(dtype), 1e-5
+        thresholds /= inputs.norm()
+        inputs = F.rms_norm(x, (k,), weight, 1e-5)
+        thresholds *= inputs.norm()
+    w_t, w, scale = random_weights(k, ends[-1], kind, dtype)
+    for t, start, end in zip(thresholds, (0, *ends), ends) if sparse else ():
+        dropped = (inputs.abs() <= t).nonzero().view(-1)
+        if kind == "4 bits":
+            scale["scale"][dropped, start // 32:end // 32] = float("nan")
+        elif kind != "int8":
+            w_t[dropped, start:end] = float("nan")
+            w_t[dropped[::2], start:end] = float("inf")
+    for name in ("bias", "residual"):
+        if rng.random() < 0.5:
+            options[name] = torch.randn(ends[-1], device=DEVICE).to(dtype)
+    return (x.to(dtype), w_t, thresholds if sparse else None), w, options, scale
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", ["plain", "norm", "swiglu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(kind, form, seed):
+    """Any number of rows, one split and many, up to three matrices with thresholds of their own.
+    Dropped rows are never read; `out` may be the residual; the same bits twice."""
+    rng = random.Random(seed)
+    compute, dtypes, *multiples, factor = KINDS[kind]
+    sizes = [(k, ends) for k in (1, 33, 64, 200, 577) for ends in ENDS]
+    for sparse, multiple in enumerate(multiples):
+        fitting = [size for size in sizes if multiple and not any(e % multiple for e in size[1])]
+        cases = rng.sample(fitting, min(len(fitting), 2))
+        for k, ends in [*cases, (520, (64, 192))] if cases else ():
+            dtype = rng.choice(dtypes)
+            arguments, w, options, scale = draw(rng, kind, k, ends, dtype, form, sparse)
+            counts = [torch.full((len(ends),), 7, device=DEVICE) for _ in range(3)]
+            expected = reference(
+                arguments[0], w, arguments[2], kept=counts[0], **options)
+            outs = []
+            for kept in counts[1:]:
+                out = torch.full((ends[-1],), float("nan"), dtype=dtype, device=DEVICE)
+                mine = options
+                if "residual" in options and rng.random() < 0.5:  # in place
+                    out = options["residual"].clone()
+                    mine = options | {"residual": out}
+                compute(*arguments, out, kept=kept, **mine, **scale)
+                outs.append(out)
+            case = seed, k, ends, sparse, dtype
+            tolerance = TOLERANCE[dtype] * factor * (1 if form == "plain" else 2)
+            assert error(outs[0], expected) <= tolerance, case
+            assert torch.equal(*outs), case
+            assert all(torch.equal(count, counts[0]) for count in counts), case
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["lists", "one kernel"])
+def test_nan_and_infinity_spread(kind):
+    """As in dense arithmetic where they are kept, and not at all where they are dropped."""
+    x, w_t = leveled(200), torch.rand(200, 128, device=DEVICE) + 1
+    thresholds = torch.tensor([1.5, 2.5], device=DEVICE)
+
+    def compute():
+        out = torch.full((128,), float("nan"), device=DEVICE)
+        return KINDS[kind][0](x, w_t, thresholds, out, ends=(64, 128))
+
+    x[9], w_t[9, :64], w_t[9, 64:] = 1.5, float("nan"), 1.0  # a tie is dropped
+    x[150], w_t[150] = 2.0, float("inf")  # kept by the first matrix only
+    out = compute()
+    assert (out[:64] == float("inf")).all() and out[64:].isfinite().all()
+    x[150] = float("-inf")
+    assert (compute() == -float("inf")).all()
+    thresholds[1] = float("inf")  # |x| <= infinity is dropped
+    out = compute()
+    assert (out[:64] == -float("inf")).all() and (out[64:] == 0).all()
+    x[150] = float("nan")  # not (|nan| <= t): kept
+    assert compute().isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_in_x_stays_visible(kind):
+    """Where every row is read."""
+    dtype = KINDS[kind][1][-1]
+    w_t, _, scale = random_weights(300, 96, kind, dtype)
+    x = torch.randn(300, device=DEVICE).to(dtype)
+    x[150] = float("nan")
+    out = torch.zeros(96, dtype=dtype, device=DEVICE)
+    assert KINDS[kind][0](x, w_t, None, out, **scale).isnan().all()
+
+
+@needs_kernels
+def test_a_product_that_benchmark_times(monkeypatch):
+    monkeypatch.setattr(benchmark_gpu, "COPIES_BYTES", 0)
+    with torch.device(DEVICE):
+        timed = benchmark_gpu.Product("o", 200, (96,), "int4")
+    assert timed.bytes == sum(part.nbytes for part in timed.weights[-1])
+    timed.thresholds = timed.x.float().abs().sort().values[99:100]
+    timed.run()
+    kept = torch.zeros_like(timed.kept)
+    expected = reference(timed.x, dequantize(*timed.weights[-1]), timed.thresholds, kept=kept,
+                         residual=timed.options["residual"])
+    assert 80 < kept.item() <= 100 and torch.equal(timed.kept, kept * len(timed.weights))
+    assert error(timed.options["out"], expected) <= 1e-2
+
+
+def test_4_bits_that_do_not_fit_are_refused():
+    groups = quantize_int4(torch.randn(96, 8))
+    good, scales = (part.contiguous() for part in split_groups(groups))
+    for w_t, scale, ends in ((good, scales, (64,)), (good, scales.float(), (96,)),
+                             (good, scales[:, :2], (96,)), (good, scales, (40, 96)),
+                             (good[:7], scales, (96,))):
+        with pytest.raises(ValueError, match="4-bit product"):
+            product_of_four_bits(torch.randn(8), w_t, torch.zeros(1), torch.empty(96), ends=ends,
+                                 scale=scale)
+
+
+# ---- choices -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, k, n, dense, sparse", [
+    (torch.bfloat16, 2112, 2112, "on_tensor_cores", "in_one_kernel"),
+    (torch.bfloat16, 2112, 2080, "on_tensor_cores", "by_lists"),
+    (torch.bfloat16, 2048, 16384, "in_one_kernel", "by_lists"),
+    (torch.float32, 2112, 2112, "in_one_kernel", "in_one_kernel"),
+    (torch.float32, 8192, 2048, "in_one_kernel", "by_lists"),
+    (torch.int8, 64, 64, "by_lists", "by_lists"),
+    (torch.uint8, 64, 64, "of_four_bits", "of_four_bits")])
+def test_which_kernel(dtype, k, n, dense, sparse, monkeypatch):
+    """`product` passes everything on; with thresholds, to a kernel that takes them."""
+    calls = []
+    for name in ("by_lists", "in_one_kernel", "on_tensor_cores", "of_four_bits"):
+        monkeypatch.setattr(choice, f"product_{name}",
+                            lambda *a, name=name, **o: calls.append((name, a, o)))
+    x = torch.empty(k, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
+    w_t, out, thresholds = torch.empty(k, n, dtype=dtype), torch.empty(n), torch.zeros(1)
+    scale = torch.ones(n) if dtype.itemsize == 1 else None
+    choice.product(x, w_t, None, out, bias=out, scale=scale)
+    choice.product(x, w_t, thresholds, out, bias=out, scale=scale)
+    assert [name for name, _, _ in calls] == [dense, sparse]
+    for _, arguments, options in calls:
+        assert options["bias"] is out and options.get("scale") is scale
+        assert arguments[:2] == (x, w_t) and arguments[-1] is out
+    assert calls[1][1][2] is thresholds
+
+
+def test_one_kernel_pays_for_few_rows():
+    """On the shapes that were timed: Llama-3.2-1B, Llama-2-7B, Llama-3-8B."""
+    def pays(k, *ends, dtype=torch.bfloat16):
+        x = torch.empty(k, dtype=torch.bfloat16, device="meta")
+        w_t = torch.empty(k, ends[-1], dtype=dtype, device="meta")
+        return one_kernel_pays(x, w_t, ends)
+
+    assert pays(2048, 2048, 2560, 3072) and pays(2048, 2048)
+    assert pays(4096, 4096, 5120, 6144) and pays(4096, 4096)
+    assert not pays(4096, 4096, 8192, 12288) and not pays(2048, 8192, 16384)
+    assert not pays(8192, 2048) and not pays(14336, 4096)
+    assert not pays(2048, 2000, 2048) and not pays(2048, 2080)  # a tile within one matrix
+    assert not pays(2048, 2048, dtype=torch.int8) and not pays(2048, 2048, dtype=torch.uint8)
+
+
+# ---- dependent launch --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("k, n", [(2304, 4096), (4100, 2112), (11008, 4096), (129, 64)])
+def test_every_program_on_tensor_cores_has_rows(k, n, int4, monkeypatch):
+    """One without would never wait for the kernel before, and finish before it."""
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **options: launches.append((grid, options))
+
+    module = four_bits if int4 else tensor_cores
+    monkeypatch.setattr(module, "_four_bit_kernel" if int4 else "_tensor_core_kernel", Kernel())
+    monkeypatch.setattr(module, "launch_options", lambda device: {})
+    x, out = torch.empty(k, dtype=torch.bfloat16), torch.empty(n, dtype=torch.bfloat16)
+    if int4:
+        product_of_four_bits(x, torch.empty(k, n // 2, dtype=torch.uint8), None, out,
+                             scale=torch.empty(k, n // 32, 2, dtype=torch.bfloat16))
+    else:
+        product_on_tensor_cores(x, torch.empty(k, n, dtype=torch.bfloat16), out)
+    ((tiles, splits), options), = launches
+    assert tiles * options["BLOCK_N"] >= n and splits == options["SPLITS"]
+    assert (splits - 1) * options["CHUNK"] < k <= splits * options["CHUNK"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("int4", [False, True])
+def test_weights_are_loaded_before_x_and_x_is_not(int4):
+    """Compiled for a Hopper GPU, a dense product on tensor cores has its first weights on their way
+    to shared memory when it waits for the kernel before. What x depends on comes after."""
+    kernel = four_bits._four_bit_kernel if int4 else tensor_cores._tensor_core_kernel
+    types = {"x_ptr": "*bf16", "norm_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16",
+             "sums_ptr": "*fp32", "finished_ptr": "*i32", "residual_ptr": "*bf16", "eps": "fp32"}
+    if int4:
+        types |= {"w_ptr": "*i32", "groups_ptr": "*i32"}
+    constants = {"K": 4096, "N": 4096, "END0": 4096, "END1": 4096, "MATRICES": 1, "CHUNK": 512,
+                 "SPLITS": 8, "SWIGLU": False, "PARTS": 2, "BLOCK_N": 256 if int4 else 128,
+                 "BLOCK_K": 64, "STAGES": 3, "PDL": True}
+    constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+               for name in types if name != "eps"}
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
+                              target=GPUTarget("cuda", 90, 32),
+                              options={"num_warps": 4, "launch_pdl": True})
+    before, _, after = compiled.asm["ptx"].partition("griddepcontrol.wait")
+    assert "cp.async.cg" in before and "cp.async.commit_group" in before
+    assert "ld.global" not in before and "ld.global" in after and "mma.sync" in after
