@@ -114,9 +114,9 @@ def rope_settings(config):
         raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
                          "all layers")
     if old and config.get("model_type") != "olmo3":  # it counts, as in transformers, alone
-        for key in ("rope_theta", "partial_rotary_factor"):
-            found = rope.get(key, config.get(key))
-            if new.get(key) not in (None, found):
+        for key, default in {"rope_theta": None, "partial_rotary_factor": 1.0}.items():
+            found = rope.get(key, config.get(key, default))
+            if found is not None and new.get(key) not in (None, found):
                 raise ValueError(f"config value {key} is {new[key]!r} in rope_parameters, but "
                                  f"{found!r} beside rope_scaling; remove one of the two")
     names = [str(rope[key]) for key in ("rope_type", "type") if rope.get(key) is not None]
