@@ -16,6 +16,7 @@ how the projections share out the sparsity asked for. There are three:
     python calibrate.py --model meta-llama/Llama-3.2-1B --text wiki.train.raw --allocation greedy
 """
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 from calibrations.thresholds import (
     ALLOCATIONS,
+    BRIEF,
     FORMAT,
     GRID,
     Calibration,
@@ -380,9 +382,11 @@ def check_window(window, config):
             f"{SINKS} tokens do not count, and this model reads no more")
 
 
-def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
+def calibrate(model, tokens, window=1024, allocation="fisher", source="", bos_id=None):
     """Calibrate a model on token ids int64 [n], cut into windows -> Calibration.
 
+    bos_id: the token that takes the place of each window's first one, as it begins a text in use;
+        None for a model whose texts have none
     Raises CalibrationError for too short a text, a window or an allocation that cannot be, and for
     activations that are not finite.
     """
@@ -394,7 +398,7 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
     if n == 0:
         raise CalibrationError(f"{len(tokens)} tokens do not fill one window of {window}; give "
                                "more text, more --tokens or a smaller --window")
-    windows = tokens[:n * window].view(n, window)
+    windows = begin_with(bos_id, tokens[:n * window].view(n, window))
     checked = windows[:4]
     passes = n + {"uniform": 0, "greedy": GREEDY_PASSES, "fisher": n * (2 + 2 * DRAWS)}[allocation]
     passes += len(checked) * (1 + len(ANCHORS)) / 2
@@ -408,21 +412,36 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source=""):
             sparsities = GRID.expand(model.config.n_layers, len(PROJECTIONS), -1)
         metadata = {"format": FORMAT, "fingerprint": fingerprint(model.config),
                     "weights": weights_digest(model), "allocation": allocation,
-                    "tokens": str(windows.numel()), "window": str(window), "source": source}
+                    "tokens": str(windows.numel()), "window": str(window), "source": source,
+                    "context": str(model.config.context)}
         calibration = Calibration(quantile(counts, sparsities), sparsities, metadata)
         shares = byte_shares(model.config).expand(model.config.n_layers, -1)
         return correct(calibration, shares / model.config.n_layers,
                        lambda tables: realised(model, checked, tables, progress.update))
 
 
+def begin_with(bos_id, windows):
+    """Windows [n, T] with this token, if any, in the place of each one's first."""
+    if bos_id is None:
+        return windows
+    windows = windows.clone()
+    windows[:, 0] = bos_id
+    return windows
+
+
 def calibrate_briefly(model, tokenizer):
     """Calibrate a model on at most 2048 tokens of calibrations/text.txt: prose, code and
-    dialogue, written for this project -> Calibration."""
+    dialogue, written for this project -> Calibration.
+
+    It will be kept. So the model reads as it was made to, whatever context this run asked for.
+    """
+    model = copy.copy(model)
+    model.set_context(model.own_config)
     file = Path(__file__).parent / "calibrations" / "text.txt"
     tokens = torch.tensor(tokenizer.encode(file.read_text(encoding="utf-8"))[:2048])
     # Shorter windows drop too much later on: attention's outputs shrink with the context.
     window = min(1024, model.config.context, len(tokens) // 2)
-    return calibrate(model, tokens, window, source="calibrations/text.txt")
+    return calibrate(model, tokens, window, source=BRIEF, bos_id=tokenizer.bos_id)
 
 
 # ---- any nn.Module -----------------------------------------------------------------------------
@@ -533,7 +552,7 @@ def main():
     else:
         tokens = torch.tensor(tokenizer.encode(read_text(args.text))[:args.tokens])
         source = Path(args.text).name
-    calibrate(model, tokens, args.window, args.allocation, source).save(out)
+    calibrate(model, tokens, args.window, args.allocation, source, tokenizer.bos_id).save(out)
     print(out)
 
 

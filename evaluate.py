@@ -1,12 +1,13 @@
 """What sparsity costs: perplexity of a text at a list of sparsities, next to the dense model's.
 
-The text is cut into windows. As in use, the first half of each window is a dense prefill, and the
-second half is read through the thresholds. The next tokens of the second half are scored (TEAL:
-Liu et al. 2024, arXiv:2408.14690, section 5.1). That half goes through the model at once, with
-the input of every projection masked. This computes the same as decoding it token by token, for
-the mask of a token depends on that token alone. Beside the perplexity stand the sparsity that the
-masks really reach, the mean KL divergence of the sparse predictions from the dense ones, and how
-often both predict the same token.
+The text is cut into windows. Where the model's texts begin with a token of their own (BOS), it
+takes the place of each window's first token, as in llama.cpp's perplexity. As in use, the first
+half of each window is a dense prefill, and the second half is read through the thresholds. The next
+tokens of the second half are scored (TEAL: Liu et al. 2024, arXiv:2408.14690, section 5.1). That
+half goes through the model at once, with the input of every projection masked. This computes the
+same as decoding it token by token, for the mask of a token depends on that token alone. Beside the
+perplexity stand the sparsity that the masks really reach, the mean KL divergence of the sparse
+predictions from the dense ones, and how often both predict the same token.
 
     python evaluate.py --text wiki.test.raw --window 1024 --windows 8 --plot quality.png
     python evaluate.py --text wiki.test.raw --sparsity 0 0.5 --calibration mine.safetensors
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from calibrate import byte_shares, masked_and_counted
+from calibrate import begin_with, byte_shares, masked_and_counted
 from calibrations.thresholds import ALLOCATIONS, Calibration, candidates
 from checkpoint import default_model
 from checkpoint.digest import weights_digest
@@ -240,7 +241,7 @@ def main():
         raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this "
                          "model's context")
     tokens = torch.tensor(tokenizer.encode(read_text(args.text)))
-    windows = cut(tokens, args.window, args.offset, args.windows)
+    windows = begin_with(tokenizer.bos_id, cut(tokens, args.window, args.offset, args.windows))
 
     tasks = [("dense", 0.0, None, None)] if 0 in args.sparsity else []
     if sparsities := sorted({*args.sparsity} - {0}):

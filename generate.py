@@ -44,7 +44,8 @@ from session import Session, SparsityWatch, cache_bytes, require, token_ids
 from tensor_parallel import from_first, rank, refuse
 
 # Of a model whose checkpoint recommends nothing.
-SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.0}
+SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.0,
+            "repetition_penalty": 1.0}
 
 
 # ---- the Python API ----------------------------------------------------------------------------
@@ -53,7 +54,8 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
              stop=(), **options):
     """A generator of the text that continues `prompt`, in pieces of about a word.
 
-    prompt:      text, or ids such as those of `tokenizer.chat`
+    prompt:      text, which the pieces continue, or ids such as those of `tokenizer.chat`, which
+                 they answer
     sparsity:    share of the blocks' weights that decoding leaves unread, 0 to 0.95
     calibration: a file of thresholds; None takes this model's, and makes them if need be
     stop:        texts that end the answer, and are not part of it
@@ -61,11 +63,12 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
 
     Raises ValueError, its message one sentence.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    continued = tokenizer.encode(prompt) if isinstance(prompt, str) else ()
+    ids = prompt if continued == () else continued
     thresholds = find_thresholds(model, tokenizer, sparsity, calibration)
     ids = generate_tokens(model, ids, max_new_tokens, thresholds=thresholds,
                           **{"stop": tokenizer.eos_ids} | options)
-    yield from text_pieces(ids, tokenizer, stop)
+    yield from text_pieces(ids, tokenizer, stop, continued)
 
 
 def generate_tokens(model, ids, max_new_tokens, **options):
@@ -157,8 +160,8 @@ def parse_args():
         help="choose among the K likeliest tokens, 0 for all (default: 50)")
     add("--top-p", type=number(float, 0, 1), metavar="P",
         help="choose among the likeliest tokens that together have probability P (default: 0.95)")
-    add("--min-p", type=number(float, 0, 1), default=0.0, metavar="P",
-        help="leave out tokens less likely than P times the likeliest (default: %(default)s)")
+    add("--min-p", type=number(float, 0, 1), metavar="P",
+        help="leave out tokens less likely than P times the likeliest (default: 0)")
     add("--repetition-penalty", type=number(float, 0.01, 100), metavar="R",
         help="above 1, make tokens of the text so far less likely (default: 1.0)")
     add("--head", choices=("auto", "whole"), default="auto",
@@ -198,19 +201,19 @@ def main():
     prompt, args.seed = from_first((prompt, args.seed))
     if args.thinking is not None and not tokenizer.can_think:
         raise ValueError("this model's chat template has no switch for --thinking")
-    sampling = {"min_p": args.min_p, "seed": args.seed, "head": args.head}
+    sampling = {"seed": args.seed, "head": args.head}
     for name, default in SAMPLING.items():
         given = getattr(args, name)
         sampling[name] = tokenizer.sampling.get(name, default) if given is None else given
     seed = args.seed if sampling["temperature"] > 0 else None
-    context, ids = model.config.context, []
+    context, ids, continued = model.config.context, [], ()
     if not args.chat:
         if args.system or (tokenizer.has_chat_template and not args.raw):
             system = [{"role": "system", "content": args.system}] if args.system else []
             ids = tokenizer.chat(system + [{"role": "user", "content": prompt}],
                                  thinking=args.thinking)
         else:
-            ids = tokenizer.encode(prompt)
+            ids = continued = tokenizer.encode(prompt)
         context = min(context, len(ids) + args.max_new_tokens)
     elif args.context is None:  # up to half of what is free; too little for even 512 is an error
         token = cache_bytes(model.config, model.dtype)
@@ -227,7 +230,7 @@ def main():
 
     def respond(ids, sparsity):
         ids = watch.watch(session.generate(ids, args.max_new_tokens), sparsity)
-        text, ended = write(ids, tokenizer, args.stop)
+        text, ended = write(ids, tokenizer, args.stop, continued)
         session.ended = ended if ended == "interrupted" else session.ended or ended
         explain_end(session, args.max_new_tokens)
         return text

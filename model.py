@@ -258,6 +258,7 @@ class Model:
     def __init__(self, config, dtype=torch.float32, device="cpu", linear=Linear):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.whole_config = config  # differs where several GPUs share the model
+        self.own_config = config  # differs where a run asks for another context
         self.blocks = [Block(i, config, dtype, device, linear) for i in range(config.n_layers)]
         self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         vocab_size, hidden_size = config.vocab_size, config.hidden_size
@@ -266,7 +267,12 @@ class Model:
         tied = config.tie_embeddings and self.lm_head.w_t.dtype == dtype
         self.embedding = None if tied else torch.empty(
             vocab_size, hidden_size, dtype=dtype, device=device)
-        self.rotations = {kind: [y.to(device) for y in rotation(config, kind)]
+        self.set_context(config)
+
+    def set_context(self, config):
+        """Take the context and the RoPE of a `Config`, which else is this model's."""
+        self.config = config
+        self.rotations = {kind: [y.to(self.device) for y in rotation(config, kind)]
                           for kind in map(config.rope_kind, range(config.n_layers))}
 
     def embed(self, tokens):

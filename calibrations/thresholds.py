@@ -21,6 +21,7 @@ from model import PROJECTIONS
 
 FORMAT = "1"
 ALLOCATIONS = ("fisher", "greedy", "uniform")  # best first, see calibrate.py
+BRIEF = "calibrations/text.txt"  # the source of what generate.py makes by itself
 GRID = torch.arange(96) / 100  # the sparsities in a calibration's tables: 0, 0.01, ... 0.95
 
 
@@ -158,7 +159,8 @@ def candidates(model):
     Those found on exactly its weights precede those found on others of the same shapes. Of each
     kind, calibration.safetensors in the model's folder comes first, then the one in the user's
     cache, then those under calibrations/. Raises CalibrationError if one of them is unfit for
-    use; but one in the cache, which this program wrote, then counts as missing.
+    use; but one in the cache, which this program wrote, then counts as missing. So does one there
+    whose window was cut short by the --context of the run that made it.
     """
     others = []
     for path in places(model):
@@ -168,6 +170,11 @@ def candidates(model):
             if path != cache_path(model):
                 raise
             print(f"{error}; it counts as missing", file=sys.stderr)
+            continue
+        made = calibration.metadata
+        if (path == cache_path(model) and made.get("source") == BRIEF
+                and made.get("context") != str(model.own_config.context)
+                and made.get("window") != "1024"):
             continue
         if calibration.is_own(model):
             yield calibration

@@ -21,7 +21,7 @@ from checkpoint.digest import Digest
 from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
 from checkpoint.hub import download
 from checkpoint.memory import require_memory
-from checkpoint.opened import Checkpoint, CheckpointError, blame
+from checkpoint.opened import Checkpoint, CheckpointError, refuse_stand_in
 from checkpoint.tensors import put, tensor_shapes, weight_bytes
 from model import Linear, Model
 from quantize import Int8Linear, int4_linear
@@ -62,16 +62,16 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     digest = Digest()
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor",
                     leave=False, delay=1, disable=None)
-    with blame(checkpoint.files[0]):  # weights may be no numbers, or the file may have changed
-        for name, tensor in progress:
+    for name, tensor in progress:
+        with checkpoint.blame_for(name):  # weights may be no numbers
             put(network, name, tensor)
-            if world_size() == 1:
-                digest.add(name, tensor)
-            else:
-                shape = checkpoint.shapes[name]
-                digest.add_slice(name, tensor, shape, cut(name, shape))
+        if world_size() == 1:
+            digest.add(name, tensor)
+        else:
+            shape = checkpoint.shapes[name]
+            digest.add_slice(name, tensor, shape, cut(name, shape))
     network.digest = digest.hexdigest()
-    network.folder = checkpoint.folder
+    network.folder, network.own_config = checkpoint.folder, checkpoint.config
     connect(network, whole)
     return network, checkpoint.tokenizer
 
@@ -101,13 +101,20 @@ def open_checkpoint(model=None):
     if path.is_dir():
         return open_folder(path)
     if path.is_file():
-        if path.suffix in PICKLES:
+        with open(path, "rb") as file:
+            start = file.read(32)
+        refuse_stand_in(path, start)
+        suffix = path.suffix.lower()
+        if start.startswith(b"GGUF") or suffix == ".gguf":  # whatever its name
+            return open_gguf(path)
+        if suffix in PICKLES or start.startswith((b"PK\3\4", b"\x80")):
             raise CheckpointError(f"{path} {NO_PICKLES}")
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the folder "
-                                  "with the config.json")
-        return open_gguf(path)
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)) and path.suffix != ".gguf"
+        if suffix == ".safetensors":
+            raise CheckpointError(f"{path} holds weights alone; give the folder with the "
+                                  f"config.json, such as {path.parent}")
+        raise CheckpointError(f"{path} is neither a folder nor a GGUF file; give the folder "
+                              "with the config.json")
+    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)) and path.suffix.lower() != ".gguf"
     if hub_id and not path.parent.exists():
         return open_folder(download(str(model)))
     raise CheckpointError(f"{model} does not exist; give a Hugging Face folder, a hub id "

@@ -140,8 +140,8 @@ def text_part(config):
     text, key = config.get("text_config"), "tie_word_embeddings"
     if tied is None or not isinstance(text, dict):
         return config
-    whole = {name: config[name] for name in (key, "quantization_config") if name in config}
-    return {key: tied} | text | whole
+    whole = (key, "quantization_config", "compression_config", "eos_token_id")  # count outside
+    return {key: tied} | text | {name: config[name] for name in whole if name in config}
 
 
 def check_dense(config, n_layers):

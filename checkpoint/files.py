@@ -84,9 +84,12 @@ def require_writable(path, flag):
 
 
 def read_text(path):
-    """The text of a UTF-8 file. Raises OSError, and ValueError for a file of another encoding."""
+    """The text of a UTF-8 file, whatever its line ends, without a byte order mark.
+
+    Raises OSError, and ValueError for a file of another encoding.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or "
                          "name another file") from None
@@ -95,9 +98,9 @@ def read_text(path):
 def read_input(read):
     """What read() takes from standard input. Raises ValueError if that is not UTF-8 text."""
     try:
-        text = read()
-        text.encode()  # in some locales Python reads other bytes as halves of characters
-        return text
+        # In some locales Python reads bytes beyond ASCII as halves of characters.
+        text = read().encode("utf-8", "surrogateescape").decode("utf-8")
+        return text.removeprefix("\ufeff")  # a byte order mark, as Windows writes it
     except UnicodeError:
         raise ValueError("standard input is not UTF-8 text; convert it") from None
 

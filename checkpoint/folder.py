@@ -5,35 +5,41 @@ safetensors package checks that the places cover the file exactly. Here they are
 what config.json asks for.
 """
 
-import json
+import fnmatch
 import re
 
-import tokenizers
 import torch
 from safetensors import safe_open
 
 from checkpoint.config import parse_config, text_part
 from checkpoint.files import one_line
-from checkpoint.opened import Checkpoint, CheckpointError, blame
+from checkpoint.folder_tokenizer import open_tokenizer, read_json
+from checkpoint.opened import Checkpoint, CheckpointError, blame, refuse_stand_in
 from checkpoint.tensors import METHODS, VERSION, check_shapes, is_quantized
-from checkpoint.tokenizer import Tokenizer, guard
-from checkpoint.unify import unify
+from checkpoint.unify import stored_names, unify
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PICKLES = ("is a pickle, which can run code when loaded and is never read; convert it to "
               "safetensors with transformers' save_pretrained")
+FOREIGN = ("quantized the weights, which is not read here; use the original checkpoint, or a "
+           ".gguf file of it")
+METHOD_OF = {**dict.fromkeys(("qweight", "qzeros", "g_idx"), "AWQ or GPTQ"),
+             **dict.fromkeys(("absmax", "quant_map", "SCB"), "bitsandbytes"),
+             **dict.fromkeys(("weight_scale", "weight_scale_inv", "input_scale"), "fp8"),
+             "weight_packed": "compressed-tensors"}  # the end of a tensor's name
 FLOATS = ("F64", "F32", "F16", "BF16")
-TEXT_LIMIT = 24 << 20  # bytes; the largest tokenizer.json known here, Llama-3's, takes 17 MB
 HEADER_LIMIT = 4 << 20  # bytes of a safetensors header; one tensor takes about 130
 
 
 def open_folder(folder):
     """A folder (Path) -> Checkpoint. Raises CheckpointError."""
     config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{config_file} is missing; {other_contents(folder)}")
     config_json = text_part(read_json(config_file))
     with blame(config_file):
         config = parse_config(config_json)
-        quantized = parse_quantization(config_json.get("quantization_config"))
+        quantized = parse_quantization(config_json)
 
     shards = weight_files(folder)
     found = {}  # tensor name -> its shard, shape and dtype
@@ -51,9 +57,14 @@ def open_folder(folder):
 
     with blame(folder):
         for name, (_, shape, dtype) in found.items():
+            method = "fp8" if dtype.startswith("F8") else METHOD_OF.get(name.rpartition(".")[2])
+            if method and not quantized:
+                raise ValueError(f"tensor {name[:100]} shows that {method} {FOREIGN}")
             check_dtype(name, shape, dtype, quantized)
         stored = {name: shape for name, (_, shape, _) in found.items()}
+        places = {name: (name, 0) for name in stored}
         if not quantized:  # quantize.py writes what `unify` made
+            places = stored_names(config, stored)[1]
             stored, read = unify(config_json, config, stored, read)
         shapes = check_shapes(config, stored, quantized)
         if config.tie_embeddings and "lm_head.weight" in stored:  # harmless if it says the same
@@ -62,20 +73,52 @@ def open_folder(folder):
                                  "tie_word_embeddings in config.json says so; set it to false")
     tokenizer, files = open_tokenizer(folder, config_json, config.vocab_size)
     files = [config_file, *shards, *files]
-    return Checkpoint(config, tokenizer, files, shapes, read, config_json, quantized, folder)
+    return Checkpoint(config, tokenizer, files, shapes, read, config_json, quantized, folder,
+                      source=lambda name: found[places[name][0]][0])
 
 
-def parse_quantization(settings):
-    """The quantization_config of a config.json -> "int8" or "int4" if quantize.py wrote it, else
-    None. Raises ValueError if another version of quantize.py did."""
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
+def parse_quantization(config):
+    """The dictionary of a config.json -> "int8" or "int4" if quantize.py wrote it, else None.
+
+    Raises ValueError if another version of it did, or another program quantized the weights.
+    """
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(settings, dict) or not settings:
+        return None
+    bits = any(key.startswith(("load_in_", "bnb_")) for key in settings)
+    method = settings.get("quant_method", "bitsandbytes" if bits else "an unknown method")
     if not isinstance(method, str) or method not in METHODS:
-        return None  # check_dtype refuses what others quantized
+        raise ValueError(f"it says that {str(method)[:40]} {FOREIGN}")
     version = settings.get("version", 1)
     if version != VERSION:
         raise ValueError(f"it names version {str(version)[:20]} of the format {method}, and this "
                          f"program reads version {VERSION}; write the folder anew with quantize.py")
     return METHODS[method]
+
+
+def other_contents(folder):
+    """What a folder holds that is no model here, and what to do: the end of a sentence."""
+    names = sorted(path.name for path in folder.iterdir())
+
+    def first(*patterns):
+        return next((name for name in names for pattern in patterns
+                     if fnmatch.fnmatch(name.lower(), pattern)), None)
+
+    if "adapter_config.json" in names:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return (f"the folder holds a LoRA adapter of {one_line(base)}; merge it into that model "
+                "with peft's merge_and_unload, and give the folder that save_pretrained writes")
+    if gguf := first("*.gguf"):
+        return f"the folder holds {gguf}; give that file"
+    if shard := first("model-*.safetensors"):
+        return (f"the folder holds {shard}, but no model.safetensors.index.json, which says what "
+                "is in which file; download it, too")
+    if first("consolidated*", "params.json"):
+        return ("the folder holds a model in the format of its makers' own program; download the "
+                "Hugging Face version, or convert it with transformers")
+    if pickle := first(*(f"*{suffix}" for suffix in PICKLES)):
+        return f"{pickle} {NO_PICKLES}"
+    return "a Hugging Face folder has one"
 
 
 def weight_files(folder):
@@ -84,10 +127,8 @@ def weight_files(folder):
     if single.is_file():
         return [single]
     if not index.is_file():
-        for file in sorted(folder.iterdir()):
-            if file.suffix in PICKLES:
-                raise CheckpointError(f"{file} {NO_PICKLES}")
-        raise CheckpointError(f"{folder} holds no {single.name} and no {index.name}")
+        raise CheckpointError(f"{folder} holds no {single.name} and no {index.name}; "
+                              f"{other_contents(folder)}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
@@ -108,7 +149,11 @@ def read_header(shard):
     """[(tensor name, shape, dtype)] of one safetensors file, checked."""
     with blame(shard):
         with open(shard, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
+            start = f.read(32)
+        refuse_stand_in(shard, start)
+        if start.startswith(b"GGUF"):
+            raise ValueError("it is a GGUF file; name it so, and give it instead of the folder")
+        length = int.from_bytes(start[:8], "little")
         if length > HEADER_LIMIT:
             raise ValueError(f"its header claims {length} bytes; at most {HEADER_LIMIT} are read")
         with safe_open(shard, framework="pt") as f:
@@ -126,53 +171,3 @@ def check_dtype(name, shape, dtype, quantized):
     elif dtype not in FLOATS:
         raise ValueError(f"tensor {name} is stored as {dtype}; supported are "
                          f"{', '.join(FLOATS)}, so use the unquantized checkpoint")
-
-
-def open_tokenizer(folder, config_json, vocab_size):
-    """The Tokenizer of a folder, and the files that it was made from."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; make it with transformers: "
-                              "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
-    names = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-    optional = [folder / name for name in names if (folder / name).is_file()]
-    settings, generation = (read_json(folder / name) if folder / name in optional else {}
-                            for name in names[:2])
-
-    special = {}
-    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = settings.get(role)
-        special[role] = token.get("content") if isinstance(token, dict) else token
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, each with a name
-        template = {str(entry.get("name")): entry.get("template") for entry in template
-                    if isinstance(entry, dict)}.get("default")
-    if folder / names[2] in optional:
-        template = read_text(folder / names[2]).decode("utf-8", "replace")
-    eos = [config_json.get("eos_token_id"), generation.get("eos_token_id")]
-    text = read_text(file)
-    with blame(file):
-        tokenizer = guard("not a sound tokenizer", tokenizers.Tokenizer.from_buffer, text)
-        tokenizer = Tokenizer(tokenizer, vocab_size, special, eos, template, generation)
-        return tokenizer, [file, *optional]
-
-
-def read_text(file):
-    """The bytes of a text file. Raises CheckpointError if it is far larger than any real one."""
-    if (size := file.stat().st_size) > TEXT_LIMIT:
-        raise CheckpointError(f"{file} is {size} bytes; at most {TEXT_LIMIT} are read")
-    return file.read_bytes()
-
-
-def read_json(file):
-    """A file that holds one JSON object -> dict."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; a Hugging Face folder has one")
-    text = read_text(file)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({one_line(error)})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(value).__name__}; expected an object")
-    return value

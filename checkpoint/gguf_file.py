@@ -1,42 +1,29 @@
 """Opens a GGUF file: one file with a model's numbers, its weights (often of few bits) and its
 vocabulary.
 
-The header comes first: counts, metadata as typed key-value pairs, and each tensor's shape, type
-and place. Then come the tensors. The header is read here and not by the `gguf` package, for two
-reasons. The package takes seconds over a vocabulary of 50,000 strings. And every count and length
-in a stranger's file is a claim, to be compared with the file's size before it is believed. The
-package turns quantized blocks into numbers. What leaves this file is as Hugging Face has it: the
-dictionary of a config.json, tensor names, the order of the rows of q and k.
-
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+gguf_container.py reads the header, the package `gguf` turns quantized blocks into numbers. What
+leaves this file is as Hugging Face has it: the dictionary of a config.json, tensor names, the
+order of the rows of q and k.
 """
 
 import math
-import os
 import re
-import struct
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from checkpoint.config import FAMILIES, parse_config
 from checkpoint.files import one_line
-from checkpoint.gguf_tokenizer import build_tokenizer, special_token
+from checkpoint.gguf_container import read_parts
+from checkpoint.gguf_tokenizer import open_tokenizer
 from checkpoint.opened import Checkpoint, CheckpointError
 from checkpoint.rope import parse_rope
 from checkpoint.tensors import check_shapes
-from checkpoint.tokenizer import Tokenizer
-from checkpoint.unify import unify
+from checkpoint.unify import stored_names, unify
 
-HEADER_LIMIT = 32 << 20  # bytes; with 260,000 tokens it takes about 15 MB
-COUNT_LIMIT = 1 << 16  # of metadata entries, and of tensors
 CHUNK = 1 << 17  # weights dequantized at a time; they stay in the cache, twice as fast as all
-
-SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
-           10: "<u8", 11: "<i8", 12: "<f8"}  # type in the header -> dtype
-UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 
 ARCHITECTURES = {  # name in the file -> model_type in config.json; OLMo 3 is an olmo2 here
     "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3", "olmo2": "olmo2",
@@ -54,6 +41,11 @@ BLOCK_NAMES = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 PHI3_NAMES = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+# Keys that change what the model computes, and the values with which it is computed here.
+FIXED = {"attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,), "attention.causal": (1,),
+         "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,), "expert_count": (0,),
+         "use_parallel_residual": (0,), "rope.scaling.yarn_ext_factor": (1, -1)}
+FACTORS = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")  # Granite's
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
@@ -66,102 +58,35 @@ def open_gguf(file):
         config = parse_config(config_json)
         shapes, read = unify(config_json, config, gguf.shapes(), gguf.read)
         shapes = check_shapes(config, shapes)
-        roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-        special = {f"{short}_token": special_token(gguf.metadata, role)
-                   for short, role in roles.items()}
-        tokenizer = Tokenizer(build_tokenizer(gguf.metadata, config.vocab_size),
-                              config.vocab_size, special, [config_json["eos_token_id"]],
-                              gguf.metadata.get("tokenizer.chat_template"))
+        tokenizer = open_tokenizer(gguf.metadata, config.vocab_size, config_json["eos_token_id"])
+    except CheckpointError:  # of another part
+        raise
     except Exception as error:  # the tokenizers package raises plain Exception
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
     few_bits = all(GGML_QUANT_SIZES[quant][0] > 1  # weights in a block
-                   for name, (shape, quant, _) in gguf.tensors.items()
+                   for name, (shape, quant, *_) in gguf.tensors.items()
                    if name.startswith("blk.") and len(shape) == 2)
-    return Checkpoint(config, tokenizer, [file], shapes, read, config_json, few_bits=few_bits)
+
+    def source(name):
+        return gguf.tensors[gguf.names[stored_names(config, gguf.shapes())[1][name][0]]][3]
+
+    files = sorted({path for *_, path in gguf.tensors.values()})
+    return Checkpoint(config, tokenizer, files, shapes, read, config_json, few_bits=few_bits,
+                      source=source)
 
 
-# ---- the header --------------------------------------------------------------------------------
-
-class Header:
-    """A cursor over the file's first bytes. It never reads past their end."""
-
-    def __init__(self, data):
-        self.data, self.at = data, 0
-
-    def skip(self, n):
-        """Move n bytes on; returns where they start."""
-        if n > len(self.data) - self.at:
-            raise ValueError(f"its header ends early or is larger than {HEADER_LIMIT >> 20} MiB "
-                             f"(at byte {self.at})")
-        self.at += n
-        return self.at - n
-
-    def array(self, kind, count):
-        """`count` numbers of one type, as a NumPy array."""
-        if kind not in SCALARS:
-            raise ValueError(f"its header has a value of unknown type {kind} at byte {self.at}")
-        dtype = np.dtype(SCALARS[kind])
-        start = self.skip(count * dtype.itemsize)
-        return np.frombuffer(self.data, dtype, count, start).copy()
-
-    def strings(self, count):
-        """`count` strings, each a uint64 length, then UTF-8."""
-        result, length = [], struct.Struct("<Q").unpack_from
-        for _ in range(count):
-            n, = length(self.data, self.skip(8))
-            start = self.skip(n)
-            try:
-                result.append(self.data[start:start + n].decode())
-            except UnicodeDecodeError:
-                raise ValueError(
-                    f"its header has a string that is not UTF-8 at byte {start}") from None
-        return result
-
-    def value(self, kind):
-        """One value of a type: a number, a bool, a string, or a flat array of one of these."""
-        if kind == STRING:
-            return self.strings(1)[0]
-        if kind == ARRAY:
-            kind, count = self.value(UINT32), self.value(UINT64)
-            return self.strings(count) if kind == STRING else self.array(kind, count)
-        return self.array(kind, 1)[0].item()
-
+# ---- what the file means ------------------------------------------------------------------------
 
 class GGUFFile:
     """A GGUF file, checked.
 
     metadata: {key: value}
-    tensors: {GGUF name: (shape, type, offset in the file)}
+    tensors: {GGUF name: (shape, type, offset in the file, file)}
     Raises ValueError.
     """
 
     def __init__(self, path):
-        self.path = path
-        with open(path, "rb") as f:
-            header = Header(f.read(HEADER_LIMIT))
-        if header.data[:4] != b"GGUF":
-            raise ValueError("it is not a GGUF file (its first four bytes are not GGUF)")
-        header.skip(4)
-        version = header.value(UINT32)
-        if version not in (2, 3):
-            raise ValueError(f"its GGUF version is {version}; supported are 2 and 3, "
-                             "little-endian")
-        n_tensors, n_entries = header.value(UINT64), header.value(UINT64)
-        if max(n_tensors, n_entries) > COUNT_LIMIT:
-            raise ValueError(f"its header claims {n_tensors} tensors and {n_entries} metadata "
-                             "entries")
-        self.metadata = {header.value(STRING): header.value(header.value(UINT32))
-                         for _ in range(n_entries)}
-        records = {}
-        for _ in range(n_tensors):
-            name, n_dims = header.value(STRING), header.value(UINT32)
-            if name in records or not 1 <= n_dims <= 4:
-                raise ValueError(
-                    f"tensor {name[:80]!r} appears twice or has {n_dims} dimensions")
-            shape = tuple(header.array(UINT64, n_dims).tolist()[::-1])  # innermost comes first
-            records[name] = shape, header.value(UINT32), header.value(UINT64)
-        self.tensors = self.place_tensors(records, header.at)
-
+        self.metadata, self.tensors = read_parts(path)
         self.arch = self.metadata.get("general.architecture")
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"unsupported GGUF architecture {self.arch!r}; supported are "
@@ -172,41 +97,6 @@ class GGUFFile:
                 raise ValueError(f"tensors {other} and {name} have the same meaning")
         if "token_embd.weight" not in self.tensors:
             raise ValueError("tensor token_embd.weight is missing")
-
-    def place_tensors(self, records, header_end):
-        """{name: (shape, type number, offset after the header)} -> `tensors`.
-
-        The tensors must lie one behind the other and fill the file. Anything else is a mistake in
-        a type, a size or an offset, and would mean wrong weights.
-        """
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-            raise ValueError(f"general.alignment is {alignment!r}")
-        size = os.path.getsize(self.path)
-        start = end = -(-header_end // alignment) * alignment
-        tensors = {}
-        for name, (shape, kind, offset) in records.items():
-            try:
-                quant = GGMLQuantizationType(kind)
-                block, block_bytes = GGML_QUANT_SIZES[quant]
-                dequantize(np.zeros((1, block_bytes), np.uint8), quant)  # can it be?
-            except (ValueError, NotImplementedError):
-                raise ValueError(f"tensor {name} has type {kind}, which is not supported; use "
-                                 "another one") from None
-            n_bytes = math.prod(shape) // block * block_bytes
-            if shape[-1] % block or start + offset + n_bytes > size:
-                raise ValueError(f"tensor {name}, {quant.name} {list(shape)} at byte "
-                                 f"{start + offset}, does not fit in the file's {size} bytes; "
-                                 "the file is damaged or its download unfinished")
-            if start + offset != end:
-                raise ValueError(f"tensor {name} is at byte {start + offset}, but the one before "
-                                 f"it ends at {end}; the file is damaged")
-            tensors[name] = shape, quant, end
-            end += -(-n_bytes // alignment) * alignment
-        if size > end:
-            raise ValueError(f"its tensors end at byte {end}, but it has {size}; the file is "
-                             "damaged")
-        return tensors
 
     def get(self, key, default=None):
         """A metadata value of the architecture."""
@@ -231,6 +121,13 @@ class GGUFFile:
         if rope_dim not in (head_dim, None) and self.arch != "phi3":
             raise ValueError(f"it rotates {rope_dim} of {head_dim} dimensions of a head; only "
                              "all is supported")
+        if head_dim not in (None, self.get("attention.value_length", head_dim)):
+            raise ValueError("its heads have other sizes for values than for keys")
+        fixed = FIXED | ({} if self.arch == "granite" else dict.fromkeys(FACTORS, (0, 1)))
+        for key, allowed in fixed.items():
+            if self.get(key) not in (None, *allowed):
+                raise ValueError(f"{self.arch}.{key} is {self.get(key)!r}; only {allowed[0]} is "
+                                 "supported")
         model_type = ARCHITECTURES[self.arch]
         if self.arch == "olmo2" and self.get("attention.sliding_window"):
             model_type = "olmo3"
@@ -273,13 +170,19 @@ class GGUFFile:
 
     def rope_scaling(self):
         """The rope_scaling of a config.json, as far as it is metadata; None for the plain RoPE."""
-        kind = self.get("rope.scaling.type", "none")
+        factor = self.get("rope.scaling.factor", self.get("rope.scale_linear"))  # the older key
+        kind = self.get("rope.scaling.type", "linear" if factor not in (None, 0, 1) else "none")
         growth = self.get("attention.temperature_scale")  # of queries with their position
         if growth and kind != "yarn":
             raise ValueError("its attention.temperature_scale needs rope.scaling.type 'yarn'")
-        if kind == "none" or any(name in self.tensors for name in ROPE_TENSORS):
+        if any(name in self.tensors for name in ROPE_TENSORS):
+            if kind in ("linear", "yarn") and factor not in (None, 0, 1):
+                raise ValueError(f"it slows RoPE by a {kind} factor of {factor} and by a tensor; "
+                                 "only one of them is supported")
             return None
-        values = {"factor": self.get("rope.scaling.factor"),
+        if kind == "none":
+            return None
+        values = {"factor": factor,
                   "original_max_position_embeddings":
                       self.get("rope.scaling.original_context_length"),
                   "attention_factor": self.get("rope.scaling.attn_factor",
@@ -326,10 +229,10 @@ class GGUFFile:
     def read(self, hf, part=...):
         """A weight, or slices of it, by its Hugging Face name: float32 [out, in] on the CPU."""
         name = self.names[hf]
-        shape, quant, offset = self.tensors[name]
+        shape, quant, offset, path = self.tensors[name]
         block, block_bytes = GGML_QUANT_SIZES[quant]
         n_bytes = math.prod(shape) // block * block_bytes
-        raw = np.fromfile(self.path, np.uint8, n_bytes, offset=offset)
+        raw = np.fromfile(path, np.uint8, n_bytes, offset=offset)
         kind = name.split(".")[-2]
         if self.arch in REORDERED and kind in ("attn_q", "attn_k"):
             # llama.cpp rotates neighbours (2i, 2i + 1), where Hugging Face rotates the pairs

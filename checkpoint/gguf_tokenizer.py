@@ -1,15 +1,20 @@
 """Builds a tokenizer from the vocabulary in a GGUF file's metadata.
 
 There are two kinds. Byte-level BPE ("gpt2" in the file) merges pairs in a listed order.
-SentencePiece's BPE ("llama") lists a score for each piece. Whatever is wrong is a ValueError, or
-an Exception of the tokenizers package.
+SentencePiece's BPE ("llama") lists a score for each piece. Files leave much out, and type tokens
+wrongly. What a token's name tells is therefore believed before its type: `complete` does what
+llama.cpp does while loading. Whatever is wrong is a ValueError, or an Exception of the tokenizers
+package.
 """
 
+import re
+import sys
+
 import numpy as np
+import tokenizers
 from tokenizers import (
     AddedToken,
     Regex,
-    Tokenizer,
     decoders,
     models,
     normalizers,
@@ -17,7 +22,18 @@ from tokenizers import (
     processors,
 )
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
+from checkpoint.tokenizer import CONTROL as CONTROL_NAME
+from checkpoint.tokenizer import END_OF_TURN, Tokenizer, template_text
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+BRACKETS = re.compile(r"\[/?[A-Z_]{3,}\]")  # Mistral's control tokens
+# Vocabularies known without tokenizer.ggml.pre: how an architecture begins, a token, the value
+KNOWN = (("", "<|begin_of_text|>", "llama-bpe"), ("qwen", "<|endoftext|>", "qwen2"),
+         ("llama", "<repo_name>", "smollm"), ("granite", "<fim_prefix>", "refact"),
+         ("olmo2", "<|endofprompt|>", "dbrx"), ("phi3", "<|im_sep|>", "dbrx"),
+         ("", "[AVAILABLE_TOOLS]", "tekken"))
+
 
 def words(letters, digits, ends=""):
     """A regular expression that cuts text into words.
@@ -51,14 +67,29 @@ REGEX = {
 WHOLE_WORDS = (*LLAMA3, "smaug-bpe", "tekken")  # a word of the vocabulary needs no merges
 
 
-def build_tokenizer(metadata, vocab_size):
-    """A GGUF file's metadata, a model's vocabulary size -> `tokenizers.Tokenizer`."""
-    kind = metadata.get("tokenizer.ggml.model")
+def open_tokenizer(metadata, vocab_size, eos):
+    """A GGUF file's metadata, a model's vocabulary size, ids that end a turn -> Tokenizer."""
+    metadata, equal = complete(metadata, vocab_size)
+    special = {f"{role}_token": special_token(metadata, name) for role, name in ROLES.items()}
+    tokenizer = Tokenizer(build_tokenizer(metadata), vocab_size, special, [eos],
+                          metadata.get("tokenizer.chat_template"))
+    tokenizer.put_equal(equal)
+    return tokenizer
+
+
+def complete(metadata, vocab_size):
+    """Metadata with a sound vocabulary -> (the same with what it leaves out, {id of a token whose
+    text another one has: that one's id; id of an empty token: None}).
+    """
+    def get(key, default=None):
+        value = metadata.get(f"tokenizer.ggml.{key}")
+        return default if value is None else value
+
+    kind, tokens = get("model"), get("tokens")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"its tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and "
                          "'llama'")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    types = np.asarray(metadata.get("tokenizer.ggml.token_type", ()))
+    types = np.asarray(get("token_type", [NORMAL] * len(tokens or ())))
     if (not isinstance(tokens, list) or types.shape != (len(tokens),)
             or types.dtype.kind not in "iu"):
         raise ValueError("its tokenizer.ggml.tokens and tokenizer.ggml.token_type are missing or "
@@ -66,21 +97,83 @@ def build_tokenizer(metadata, vocab_size):
     if len(tokens) > vocab_size:
         raise ValueError(f"its vocabulary has {len(tokens)} tokens, but tensor token_embd.weight "
                          f"only {vocab_size} rows")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise ValueError("its vocabulary holds the same token twice")
+    tokens, types, equal = [*tokens], types.copy(), {}
+    vocab = dict(zip(reversed(tokens), reversed(range(len(tokens)))))  # of equal ones the first
+    if len(vocab) < len(tokens) or "" in vocab:
+        if len(vocab) < len(tokens) / 2:
+            raise ValueError("its vocabulary holds the same token twice, and most of them so")
+        equal = {i: vocab[token] if token else None for i, token in enumerate(tokens)
+                 if not token or vocab[token] != i}
+        vocab.pop("", None)
+        for i in equal:  # what no text can become
+            while (name := f"[{i}{tokens[i]}]") in vocab:
+                tokens[i] += "_"
+            tokens[i], types[i], vocab[name] = name, UNUSED, i
+    ids = {name: get(f"{name}_token_id") for name in ROLES.values()}
+    if kind == "llama":  # SentencePiece's own order
+        defaults = zip(("unknown", "bos", "eos"), range(len(tokens)))
+        ids |= {name: i for name, i in defaults if ids[name] is None}
+    pre = get("pre") or ""
+    if kind == "gpt2" and not pre:
+        arch = str(metadata.get("general.architecture"))
+        pre = next((value for family, token, value in KNOWN
+                    if arch.startswith(family) and token in vocab), "")
+        if not pre:
+            pre = "default"
+            print("the file does not say how its vocabulary cuts text into words "
+                  "(tokenizer.ggml.pre); text may be cut wrongly", file=sys.stderr)
+    if ids["bos"] is None:
+        names = {**dict.fromkeys(LLAMA3, "<|begin_of_text|>"), "tekken": "<s>"}
+        ids["bos"] = vocab.get(names.get(pre))
+    if get("token_type") is None:
+        types[[i for token, i in vocab.items() if re.fullmatch("<0x..>", token)]] = BYTE
+        for name, i in ids.items():
+            if isinstance(i, int) and 0 <= i < len(tokens):
+                types[i] = UNKNOWN if name == "unknown" else CONTROL
+    types[find_control(vocab, types, metadata, kind == "gpt2")] = CONTROL
+    found = {"tokens": tokens, "token_type": types, "pre": pre}
+    found |= {f"{name}_token_id": i for name, i in ids.items()}
+    return metadata | {f"tokenizer.ggml.{key}": value for key, value in found.items()}, equal
+
+
+def find_control(vocab, types, metadata, merged):
+    """Ids of tokens that are control tokens by their names, but not by their types.
+
+    merged: whether the file lists merges; what one of them makes is text
+    """
+    literals = template_text(str(metadata.get("tokenizer.chat_template", "")))
+    names = [token for token in vocab if token[:2] == "<|" and CONTROL_NAME.fullmatch(token)
+             or token[:1] == "[" and BRACKETS.fullmatch(token) and token in literals]
+    names = [token for token in {*names, *(vocab.keys() & {*END_OF_TURN})}
+             if types[vocab[token]] in (NORMAL, USER_DEFINED)]
+    merges = metadata.get("tokenizer.ggml.merges") if merged and names else None
+    if isinstance(merges, list):
+        made = {merge.replace(" ", "", 1) for merge in merges if isinstance(merge, str)}
+        names = [token for token in names if token not in made]
+    return [vocab[token] for token in names]
+
+
+def build_tokenizer(metadata):
+    """What `complete` makes of a GGUF file's metadata -> `tokenizers.Tokenizer`."""
+    kind, tokens = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.tokens"]
+    types, vocab = metadata["tokenizer.ggml.token_type"], {t: i for i, t in enumerate(tokens)}
     if kind == "gpt2":
         tokenizer = byte_level_bpe(metadata, vocab)
     else:
         pieces = {tokens[i] for i in np.flatnonzero(types == NORMAL)}
         tokenizer = sentencepiece_bpe(metadata, tokens, pieces, vocab)
+    # Phi-3 takes white space behind most of its special tokens away; its files do not say so.
+    name = f"{metadata.get('general.architecture')} {metadata.get('general.name')}".lower()
+    strips = kind == "llama" and ("phi3" in name or "phi-3" in name)
+    kept = ("<unk>", "<s>", "<|endoftext|>")
 
     def added(mask):
-        return [AddedToken(tokens[i], normalized=False) for i in np.flatnonzero(mask)]
+        return [AddedToken(tokens[i], normalized=False, rstrip=strips and tokens[i] not in kept)
+                for i in np.flatnonzero(mask)]
 
     tokenizer.add_special_tokens(added((types == CONTROL) | (types == UNKNOWN)))
     tokenizer.add_tokens(added(types == USER_DEFINED))
-    add_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in (*LLAMA3, "tekken")
+    add_bos = kind == "llama" or metadata["tokenizer.ggml.pre"] in (*LLAMA3, "tekken")
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos):
         bos = special_token(metadata, "bos")
         if bos is None:
@@ -95,16 +188,14 @@ def build_tokenizer(metadata, vocab_size):
 
 def special_token(metadata, role):
     """The text of the "bos", "eos", "unknown" or "padding" token; None if the file names none."""
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    i = metadata.get(f"tokenizer.ggml.{role}_token_id")
-    known = isinstance(tokens, list) and isinstance(i, int) and 0 <= i < len(tokens)
-    return tokens[i] if known else None
+    tokens, i = metadata["tokenizer.ggml.tokens"], metadata[f"tokenizer.ggml.{role}_token_id"]
+    return tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None
 
 
 def byte_level_bpe(metadata, vocab):
     """GPT-2's kind: text as bytes, each written as a visible character, merged in a listed
     order."""
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata["tokenizer.ggml.pre"]
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in REGEX)
     if pre in REGEX:
         cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(REGEX[pre]), "isolated"), cut])
@@ -117,7 +208,8 @@ def byte_level_bpe(metadata, vocab):
     merges = [tuple(m.split(" ")) for m in merges] if isinstance(merges, list) else None
     if merges is None or any(len(pair) != 2 for pair in merges):
         raise ValueError("its tokenizer.ggml.merges is not a list of pairs of tokens")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in WHOLE_WORDS))
+    tokenizer = tokenizers.Tokenizer(models.BPE(
+        vocab=vocab, merges=merges, ignore_merges=pre in WHOLE_WORDS))
     if pre in QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = cut
@@ -141,11 +233,11 @@ def sentencepiece_bpe(metadata, tokens, pieces, vocab):
         if (piece := tokens[i]) in pieces:
             pairs = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
             merges += [(a, b) for a, b in pairs if a in pieces and b in pieces]
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = metadata["tokenizer.ggml.unknown_token_id"]
     if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
         raise ValueError(f"its tokenizer.ggml.unknown_token_id is {unknown!r}")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=tokens[unknown],
-                                     fuse_unk=True, byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(models.BPE(
+        vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
     normalize = [normalizers.Replace(" ", "▁")]
     decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):

@@ -6,8 +6,9 @@ from checkpoint.files import one_line
 from checkpoint.opened import CheckpointError
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-         "chat_template.jinja", "model.safetensors", "model-*.safetensors",
-         "model.safetensors.index.json"]
+         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+         "model.safetensors", "model-*.safetensors",
+         "model.safetensors.index.json", "adapter_config.json"]
 
 
 def download(repo):

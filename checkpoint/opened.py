@@ -31,19 +31,41 @@ class Checkpoint:
     quantized: str | None = None  # "int8" or "int4" if quantize.py wrote it
     folder: Path | None = None  # with config.json; None for a single file
     few_bits: bool = False  # its matrices have 8 bits or fewer, in blocks of a GGUF file
+    source: Callable[[str], Path] | None = None  # a tensor's name -> the file that holds it
 
     @property
     def tensors(self):
         """Every (name, tensor), each read when it is asked for; this rank's slice of it."""
-        return ((name, self.read(name, cut(name, shape))) for name, shape in self.shapes.items())
+        for name, shape in self.shapes.items():
+            with self.blame_for(name):
+                tensor = self.read(name, cut(name, shape))
+            yield name, tensor
+
+    def blame_for(self, name):
+        """`blame`, for the file that holds this tensor."""
+        return blame(lambda: self.source(name) if self.source else self.files[0])
 
 
 @contextlib.contextmanager
 def blame(path):
-    """Turn an error about a file's or folder's content into a CheckpointError that names it."""
+    """Turn an error about a file's or folder's content into a CheckpointError that names it.
+
+    path: of the file, or a function that finds it
+    """
     try:
         yield
     except CheckpointError:
         raise
     except (OSError, SafetensorError, ValueError) as error:
+        path = path() if callable(path) else path
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def refuse_stand_in(file, start):
+    """Raise CheckpointError if a file, which starts with these bytes, only stands for another."""
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a Git LFS pointer, a note that stands for the file; "
+                              "fetch the file itself with git lfs pull, or download it anew")
+    if start[:15].lower().startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(f"{file} is a web page, perhaps of a failed download; download the "
+                              "file itself")

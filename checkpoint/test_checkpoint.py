@@ -495,7 +495,7 @@ def test_end_of_turn_and_special_tokens(tmp_path):
                               {"name": "tools", "template": "no"},
                               {"name": "default", "template": "{{ bos_token }}the"}]})
     t = open_checkpoint(folder).tokenizer
-    assert t.eos_ids == {2, 7, 8, 9} and t.bos_id == 1
+    assert t.eos_ids == {2, 8, 9} and t.bos_id == 1
     assert t.chat([]) == t.encode("the") and t.encode("the", bos=False) == t.encode("the")[1:]
     assert len(t.encode("the and the wor")) == 5
     (folder / "chat_template.jinja").write_text("{{ bos_token }}wor")
@@ -503,15 +503,19 @@ def test_end_of_turn_and_special_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("name, kept, ignored", [
-    ("temperature", (1e-6, 0.7, 1, 100), (0, -1, 100.1, True, "1", None, math.nan)),
-    ("top_k", (1, 320), (0, 321, 5.0, True)), ("top_p", (1, 1.0, 0.5), (0, 1.0001, "x", [1])),
-    ("repetition_penalty", (1, 1.3, 100), (0, -1, 101)), ("min_p", (), (0.5,))])
+    ("temperature", (0, 0.0, 1e-6, 0.7, 1, 100), (-1, 100.1, True, "1", None, math.nan)),
+    ("top_k", (0, 1, 320, 999), (-2, 5.0, True)), ("min_p", (0, 0.5, 1), (-0.1, 2, "x")),
+    ("top_p", (0, 1, 1.0, 0.5), (-1, 1.0001, "x", [1])),
+    ("repetition_penalty", (1, 1.3, 100), (0, -1, 101))])
 def test_recommended_sampling(name, kept, ignored):
     """What is out of range, or of another type, is no recommendation."""
     for values, expected in (kept, True), (ignored, False):
         for value in values:
             t = Tokenizer(spm_tokenizer(), 320, {}, [], None, {name: value})
             assert t.sampling == ({name: value} if expected else {})
+    greedy = Tokenizer(spm_tokenizer(), 320, {}, [], None, {
+        "do_sample": False, "temperature": 0.6, "top_k": -1, "repetition_penalty": 1.1})
+    assert greedy.sampling == {"temperature": 0, "top_k": 0, "repetition_penalty": 1.1}
 
 
 def test_tokens_known_to_end_a_turn():

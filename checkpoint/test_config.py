@@ -170,6 +170,8 @@ def test_longer_texts_than_max_position_embeddings(scaling, reach, default):
     ({"mlp_bias": True}, "mlp_bias is True"),
     ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is"),
     ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+    ({"rope_theta": None}, "rope_theta is None"),
     ({"layer_types": ["sliding_attention"] * 3}, "layer_types gives 3 layers a window, but by"),
     ({"layer_types": ["chunked_attention"] * 3}, "layer_types is"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),

@@ -7,13 +7,18 @@ it in a panic. Whatever goes wrong becomes a TokenizerError of one sentence.
 """
 
 import itertools
+import re
 
+from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
 
 from checkpoint.chat_template import render
 
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>",
-               "</s>")
+# Names of tokens that end a turn or a text, whatever a file says of them.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>",
+               "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>", "[EOT]", "[EOS]", "<eos>")
+CONTROL = re.compile(r"<\|[^<>|]+\|>")  # the shape of control tokens, and that of tags, which a
+TAG = re.compile(r"</?\w+>")  # model writes for its reader: <think> ... </think>
 
 
 class TokenizerError(ValueError):
@@ -27,7 +32,8 @@ class Tokenizer:
     bos_id: the id that `encode` puts first, or None
     has_chat_template: whether `chat` works
     can_think: whether the chat template can switch thinking on and off
-    sampling: what the checkpoint recommends of temperature, top_k, top_p, repetition_penalty
+    sampling: what the checkpoint recommends of temperature, top_k, top_p, min_p and
+        repetition_penalty
     """
 
     def __init__(self, tokenizer, vocab_size, special, eos, template, generation=None):
@@ -39,48 +45,92 @@ class Tokenizer:
         template: a chat template or None, unchecked
         generation: the values of generation_config.json, unchecked
         """
-        kinds = {"temperature": (100, int, float), "top_k": (vocab_size, int),
-                 "top_p": (1, int, float), "repetition_penalty": (100, int, float)}
-        self.sampling = {}
-        for name, (most, *types) in kinds.items():
-            value = (generation or {}).get(name)
-            if type(value) in types and 1e-6 <= value <= most:
-                self.sampling[name] = value
+        self.sampling, self.equal = recommended(generation or {}), {}
         self.tokenizer, self.vocab_size, self.template = tokenizer, vocab_size, template
         tokenizer.no_truncation()  # a file may ask for both
         tokenizer.no_padding()
         self.has_chat_template = isinstance(template, str)
         self.can_think = self.has_chat_template and "enable_thinking" in template
         self.special = {role: text for role, text in special.items() if isinstance(text, str)}
-        added = tokenizer.get_added_tokens_decoder()
-        self.skipped = {i for i, token in added.items() if token.special}  # by `decode`
-        ends = {*END_OF_TURN, self.special.get("eos_token")}
         eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids])]
+        if not all(i is None or type(i) is int for i in eos):
+            raise TokenizerError(f"eos_token_id is {str(eos)[:80]}; expected ids of tokens")
+        added = guard("not a sound tokenizer", tokenizer.get_added_tokens_decoder)
+        ends = {*END_OF_TURN, self.special.get("eos_token")}
         eos += [i for i, token in added.items() if token.content in ends]
-        self.eos_ids = frozenset(i for i in eos if type(i) is int and 0 <= i < vocab_size)
-        nothing = guard("not a sound tokenizer", tokenizer.encode, "").ids  # some errors need use
-        self.bos_id = next((i for i in nothing if i < vocab_size), None)
+        self.eos_ids = frozenset(i for i in eos if i is not None and 0 <= i < vocab_size)
+        self.find_control(added)
+        nothing, some = (guard("not a sound tokenizer", tokenizer.encode, text).ids
+                         for text in ("", "a"))
+        begins = nothing and nothing[0] < vocab_size and some[:1] == nothing[:1]
+        self.bos_id = nothing[0] if begins else None  # what comes first, not an end behind
+
+    def find_control(self, added):
+        """Tell control tokens from text, by their flags and where these fail by what they are.
+
+        `control` are the ids that text of strangers must not give, `skipped` those that `decode`
+        leaves out: not tags, which are for the reader.
+        """
+        names = {*END_OF_TURN, *self.special.values()}
+        literals = template_text(self.template) if self.has_chat_template else ""
+        self.skipped, self.control = set(), set()
+        for i, token in added.items():
+            text = token.content
+            known = token.special or text in names or CONTROL.fullmatch(text)
+            written = text in literals and not text.isspace()
+            if known or written and not (TAG.fullmatch(text) or text.isalnum()):
+                self.skipped.add(i)
+            if (known or written) and text != getattr(self.tokenizer.model, "unk_token", None):
+                self.control.add(i)
+        unmarked = [AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip,
+                               rstrip=t.rstrip, normalized=t.normalized)
+                    for t in map(added.get, sorted(self.control)) if not t.special]
+        self.tokenizer.add_special_tokens(unmarked)  # so that `encode` can leave them out
+
+    def put_equal(self, equal):
+        """{id: the id of another token with the same text, or None for none}, as GGUF files have
+        them: no text becomes such a token, but the model may choose one."""
+        self.equal = equal
+        self.eos_ids |= {i for i, first in equal.items() if first in self.eos_ids}
 
     def encode(self, text, bos=True, special=True):
         """str -> list of ids, `bos_id` first if there is one and `bos` is true.
 
         special: whether "<|im_end|>" and its like in the text become the control tokens of that
-        name. False reads them as plain text, for text of strangers.
+            name. False reads them as plain text, for text of strangers: no token that the chat
+            template writes can come of it.
         """
         text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
         self.tokenizer.encode_special_tokens = not special
         ids = guard("the checkpoint's tokenizer cannot encode this text",
                     self.tokenizer.encode, text, add_special_tokens=bos).ids
+        if not special:  # a vocabulary may hold a control token as a word, too
+            begins = ids[:1] if bos and ids[:1] == [self.bos_id] else []
+            ids = begins + [part for id in ids[len(begins):] for part in (
+                self.spell(id) if id in self.control else [id])]
         if ids and max(ids) >= self.vocab_size:
             raise TokenizerError(
                 f"the tokenizer gives token {max(ids)}, but the model's vocabulary is "
                 f"{self.vocab_size}; they do not belong together")
         return ids
 
+    def spell(self, id):
+        """The ids of a token's characters, or of their bytes."""
+        known = self.tokenizer.token_to_id
+        parts = [[known(c)] if known(c) is not None else
+                 [known(f"<0x{byte:02X}>") for byte in c.encode()]
+                 for c in self.tokenizer.id_to_token(id)]
+        return [i for part in parts for i in part if i is not None]
+
     def decode(self, ids):
-        """Ids -> str without special tokens. Bytes that are not UTF-8 become U+FFFD."""
-        return guard("the checkpoint's tokenizer cannot decode these tokens",
-                     self.tokenizer.decode, list(ids), skip_special_tokens=True)
+        """Ids -> str without control tokens. Bytes that are not UTF-8 become U+FFFD."""
+        return guard("the checkpoint's tokenizer cannot decode these tokens", self.tokenizer.decode,
+                     self.visible(ids), skip_special_tokens=False)
+
+    def visible(self, ids):
+        """The ids whose text `decode` shows."""
+        ids = (self.equal.get(id, id) for id in ids)
+        return [id for id in ids if id is not None and id not in self.skipped]
 
     def chat(self, messages, add_generation_prompt=True, thinking=None):
         """[{"role": "user", "content": str}, ...] -> ids, written as the model is used to.
@@ -101,29 +151,68 @@ class Tokenizer:
         return self.encode(text, bos=False)
 
 
+def recommended(generation):
+    """What a generation_config.json recommends -> {"temperature": ..., ...}, as transformers takes
+    it: temperature 0 and do_sample false are greedy, top_k 0 and -1 are off. What is out of range,
+    or of another type, is no recommendation."""
+    limits = {"temperature": (0, 100, int, float), "top_k": (-1, 1 << 31, int),
+              "top_p": (0, 1, int, float), "min_p": (0, 1, int, float),
+              "repetition_penalty": (1e-6, 100, int, float)}
+    found = {}
+    for name, (least, most, *types) in limits.items():
+        value = generation.get(name)
+        if type(value) in types and least <= value <= most:
+            found[name] = max(0, value)
+    return found | ({"temperature": 0} if generation.get("do_sample") is False else {})
+
+
+def template_text(template):
+    """The text in a chat template, and that in quotes in its code."""
+    pieces = []
+    for part in re.split("[%}#]}", template[:1 << 17]):
+        text, *code = re.split("{[%{#]", part, maxsplit=1)
+        pieces += [text, *(quoted[1:-1] for c in code
+                           for quoted in re.findall(r"'[^']*'|\"[^\"]*\"", c))]
+    return "\n".join(pieces)
+
+
 class TextStream:
     """Decodes ids one by one. All that `push` returns, then `flush`, is `decode` of all ids, but
     for a character at the end whose last bytes have not come: `flush` leaves it out.
+
+    prompt: ids of a text that the others continue. So their first word keeps its space, which
+        SentencePiece's decoder takes from the beginning of a text.
 
     `DecodeStream` holds a character back until its last byte has come, broken ones for ever. And
     it fails at SentencePiece's byte tokens, <0xNN>: whether they are text depends on the whole run
     of them, so a run is held back until another token ends it.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, prompt=()):
         self.tokenizer = tokenizer
-        self.stream = DecodeStream(skip_special_tokens=True)
+        self.stream = DecodeStream(skip_special_tokens=False)
         self.ids, self.pending = [], []  # all, and those that the stream has not seen
         self.length = self.ahead = 0  # characters given out by the stream; beyond it, by `flush`
+        prompt = tokenizer.visible(prompt)
+        start = max(0, len(prompt) - 8)
+        while start and self.is_byte(prompt[start]):
+            start -= 1
+        for id in prompt[start:]:
+            self.push(id)
+        self.flush()
+
+    def is_byte(self, id):
+        """Whether a token is one of SentencePiece's bytes."""
+        return re.fullmatch("<0x..>", self.tokenizer.tokenizer.id_to_token(id) or "") is not None
 
     def push(self, id):
         """One more id -> the text (str, often a word, sometimes empty) that it completes."""
-        token = self.tokenizer.tokenizer.id_to_token(id)
-        if token is None or id in self.tokenizer.skipped:
+        id = next(iter(self.tokenizer.visible([id])), None)
+        if id is None or self.tokenizer.tokenizer.id_to_token(id) is None:
             return ""
         self.ids.append(id)
         self.pending.append(id)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if self.is_byte(id):
             return ""
         text = guard("the checkpoint's tokenizer cannot decode these tokens",
                      self.stream.step, self.tokenizer.tokenizer, self.pending) or ""
@@ -147,12 +236,13 @@ class TextStream:
         return text[given:]
 
 
-def text_pieces(ids, tokenizer, stop=()):
+def text_pieces(ids, tokenizer, stop=(), prompt=()):
     """A generator of the text of token ids, in pieces, while they come.
 
+    prompt: see `TextStream`; without it, the ids are a text of their own, such as an answer
     It ends where one of the texts `stop` begins. What may be the beginning of one is held back.
     """
-    stream, held = TextStream(tokenizer), ""
+    stream, held = TextStream(tokenizer, prompt), ""
     for piece in itertools.chain(map(stream.push, ids), map(lambda end: stream.flush(), [None])):
         held += piece
         found = [held.index(text) for text in stop if text in held]

@@ -32,7 +32,32 @@ def unify(config_json, config, stored, read):
     read:   a function of such a name and slices that returns a tensor; so is the returned one
     Raises ValueError, naming the tensor.
     """
-    shapes, places = {}, {}  # a name's shape; its name in the files, and its first row there
+    shapes, places = stored_names(config, stored)
+    factors, order = granite_factors(config_json), head_order(config_json, config.head_dim)
+
+    def read_unified(name, part=...):
+        stored_name, row = places[name]
+        if shapes[name] != stored[stored_name]:  # a part of a fused matrix
+            rows, *columns = (slice(None),) if part is ... else part
+            start, end, _ = rows.indices(shapes[name][0])
+            part = slice(row + start, row + end), *columns
+        tensor = read(stored_name, part)
+        module = name.rpartition(".")[0].rpartition(".")[2]
+        if module in factors:
+            tensor = tensor.float() * factors[module]
+        if order is not None and module in ("q_proj", "k_proj"):
+            tensor = tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+        return tensor
+
+    return shapes, read_unified
+
+
+def stored_names(config, stored):
+    """({name: shape} as in Llama, {name: (its name in the files, its first row there)}).
+
+    Arguments and errors as for `unify`.
+    """
+    shapes, places = {}, {}
     for name, shape in stored.items():
         if name.startswith(IMAGES):
             continue
@@ -55,23 +80,7 @@ def unify(config_json, config, stored, read):
                 raise ValueError(f"tensor {part} is there twice, once as {name}")
             shapes[part], places[part] = rows + shape[1:], (name, row)
             row += sum(rows)
-    factors, order = granite_factors(config_json), head_order(config_json, config.head_dim)
-
-    def read_unified(name, part=...):
-        stored_name, row = places[name]
-        if shapes[name] != stored[stored_name]:  # a part of a fused matrix
-            rows, *columns = (slice(None),) if part is ... else part
-            start, end, _ = rows.indices(shapes[name][0])
-            part = slice(row + start, row + end), *columns
-        tensor = read(stored_name, part)
-        module = name.rpartition(".")[0].rpartition(".")[2]
-        if module in factors:
-            tensor = tensor.float() * factors[module]
-        if order is not None and module in ("q_proj", "k_proj"):
-            tensor = tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
-        return tensor
-
-    return shapes, read_unified
+    return shapes, places
 
 
 def granite_factors(config_json):

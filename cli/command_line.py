@@ -148,6 +148,10 @@ def tell_int8(config):
 
 def run_script(main):
     """Run main() and end the process as a command-line tool should (see the top of this file)."""
+    # What standard output's encoding lacks becomes "?"; input may have the line ends of Windows.
+    for stream, options in (sys.stdout, {"errors": "replace"}), (sys.stdin, {"newline": None}):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(**options)
     try:
         main()
         stop()

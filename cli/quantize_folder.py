@@ -62,12 +62,13 @@ def write_weights(checkpoint, folder, kind):
 
     for name, tensor in tqdm(checkpoint.tensors, "quantizing", len(checkpoint.shapes),
                              unit="tensor", leave=False, disable=None):
-        if len(shapes[name]) == 3:
-            shard[name] = quantize_int4(tensor, name)
-        elif is_quantized(name):
-            shard[name], shard[f"{name}_scale"] = quantize_tensor(tensor, name)
-        else:
-            shard[name] = tensor.clone()  # a copy, so that the file it came from can be closed
+        with checkpoint.blame_for(name):  # weights may be no numbers
+            if len(shapes[name]) == 3:
+                shard[name] = quantize_int4(tensor, name)
+            elif is_quantized(name):
+                shard[name], shard[f"{name}_scale"] = quantize_tensor(tensor, name)
+            else:
+                shard[name] = tensor.clone()  # a copy, so that the file it came from can be closed
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD:
             flush()
     if shard:

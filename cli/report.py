@@ -7,14 +7,14 @@ from session import SparsityWatch, block_bytes
 from tensor_parallel import mean, world_size
 
 
-def write(ids, tokenizer, stop=()):
-    """Print token ids as text while they come, until they end or Ctrl-C.
+def write(ids, tokenizer, stop=(), prompt=()):
+    """Print token ids as text while they come, until they end or Ctrl-C; prompt: see `TextStream`.
 
     Returns the text, and what ended it if not the ids: "interrupted" or "stop text".
     """
     text, ended = "", "stop text"
     try:
-        for piece in text_pieces(ids, tokenizer, stop):
+        for piece in text_pieces(ids, tokenizer, stop, prompt):
             text += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

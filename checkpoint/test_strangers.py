@@ -1,0 +1,254 @@
+"""Files that leave something out, say it wrongly, or are something else than they look."""
+
+import json
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+
+import checkpoint
+from checkpoint import CheckpointError, open_checkpoint
+from checkpoint.gguf_container import read_parts
+from checkpoint.test_checkpoint import (
+    CONFIG,
+    PIECES,
+    convert_to_gguf,
+    refused,
+    same,
+    weights,
+    write_folder,
+    write_gguf,
+)
+from test_model import pair
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>")
+
+
+def write_bpe(file, control=(), normal=(), merges=("1 2", "12 3"), **changes):
+    """A GGUF file with a byte-level vocabulary: bytes, merges, then `control` and `normal`."""
+    tokens = [*ALPHABET, *(merge.replace(" ", "") for merge in merges), *control, *normal]
+    types = [1] * (len(tokens) - len(control) - len(normal)) + [3] * len(control)
+    values = {"model": "gpt2", "tokens": tokens, "token_type": types + [1] * len(normal),
+              "merges": [*merges], "scores": None, "bos_token_id": None, "eos_token_id": None,
+              "unknown_token_id": None, "pre": None} | changes
+    arch, tensors = values.pop("arch", "llama"), None
+    if arch == "qwen2":
+        tensors = weights(
+            CONFIG | {"model_type": arch, "architectures": ["Qwen2ForCausalLM"]})
+    names = {key: f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}" for key in values}
+    return write_gguf(file, tensors, arch, **{names[key]: values[key] for key in values}), tokens
+
+
+@pytest.mark.parametrize("arch, names, pre", [
+    ("llama", LLAMA3, "llama-bpe"), ("qwen2", ["<|endoftext|>", "<|im_end|>"], "qwen2"),
+    ("llama", ["<|endoftext|>", "<repo_name>"], "smollm"), ("llama", ["[AVAILABLE_TOOLS]", "<s>"],
+                                                           "tekken"), ("llama", ["<x>"], None)])
+def test_a_vocabulary_that_says_not_how_it_cuts(tmp_path, capsys, arch, names, pre):
+    file, tokens = write_bpe(tmp_path / "m.gguf", names, arch=arch)
+    ours = open_checkpoint(file).tokenizer
+    assert ("text may be cut wrongly" in capsys.readouterr().err) == (pre is None)
+    said = open_checkpoint(write_bpe(tmp_path / "n.gguf", names, arch=arch,
+                                     pre=pre or "default")[0]).tokenizer
+    text = "It'S 12345 don't  aBc"
+    assert ours.encode(text) == said.encode(text) and ours.bos_id == said.bos_id
+    first = {"llama-bpe": "<|begin_of_text|>", "tekken": "<s>"}.get(pre)  # the file names none
+    assert ours.bos_id == (tokens.index(first) if first else None)
+
+
+@pytest.mark.parametrize("kind", ["normal", "user-defined", "untyped"])
+def test_tokens_known_by_their_names(tmp_path, kind):
+    """What ends a turn or looks like control is that, whatever its type; what merges make is
+    text."""
+    names = ["<|end|>", "<|im_start|>", "[INST]", "<eos>", "plain"]
+    changes = {"chat_template": "[INST]{{ messages }}", "pre": "qwen2"}
+    merges = ("< /", "</ s", "</s >")  # a word of code
+    count = len(ALPHABET) + len(merges)
+    if kind != "normal":
+        changes["token_type"] = None if kind == "untyped" else [1] * count + [4] * 5
+    file, tokens = write_bpe(tmp_path / "m.gguf", (), names, merges, **changes)
+    t = open_checkpoint(file).tokenizer
+    ids = {name: tokens.index(name) for name in names}
+    assert t.eos_ids == {ids["<|end|>"], ids["<eos>"]}
+    control = [ids[name] for name in names[:4]]
+    assert t.encode("".join(names[:4])) == control and t.decode(control) == ""
+    assert not {*t.encode("".join(names[:4]), special=False)} & {*control}
+    assert t.decode(t.encode("</s>plain")) == "</s>plain"
+    assert (ids["plain"] in t.encode("plain")) == (kind == "user-defined")
+
+
+def test_sentencepiece_without_ids_and_types(tmp_path):
+    """llama.cpp's own defaults: 0 is unknown, 1 begins and 2 ends a text."""
+    full = open_checkpoint(write_gguf(tmp_path / "m.gguf")).tokenizer
+    bare = open_checkpoint(write_gguf(tmp_path / "n.gguf", **{
+        f"tokenizer.ggml.{key}": None for key in (
+            "bos_token_id", "eos_token_id", "unknown_token_id", "token_type")})).tokenizer
+    assert (bare.bos_id, bare.eos_ids) == (1, {2})
+    for text in "the and é日", "<s></s> the <0x41>", "  x\n":
+        assert bare.encode(text) == full.encode(text)
+        assert bare.encode(text, special=False) == full.encode(text, special=False)
+
+
+@pytest.mark.parametrize("change, strips", [
+    ({"general.name": "Phi-3 mini"}, True), ({"general.name": "my PHI3"}, True), ({}, False)])
+def test_white_space_behind_the_tokens_of_phi3(tmp_path, change, strips):
+    names = ["<|user|>", "<|end|>", "<|endoftext|>"]
+    tokens = [*PIECES[:-3], *names]
+    change = change | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type":
+                       [2, 3, 3] + [6] * 256 + [1] * (320 - 262) + [3] * 3}
+    t = open_checkpoint(write_gguf(tmp_path / "m.gguf", **change)).tokenizer
+    tight = t.encode("<|user|>the<|end|>and<|endoftext|>\n")
+    assert (t.encode("<|user|> \n the<|end|>\nand<|endoftext|>\n") == tight) == strips
+
+
+def test_empty_and_equal_tokens(tmp_path):
+    names = ["ab", "", "ab", "<|im_end|>", "<|im_end|>", ""]
+    file, tokens = write_bpe(tmp_path / "m.gguf", (), names, ("a b",), pre="qwen2")
+    t, n = open_checkpoint(file).tokenizer, len(ALPHABET)
+    assert t.encode("ab") == [n] and t.decode([n, n + 1, n + 2, n + 3, n + 6]) == "ababab"
+    assert t.eos_ids == {n + 4, n + 5}
+    stream = checkpoint.tokenizer.TextStream(t)
+    assert [stream.push(n + i) for i in range(7)] == ["ab", "ab", "", "ab", "", "", ""]
+
+
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+
+
+@pytest.mark.parametrize("given, meant", [
+    ({"rope.scale_linear": 4.0}, LINEAR), ({"rope.scaling.factor": 4.0}, LINEAR),
+    ({"rope.scaling.factor": 0.0}, {}),
+    ({"rope.scaling.type": "none", "rope.scale_linear": 2.0}, {}),
+    ({"final_logit_softcapping": 30.0}, None), ({"attention.scale": 0.2}, None),
+    ({"attention.causal": False}, None), ({"expert_count": 8}, None),
+    ({"attention.value_length": 4}, None)])
+def test_keys_of_gguf(tmp_path, given, meant):
+    """Older and missing ones are read as meant; those that would change the model are refused."""
+    def config(changes):
+        file = write_gguf(tmp_path / "m.gguf", **{f"llama.{key}": value
+                                                  for key, value in changes.items()})
+        return open_checkpoint(file).config
+
+    base = {"attention.key_length": 8} if "attention.value_length" in given else {}
+    if meant is None:
+        with pytest.raises(CheckpointError, match="m.gguf cannot be read"):
+            config(base | given)
+    else:
+        assert config(given) == config(meant)
+
+
+# ---- split files -------------------------------------------------------------------------------
+
+def split(tmp_path, n_tensors=5):
+    """A GGUF file in parts, as gguf-split makes them -> their paths."""
+    writer_class, made = gguf.GGUFWriter, []
+
+    def splitting(file, arch):
+        made.append(writer_class(file, arch, split_max_tensors=n_tensors))
+        return made[0]
+    gguf.GGUFWriter = splitting
+    try:
+        write_gguf(tmp_path / "m.gguf")
+    finally:
+        gguf.GGUFWriter = writer_class
+    return sorted(tmp_path.glob("m-*.gguf"))
+
+
+def test_split_gguf(tmp_path):
+    """Any part stands for all; an error names the part that is missing or bad."""
+    parts = split(tmp_path)
+    assert len(parts) == 5
+    for part in parts[0], parts[3]:
+        opened = open_checkpoint(part)
+        assert same(opened, weights()) and opened.files == parts
+    start = parts[2].read_bytes()
+    parts[2].write_bytes(start[:-40])
+    refused(parts[0], parts[2].name, "does not fit")
+    parts[2].write_bytes(parts[1].read_bytes())
+    refused(parts[0], parts[2].name, "it is not part 3 of 5")
+    parts[2].unlink()
+    refused(parts[0], "part 1 of 5 of a split GGUF, and m-00003-of-00005.gguf is missing")
+    refused(parts[1].rename(tmp_path / "x.gguf"), "one of 5 parts", "need their names")
+
+
+@pytest.mark.parametrize("family", ["folder", "phi-3"])
+def test_the_file_with_a_bad_weight_is_named(tmp_path, family):
+    if family == "folder":
+        folder = write_folder(tmp_path / "m")
+        tensors = load_file(folder / "model.safetensors")
+        bad = "model.layers.1.mlp.up_proj.weight"
+        tensors[bad][0, 0] = float("nan")
+        save_file({bad: tensors.pop(bad)}, folder / "b.safetensors")
+        save_file(tensors, folder / "a.safetensors")
+        (folder / "model.safetensors").unlink()
+        places = dict.fromkeys(tensors, "a.safetensors") | {bad: "b.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        refused(folder, "b.safetensors cannot be read", bad)
+    else:
+        theirs, _ = pair("phi-3")
+        theirs.model.layers[0].mlp.gate_up_proj.weight.data[-1, 0] = float("inf")
+        refused(convert_to_gguf(theirs, tmp_path / "p.gguf", "phi3", False), "p.gguf", "up_proj")
+
+
+# ---- files that are something else than they look ----------------------------------------------
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+ADAPTER = json.dumps({"base_model_name_or_path": "org/base"}).encode()
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"model.safetensors": LFS}, "model.safetensors is a Git LFS pointer"),
+    ({"tokenizer.json": LFS}, "tokenizer.json is a Git LFS pointer"),
+    ({"config.json": LFS}, "config.json is a Git LFS pointer"),
+    ({"config.json": b"<!DOCTYPE html><html>"}, "config.json is a web page"),
+    ({"model.safetensors": b"GGUF" + bytes(40)}, "it is a GGUF file"),
+    ({"config.json": None, "x-Q4.GGUF": b""}, "config.json is missing; the folder holds x-Q4.GGUF"),
+    ({"config.json": None, "consolidated.safetensors": b""}, "makers' own program"),
+    ({"config.json": None, "adapter_config.json": ADAPTER}, "a LoRA adapter of org/base; merge"),
+    ({"model.safetensors": None, "adapter_config.json": ADAPTER}, "a LoRA adapter of org/base"),
+    ({"model.safetensors": None, "pytorch_model.BIN": b""}, "pytorch_model.BIN is a pickle"),
+    ({"model.safetensors": None, "consolidated.00.pth": b""}, "makers' own"),
+    ({"model.safetensors": None, "m.gguf": b""}, "m.gguf; give that"),
+    ({"model.safetensors": None, "model-00001-of-00002.safetensors": b""}, "says what is in"),
+    ({"model.safetensors": None}, "holds no model.safetensors and no model.safetensors.index")])
+def test_folders_that_hold_something_else(tmp_path, files, words):
+    folder = write_folder(tmp_path / "m")
+    for name, content in files.items():
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    refused(folder, words)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"quant_method": "awq", "bits": 4}, "awq quantized the weights"),
+    ({"quant_method": "gptq"}, "gptq quantized"), ({"quant_method": "fp8"}, "fp8 quantized"),
+    ({"load_in_4bit": True}, "bitsandbytes quantized"), ({"bits": 2}, "an unknown method"),
+    ("model.layers.0.mlp.up_proj.qweight", "AWQ or GPTQ quantized"),
+    ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes quantized"),
+    ("model.layers.0.mlp.up_proj.weight_scale_inv", "fp8 quantized"), ("fp8", "fp8 quantized")])
+def test_weights_that_others_quantized(tmp_path, settings, words):
+    if isinstance(settings, dict):
+        folder = write_folder(tmp_path / "m", CONFIG | {"quantization_config": settings})
+    elif settings == "fp8":
+        name = "model.layers.0.mlp.up_proj.weight"
+        folder = write_folder(tmp_path / "m", tensors=weights() | {
+            name: weights()[name].to(torch.float8_e4m3fn)})
+    else:
+        folder = write_folder(tmp_path / "m", tensors=weights() | {settings: torch.ones(1)})
+    refused(folder, words, "use the original checkpoint")
+
+
+def test_the_first_bytes_tell_what_a_file_is(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf")
+    for name in "M.GGUF", "blob", "m.gguf.txt":
+        assert same(open_checkpoint(file.rename(tmp_path / name)), weights())
+        file = tmp_path / name
+    for name, content, words in (
+            ("x", b"PK\3\4", "is a pickle"), ("x.BIN", b"", "is a pickle"), ("x.gguf", LFS, "LFS"),
+            ("x.safetensors", b"\x10", "holds weights alone; give the folder"),
+            ("y.gguf", b"abcd", "its first four bytes are not GGUF"),
+            ("z.gguf", b"<html>", "is a web page"), ("x.txt", b"x", "neither")):
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, name, words)
+    with pytest.raises(CheckpointError, match="Git LFS"):
+        read_parts(tmp_path / "x.gguf")
