@@ -83,6 +83,41 @@ def test_bandwidth_is_plausible():
     assert 1e8 < benchmark.read_bandwidth(torch.device("cpu")) < 1e13
 
 
+def clock(monkeypatch, *seconds):
+    """Let benchmark.py's clock show these numbers."""
+    times = types.SimpleNamespace(perf_counter=iter(seconds).__next__)
+    monkeypatch.setattr(benchmark, "time", times)
+
+
+def test_the_best_time_gives_the_bandwidth(monkeypatch):
+    monkeypatch.setattr(torch, "ones", lambda n, real=torch.ones: real(n >> 20))
+    clock(monkeypatch, *itertools.accumulate([0, 4, 0, 2, 0, 3, *[0, 4] * 7]))
+    assert benchmark.read_bandwidth(torch.device("cpu")) == 512 / 2
+
+
+def test_the_speed_of_transformers_leaves_prefill_out(monkeypatch):
+    """Medians of three, of which 2 s are the prompt's and 0.5 s each later token's."""
+    asked = []
+
+    def generate(prompt, max_new_tokens, **_):
+        asked.append((prompt.shape[1], max_new_tokens))
+        return prompt
+
+    monkeypatch.setattr(benchmark, "to_transformers", lambda model: types.SimpleNamespace(
+        generate=generate))
+    clock(monkeypatch, *itertools.accumulate(
+        seconds for run in (99, 99, 7, 50, 6.5, 2, 1, 9) for seconds in (0, run)))
+    model = types.SimpleNamespace(device=torch.device("cpu"))
+    assert benchmark.transformers_speed(model, 30, 11) == 10 / (7 - 2)
+    assert asked == [(25, 11)] * 5 + [(25, 1)] * 3
+
+
+def test_the_first_token_is_timed_without_the_weights(run, measured, monkeypatch):
+    monkeypatch.setattr(benchmark, "process_seconds", iter([1, 5, 9]).__next__)
+    code, out, err = run("--config", "tiny", "--sparsity", "0")
+    assert code == 0 and "first token 5.0 s after the process started" in out, err
+
+
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["own head", "tied"])
 def test_bytes_and_sparsity_are_counted(config):
     model = benchmark.random_model(config, torch.bfloat16, "cpu", None)
@@ -106,9 +141,8 @@ def test_the_median_of_the_runs_is_told(monkeypatch):
     """Neither the fastest nor the mean; the first, which warms up, does not count."""
     model = benchmark.random_model(TINY, torch.bfloat16, "cpu", None)
     decoder = CpuDecoder(model, KVCache(TINY, 64, torch.bfloat16), lambda x: x.argmax()[None])
-    clock = itertools.accumulate(  # of the first run, the start; of others, the end, too
-        [100, *(seconds for run in (5, 1, 2, 8, 4) for seconds in (0, run))])
-    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    clock(monkeypatch, *itertools.accumulate(  # of the first run, only the start
+        [100, *(seconds for run in (5, 1, 2, 8, 4) for seconds in (0, run))]))
     (speed, *_), = benchmark.decode_speeds(
         decoder, [torch.full((2, 7), -1.0)], torch.arange(5), context=30, n_tokens=10, runs=5)
     assert speed == 10 / 4

@@ -26,7 +26,7 @@ from calibrations.thresholds import find
 from checkpoint import memory
 from checkpoint.tensors import weight_bytes
 from cli.command_line import run_script
-from cli.report import report, summary
+from cli.report import report, summary, warn_of_broken_text
 from model import Config, Model
 from session import Session
 from test_session import PROMPTS, ask
@@ -478,6 +478,26 @@ def test_numbers_of_a_run(smollm):
     session.stats.prefill_seconds = 100.0
     list(session.generate([4, 5], 1))
     assert 100 < session.stats.prefill_seconds < 200 and session.stats.prompt_tokens == 5
+
+
+def test_numbers_are_those_of_the_answer(tiny):
+    """Not of what the session read before with other thresholds."""
+    session = Session(checkpoint.load(tiny)[0])
+    list(session.generate([1, 2], 4))
+    before = session.measured()
+    session.set_thresholds(torch.full((2, 7), math.inf))
+    list(session.generate([3], 4))
+    numbers = report(session, session.measured() - before, 0.5, None)
+    assert numbers["realised_sparsity"] == 1 and numbers["ranks"] == 1
+    assert numbers["bytes_per_token"] < numbers["block_bytes"]
+
+
+def test_which_models_break_at_high_sparsity(capsys):
+    for n, sparsity, warned in (2.9e9, 0.71, True), (2.9e9, 0.7, False), (3.1e9, 0.9, False):
+        matrix = mock.Mock(**{"w_t.numel.return_value": n / 2})
+        model = mock.Mock(lm_head=matrix, **{"linears.return_value": [matrix]})
+        warn_of_broken_text(model, sparsity)
+        assert ("warning" in capsys.readouterr().err) == warned
 
 
 def test_the_defaults_are_those_of_the_help():

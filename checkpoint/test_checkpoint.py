@@ -1,5 +1,6 @@
 """Tests of the package checkpoint: what goes in comes out, and what is bad is refused."""
 
+import fnmatch
 import hashlib
 import json
 import math
@@ -484,6 +485,34 @@ def test_hub_cache_offline(tmp_path, monkeypatch):
     refused("someone/other", "cannot download someone/other")
 
 
+def test_what_is_downloaded_from_the_hub(tmp_path, monkeypatch):
+    """All that `open_folder` reads, and no code, no pickles, no second copy of the weights."""
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns, **_: (
+        asked.append((repo, allow_patterns)) or write_folder(tmp_path / "m")))
+    assert open_checkpoint("some/one").folder == tmp_path / "m"
+    (repo, patterns), = asked
+    for name, wanted in {
+            **dict.fromkeys(("config.json", "generation_config.json", "tokenizer.json",
+                             "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
+                             "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+                            True),
+            **dict.fromkeys(("pytorch_model.bin", "modeling.py", "consolidated.safetensors",
+                             "original/params.json"), False)}.items():
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns) == wanted, name
+    assert repo == "some/one"
+
+
+def test_ids_within_the_vocabulary():
+    tokenizer = spm_tokenizer()
+    *_, last = Tokenizer(tokenizer, 320, {}, [], None).encode("the")
+    assert Tokenizer(tokenizer, last + 1, {}, [], None).encode("the") == [1, last]
+    with pytest.raises(TokenizerError, match=f"gives token {last}, but the model's vocabulary"):
+        Tokenizer(tokenizer, last, {}, [], None).encode("the")
+    assert [Tokenizer(tokenizer, n, {}, [], None).bos_id for n in (1, 2)] == [None, 1]
+
+
 def test_end_of_turn_and_special_tokens(tmp_path):
     tokenizer = spm_tokenizer()
     tokenizer.enable_truncation(2)
@@ -887,7 +916,7 @@ def test_thinking_switch():
 @pytest.mark.parametrize("template", [
     "{% for i in range(10**9) %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 'x' * 10**10 }}", "{{ 'x' | center(10**10) }}",
+    "{{ 'x' * 10**10 }}", "{{ 'x' | center(10**10) }}", "{% set x = 'x' * (6 * 10**8) %}short",
     "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
     "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no\\n\\x1b[31m') }}", "{% if %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])

@@ -35,7 +35,7 @@ class Progress:
         self.done += amount
         self.bar.update(amount)
         now = time.monotonic()
-        left = (now - self.start) / self.done * max(0, self.total - self.done)
+        left = (now - self.start) / self.done * (self.total - self.done)
         if first and left >= EVERY:
             self.told = now
             self.say(f"takes about {left:.0f} s")

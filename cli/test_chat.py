@@ -212,7 +212,7 @@ def conversation(context=64, thresholds=lambda sparsity: None, respond=None, **o
 
     options = {"sparsity": 0, "system": None, "answer_room": 8} | options
     chat = Chat(session, Letters(), respond or answer, thresholds,
-                lambda stats, sparsity: f"{stats.new_tokens} new", **options)
+                lambda stats, sparsity: f"{stats.new_tokens} new at {sparsity:g}", **options)
     return chat, prompts
 
 
@@ -313,7 +313,8 @@ def test_an_answer_stopped_before_its_first_word_is_no_turn(capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("/ foo", True), ("/", True), ("/usr/bin is what?", True), ("/stats", False), ("/foo", False)])
+    ("/ foo", True), ("/", True), ("/usr/bin is what?", True), ("/system a\nb", False),
+    ("/stats", False), ("/foo", False)])
 def test_what_is_a_command(line, message, monkeypatch):
     chat, prompts = conversation()
     monkeypatch.setattr("cli.chat.read_line", lambda: None)
@@ -362,4 +363,4 @@ def test_numbers_of_each_setting(capsys):
     assert {sparsity: stats.new_tokens for sparsity, stats in chat.used.items()} == {0: 4, 0.3: 8}
     chat.command("stats", "")
     assert capsys.readouterr().err.splitlines()[-3:] == [
-        "last answer: 4 new", "all at 0: 4 new", "all at 0.3: 8 new"]
+        "last answer: 4 new at 0.3", "all at 0: 4 new at 0", "all at 0.3: 8 new at 0.3"]

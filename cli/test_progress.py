@@ -48,6 +48,14 @@ def test_short_work_is_silent(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_done_is_not_announced(clock, capsys):
+    with Progress("waiting", 61) as bar:
+        for _ in range(61):
+            clock.now += 1
+            bar.update(1)
+    assert capsys.readouterr().err.splitlines()[1:] == ["waiting: 51%, about 30 s left"]
+
+
 def test_ctrl_c(clock, capsys):
     with pytest.raises(KeyboardInterrupt), Progress("waiting", 4) as bar:
         bar.update(1)
