@@ -1,10 +1,19 @@
 """The thresholds of one model: a table by layer, projection and sparsity, its file, and where to
 look for it.
 
-`calibrate.py` makes such a table from text; decoding needs only this file. A calibration is a
-small safetensors file: thresholds and the sparsities that they reach, float32 [n_layers, 7, 96],
-for every layer, every projection and the sparsities 0, 0.01, ... 0.95. The file may be anybody's,
-so loading checks everything in it.
+`calibrate.py` makes such a table from text; decoding needs only its file, in the safetensors format.
+The tensors `thresholds` and `sparsities` (the share that each threshold drops) are float32
+[n_layers, 7, 96]: layer; q, k, v, o, gate, up, down; the sparsities of `sparsity_grid`, float32
+[96], 0 to 0.95 in steps of 0.01. The metadata are strings: `format` ("1"), `fingerprint` (the
+model's sizes, JSON), `weights` (16 hex digits that identify the model's weights), `allocation`,
+`tokens`, `window` and `source`. A file may come from anyone, so loading checks everything in it.
+To read one without this module:
+
+    from safetensors import safe_open
+
+    with safe_open("calibrations/llama-2-13b.greedy.safetensors", "pt") as file:
+        metadata, thresholds = file.metadata(), file.get_tensor("thresholds")
+    q_at_half = thresholds[:, 0, 50]    # q's threshold in every layer, at 50%
 """
 
 import json

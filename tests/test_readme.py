@@ -1,5 +1,5 @@
 """Every command and example of README.md works, on the default model and shortened where it is
-long."""
+long; so does the example of calibrations/thresholds.py."""
 
 import os
 import re
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import calibrations.thresholds
 
 HERE = Path(__file__).resolve().parents[1]
 # Lines of code are indented by four; a line that does not start a command or an example is left
@@ -28,6 +30,8 @@ COMMANDS = sorted(
 )
 PYTHON = "\n".join(line for line in CODE if not line.startswith(("python ", "pip ")))
 EXAMPLES = [block for block in re.split(r"\n{3,}", PYTHON) if "import" in block]
+DOCUMENTED = re.findall(r"(?m)^    (.*)", calibrations.thresholds.__doc__)
+EXAMPLES.append("\n".join(DOCUMENTED))
 CHAINED, ON_A_GPU = r"/tmp/.*\.safetensors|smollm2-int8", r"benchmark\.py --(config|kernels)"
 
 
