@@ -1,7 +1,7 @@
 """The thresholds of one model: a table by layer, projection and sparsity, its file, and where to
 look for it.
 
-`calibrate.py` makes such a table from text; decoding needs only its file, in the safetensors format.
+`calibrate.py` makes such a table from text; decoding needs only its file, in safetensors format.
 The tensors `thresholds` and `sparsities` (the share that each threshold drops) are float32
 [n_layers, 7, 96]: layer; q, k, v, o, gate, up, down; the sparsities of `sparsity_grid`, float32
 [96], 0 to 0.95 in steps of 0.01. The metadata are strings: `format` ("1"), `fingerprint` (the
