@@ -53,6 +53,12 @@ def seed():
 
 
 @pytest.fixture
+def any_head(monkeypatch):
+    """Bounds of LM heads of any size."""
+    monkeypatch.setattr("lm_head.LEAST_WEIGHTS", 0)
+
+
+@pytest.fixture
 def poisoned(monkeypatch):
     """Before each call of a kernel, all that its programs hand over is NaN or out of range: what
     one of them reads must have been written in this call."""
@@ -102,7 +108,7 @@ def error(y, expected):
 
 
 @pytest.fixture
-def guard(monkeypatch):
+def guard(monkeypatch, any_head):
     """Kernels that only note (name, address of the tensor whose device was made the current one);
     everything lies on a CPU and takes the GPU's way."""
     held, notes, kernels = [], [], []

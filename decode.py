@@ -30,7 +30,8 @@ class CpuDecoder:
     """Runs decode steps of a model on a CPU over a KV cache: in C, or slowly in PyTorch.
 
     choose:     a function of logits [V] that returns a token id, int64 [1]
-    the others: see `GpuDecoder`; they mean nothing here
+    generators, graph: see `GpuDecoder`; they mean nothing here
+    head:       which logits `choose` needs: see `CStep`; the default is all
 
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
     """
@@ -39,9 +40,10 @@ class CpuDecoder:
         self.model, self.cache, self.choose, self.bounds = model, cache, choose, None
         self.thresholds = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
         self.kept, self.rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
-        self.n_steps = 0
+        self.n_steps = self.likely_rows = 0
         try:
-            self.logits = CStep(model, cache, self.thresholds, self.rows, cache_folder())
+            self.logits = CStep(model, cache, self.thresholds, self.rows, cache_folder(), **head)
+            self.bounds = self.logits.bounds
         except NoCompiler as error:
             self.logits = self.plain_logits
             warn_once(f"decoding on this CPU is slow: {error}")
@@ -61,6 +63,8 @@ class CpuDecoder:
         self.token = self.choose(self.logits(max(0, self.token.item()), self.position))
         self.position += 1
         self.kept += self.rows
+        if self.bounds is not None:
+            self.likely_rows += self.logits.head_rows.sum().item()
         self.n_steps += 1
 
     def plain_logits(self, token, position):
@@ -76,8 +80,9 @@ class CpuDecoder:
         return masked(x, linear, self.thresholds[at])
 
     def head_rows(self):
-        """Rows of the LM head read so far: all."""
-        return self.n_steps * self.model.config.vocab_size
+        """Rows of the LM head read so far, but for its certificate."""
+        every_row = self.n_steps * self.model.config.vocab_size
+        return every_row if self.bounds is None else self.likely_rows
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose."""

@@ -81,10 +81,14 @@ def generate_tokens(model, ids, max_new_tokens, **options):
 
 
 def open_session(model, thresholds=None, *, context, **options):
-    """A `Session` with these arguments. Raises ValueError if its KV cache does not fit."""
+    """A `Session` with these arguments. Raises ValueError if its KV cache does not fit. Where the
+    certificate of the LM head does not fit as well, all of the head is read."""
     advice = "" if model.dtype.itemsize == 2 else " or --dtype bfloat16"
     require_memory(context * cache_bytes(model.config, model.dtype), model.device,
                    f"a context of {context} tokens", f"try a shorter one with --context{advice}")
+    certificate = model.config.vocab_size * (model.config.hidden_size + 12)
+    if context * cache_bytes(model.config, model.dtype) + certificate > free_memory(model.device):
+        options["head"] = "whole"
     return Session(model, thresholds, context=context, **options)
 
 

@@ -20,7 +20,7 @@ before they are compared. Rounding keeps order, so a row that is left out is sma
 largest after rounding, too, and cannot tie with it. NaN, infinities and logits near the end of
 the dtype's range prove nothing: then all rows are read.
 
-This file needs torch alone. gpu/head.py computes `bounds` and `likely_rows` in two kernels.
+gpu/head.py and cpu/step.c compute `bounds` and `likely_rows` fast. This file needs torch alone.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ import torch
 LARGEST_V = 32512  # 127 * 256: high and low byte of an integer up to this are from -128 to 127
 LARGEST_K = 16384
 MOST_TOKENS = 128  # to choose among; for more of them, too many rows would remain
+LEAST_WEIGHTS = 1 << 20  # of a head for which all this pays
 PIECE = 1 << 22  # weights rounded at a time
 
 
@@ -105,9 +106,18 @@ def likely_rows(lower, upper, top, dtype):
     return upper >= lower.topk(top).values[-1]
 
 
-def can_certify(v, k, top):
-    """Whether bounds can tell the `top` largest of V logits, for rows of K weights, and pay."""
-    return k % 4 == 0 and k <= LARGEST_K and 0 < top <= min(MOST_TOKENS, v)
+def certificate_for(linear, top):
+    """The Certificate of an LM head in floats, made once, to find the `top` largest of its logits.
+
+    None where bounds do not help: too many logits matter, or all (0), or the head is small.
+    """
+    v, k = linear.ends[-1], linear.in_features
+    fits = linear.scale is None and k % 4 == 0 and k <= LARGEST_K and v * k >= LEAST_WEIGHTS
+    if not (fits and 0 < top <= min(MOST_TOKENS, v)):
+        return None
+    if linear.certificate is None:
+        linear.certificate = certify(linear.w_t.T)
+    return linear.certificate
 
 
 def logits_needed(temperature, top_k, penalty):

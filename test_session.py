@@ -121,7 +121,7 @@ def test_realised_sparsity(smollm):
 def test_dense_reads_everything(smollm):
     (model, tokenizer), config = smollm, smollm[0].config
     ids = ask(tokenizer, PROMPTS[1])
-    session = Session(model)
+    session = Session(model, head="whole")
     tokens = list(session.generate(ids, 5))
     assert session.sparsity() == 0
     assert list(Session(model, find(model).thresholds(0)).generate(ids, 5)) == tokens
@@ -329,6 +329,26 @@ def test_bytes_read_stop_at_the_sliding_window():
     assert session.bytes_per_token() == weights + sum(seen) / 10 * token
     half = dataclasses.replace(model.config, full_layers=(1,))  # of the two layers
     assert [session_module.seen(half, n) for n in (10, 20, 30)] == [10, 20, 25]
+
+
+@pytest.mark.parametrize("sampling", [
+    {}, {"repetition_penalty": 1.2}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}])
+def test_the_whole_lm_head_says_the_same(sampling, any_head):
+    """Fewer rows of it are read, and counted."""
+    config = Config(3000, 64, 96, 2, 4, 2, 16, context=160)
+    model, texts, sessions = random_model(config), [], []
+    for head in ("auto", "whole"):
+        session = Session(model, head=head, **sampling)
+        texts.append(list(session.generate([5, 6, 7], 40)))
+        sessions.append(session)
+    auto, whole = (session.measured() for session in sessions)
+    assert texts[0] == texts[1]
+    assert whole.head_rows == 3000 * whole.decoder_steps > 4 * auto.head_rows > 0
+    rows = auto.head_rows / auto.decoder_steps
+    saved = (3000 - rows) * 64 * 4 - model.lm_head.certificate.nbytes
+    assert sessions[1].bytes_per_token() - sessions[0].bytes_per_token() == saved > 0
+    with pytest.raises(ValueError, match="head is 'half'"):
+        Session(model, head="half")
 
 
 def held(thing, found=None):

@@ -33,6 +33,7 @@ enum {
     IDLE_NS = 1000000,  // how long a worker waits awake for the next token
     REST = 32,          // tokens for which a crowded team stays halved at first
     MOST_REST = 1024,
+    GROUP = 64,         // rows of the LM head that share a lower bound
 };
 
 // ---- what Python fills in ---------------------------------------------------------------------
@@ -62,6 +63,23 @@ typedef struct {
     const float *frequency, *factor;  // [head_dim / 2]
 } Rope;
 
+// What proves that rows of the LM head cannot hold the largest logits. The formulas and the proof
+// are those of lm_head.py.
+typedef struct {
+    const int8_t *q;          // [vocab, hidden], the rows rounded; NULL to read the whole head
+    const float *scale, *error, *norm;  // [vocab] each: s, |w - s q|, |w|
+    const uint8_t *seen;      // [vocab], whose logits the penalty changes, or NULL
+    float penalty;
+    int32_t top;              // how many of the largest logits matter
+    float fill, limit, largest;  // of lm_head.py
+    // Written by all workers:
+    float *upper;             // [vocab]
+    float *lower;             // [groups], the largest lower bound of each group of rows
+    int64_t *read;            // [n_shares], the rows of the head that each share read
+    // Of every worker:
+    int16_t *v;               // [n_shares, hidden], the hidden state in integers
+} Bounds;
+
 typedef struct Team Team;
 
 typedef struct {
@@ -74,6 +92,7 @@ typedef struct {
     const Layer *layers;
     const Rope *ropes;
     Matrix head;
+    Bounds bounds;            // of the head's logits
     const void *embedding;    // [vocab, hidden]
     const float *norm;        // [hidden], of the last RMSNorm
     void (*reduce)(float *y, int32_t n);  // adds up y over all ranks, or NULL
@@ -514,17 +533,102 @@ static void add_to_stream(const Model *m, const Matrix *a, const float *norm, in
     for (int i = 0; i < m->hidden; i++) x[i] += y[i];
 }
 
-// The share's logits, one row of the head each.
-static void logits(const Model *m, const float *x, int share) {
-    const Matrix *head = &m->head;
-    int64_t row_bytes = (int64_t)head->k * bytes_of(head->dtype);
-    int first = (int64_t)head->n * share / m->n_shares;
-    int end = (int64_t)head->n * (share + 1) / m->n_shares;
-    for (int i = first; i < end; i++) {
-        const char *row = (const char *)head->w + i * row_bytes;
-        for (int64_t j = 0; j < row_bytes; j += 64) __builtin_prefetch(row + HEAD_AHEAD + j, 0, 2);
-        m->logits[i] = dot(x, row, head->k, head->dtype) * (head->scale ? head->scale[i] : 1);
+// ---- the LM head ------------------------------------------------------------------------------
+
+// A hidden state as integers v times t; the norms of h and of h - t v, in units of t.
+typedef struct { const int16_t *v; float t, norm, rest; } Rounded;
+
+static Rounded round_state(const Model *m, const float *h, int worker, float *exact) {
+    int k = m->hidden;
+    int16_t *v = m->bounds.v + (int64_t)worker * k;
+    float most = 0;
+    for (int i = 0; i < k; i++) most = fabsf(h[i]) > most ? fabsf(h[i]) : most;
+    float t = most / m->bounds.largest;
+    for (int i = 0; i < k; i++) exact[i] = h[i] / t;
+    float norm = sqrtf(dot(exact, exact, k, FLOAT32));
+    float grown = norm * (127 * sqrtf(k) / 0x1p30f);  // so that no sum of q v reaches 2^31
+    grown = grown > 1 ? grown : 1;
+    for (int i = 0; i < k; i++) {
+        float z = exact[i] / grown, whole = floorf(z + 0.5f);
+        v[i] = fabsf(whole) <= INT16_MAX ? whole : 0;  // what is not, NaN too, has no finite norm
+        exact[i] = z - whole;
     }
+    float rest = sqrtf(dot(exact, exact, k, FLOAT32));
+    norm /= grown;
+    return (Rounded){v, t * grown, norm, rest + norm * (k * 0x1p-23f + 0x1p-19f)};
+}
+
+static int32_t integer_dot(const int8_t *q, const int16_t *v, int k) {
+    int32_t sum = 0;
+    for (int i = 0; i < k; i++) sum += q[i] * v[i];
+    return sum;
+}
+
+// The share's upper bounds, and the lower bounds of its groups; infinite if a row proves nothing.
+static void bound(const Model *m, Rounded h, int share) {
+    const Bounds *b = &m->bounds;
+    int k = m->hidden, first = first_column(m->vocab, share, m->n_shares);
+    int end = first_column(m->vocab, share + 1, m->n_shares);
+    for (int i = first; i < end; i++) {
+        const int8_t *q = b->q + (int64_t)i * k;
+        for (int j = 0; j < k; j += 64) __builtin_prefetch(q + HEAD_AHEAD + j, 0, 2);
+        float y = integer_dot(q, h.v, k) * (h.t * b->scale[i]);
+        float radius = h.t * (b->error[i] * h.norm + b->norm[i] * h.rest) * (1 + 0x1p-8f) + 1e-28f;
+        float lower = y - radius, upper = y + radius;
+        if (b->seen && b->seen[i]) {
+            lower = lower < 0 ? lower * b->penalty : lower / b->penalty;
+            upper = upper < 0 ? upper * b->penalty : upper / b->penalty;
+        }
+        if (!(lower > -b->limit && upper < b->limit)) lower = INFINITY;  // NaN, too
+        float *group = b->lower + i / GROUP;
+        *group = i % GROUP && *group > lower ? *group : lower;
+        b->upper[i] = upper;
+    }
+}
+
+// What an upper bound must reach: the top-th largest lower bound of a group, or a little less.
+static float least_upper(const Model *m) {
+    const Bounds *b = &m->bounds;
+    int groups = (m->vocab + GROUP - 1) / GROUP;
+    float largest = -INFINITY;
+    for (int g = 0; g < groups; g++) largest = b->lower[g] > largest ? b->lower[g] : largest;
+    if (largest == INFINITY || b->top > groups) return -INFINITY;
+    if (b->top == 1) return largest;
+    // As integers, floats keep their order if those of negative ones are turned around.
+    int32_t reached = INT32_MIN;
+    for (int bit = 31; bit >= 0; bit--) {  // the largest integer that `top` of them reach
+        int32_t more = (int32_t)((uint32_t)reached + (1u << bit));
+        int n = 0;
+        for (int g = 0; g < groups; g++) {
+            int32_t order = bits_of(b->lower[g]);
+            order ^= order >> 31 & INT32_MAX;
+            n += order >= more;
+        }
+        if (n >= b->top) reached = more;
+    }
+    return from_bits(reached ^ (reached >> 31 & INT32_MAX));
+}
+
+// The share's logits, one row of the head each, where the upper bound reaches `least`.
+static void logits(const Model *m, const float *x, float least, int share) {
+    const Matrix *head = &m->head;
+    const Bounds *b = &m->bounds;
+    int64_t row_bytes = (int64_t)head->k * bytes_of(head->dtype), read = 0;
+    int first = first_column(m->vocab, share, m->n_shares);
+    int end = first_column(m->vocab, share + 1, m->n_shares);
+    for (int i = first; i < end; i++) {
+        if (b->q && b->upper[i] < least) {
+            m->logits[i] = b->fill;
+            continue;
+        }
+        const char *row = (const char *)head->w + i * row_bytes;
+        if (least == -INFINITY)  // all rows
+            for (int64_t j = 0; j < row_bytes; j += 64)
+                __builtin_prefetch(row + HEAD_AHEAD + j, 0, 2);
+        m->logits[i] = dot(x, row, head->k, head->dtype) * (head->scale ? head->scale[i] : 1);
+        read++;
+    }
+    if (b->q) b->read[share] = read;
 }
 
 // ---- the forward pass -------------------------------------------------------------------------
@@ -568,7 +672,14 @@ static void decode(const Model *m, int worker) {
         add_to_stream(m, &layer->down, layer->mlp_norm, worker, x, y);
     }
     rms_norm(h, x, m->norm, hidden, m->eps);
-    FOR_SHARES logits(m, h, share);
+    float least = -INFINITY;
+    if (m->bounds.q) {
+        Rounded rounded = round_state(m, h, worker, y);
+        FOR_SHARES bound(m, rounded, share);
+        barrier(team);
+        least = least_upper(m);
+    }
+    FOR_SHARES logits(m, h, least, share);
     barrier(team);
 }
 

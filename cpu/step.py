@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cpu.compiler import load
+from lm_head import LARGEST_V, certificate_for, limits
 from model import SITES, Block
 
 SOURCE = Path(__file__).with_name("step.c")
@@ -35,6 +36,13 @@ class Layer(ctypes.Structure):
                 ("window", c_int32), ("rope", c_int32)]
 
 
+class Bounds(ctypes.Structure):
+    _fields_ = [*((name, c_void_p) for name in ("q", "scale", "error", "norm", "seen")),
+                ("penalty", c_float), ("top", c_int32), ("fill", c_float), ("limit", c_float),
+                ("largest", c_float),
+                *((name, c_void_p) for name in ("upper", "lower", "read", "v"))]
+
+
 class Rope(ctypes.Structure):
     _fields_ = [("frequency", c_void_p), ("factor", c_void_p)]
 
@@ -46,6 +54,7 @@ class CModel(ctypes.Structure):
                     "n_ropes", "largest", "n_shares")),
                 ("eps", c_float), ("growth", c_float), ("growth_at", c_float),
                 ("layers", POINTER(Layer)), ("ropes", POINTER(Rope)), ("head", Matrix),
+                ("bounds", Bounds),
                 ("embedding", c_void_p), ("norm", c_void_p), ("reduce", Reduce),
                 ("sums", c_void_p * 2),
                 *((name, c_void_p) for name in (
@@ -62,16 +71,24 @@ class CStep:
     kept:         int64 [n_layers, 7], to which the rows that were read are added
     folder:       where the compiled library is kept, a Path
     n_shares:     into how many pieces the work is cut, one for each thread
+    top, seen, penalty: which logits matter, see `certificate_for`
+    `bounds` is the Certificate that a step reads instead of the whole LM head, or None; of the head
+    itself, it reads `head_rows` then.
     Raises NoCompiler (cpu/compiler.py) where there is no library.
     """
 
-    def __init__(self, model, cache, thresholds, kept, folder, n_shares=None):
+    def __init__(self, model, cache, thresholds, kept, folder, n_shares=None, *, top=0, seen=None,
+                 penalty=1.0):
         self.library = load(SOURCE, folder)
         self.tensors = [thresholds, kept]  # that C points to: they must live as long as this
         self.thresholds, self.kept = thresholds, kept
         n_shares = min(n_shares or torch.get_num_threads(), MOST_SHARES)
         self.m = self.describe(model, cache, n_shares)
         self.logits = self.allocate(model, cache, n_shares)
+        self.head_rows = torch.zeros(n_shares, dtype=torch.int64)  # of the last step, by share
+        self.bounds = certificate_for(model.lm_head, top)
+        if self.bounds is not None:
+            self.describe_bounds(top, seen if penalty != 1 else None, penalty)
         self.library.start_team(ctypes.byref(self.m))
         weakref.finalize(self, self.library.stop_team, ctypes.byref(self.m))
 
@@ -120,6 +137,16 @@ class CStep:
             places = linear.layer, linear.places
             matrix.thresholds = self.at(self.thresholds[places])
             matrix.kept = self.at(self.kept[places])
+
+    def describe_bounds(self, top, seen, penalty):
+        """The struct of the LM head's bounds."""
+        b, m, (limit, fill) = self.m.bounds, self.m, limits(torch.float32)
+        b.q, b.top, b.limit, b.fill = self.at(self.bounds.q), top, limit, fill
+        b.scale, b.error, b.norm = (self.at(row) for row in self.bounds.rows)
+        b.penalty, b.seen = penalty, None if seen is None else self.at(seen)
+        b.upper, b.lower = (self.at(torch.zeros(m.vocab)) for _ in range(2))
+        b.largest, b.read = LARGEST_V, self.at(self.head_rows)
+        b.v = self.at(torch.zeros(m.n_shares, m.hidden, dtype=torch.int16))
 
     def reduce(self, model):
         """What adds up y over all ranks, as a function for C; NULL where there is one rank."""

@@ -46,7 +46,7 @@ def _broken_kernel(x_ptr, SIZE: tl.constexpr):
 
 
 @pytest.fixture
-def driver(monkeypatch, tmp_path):
+def driver(monkeypatch, tmp_path, any_head):
     """A driver of two Hopper GPUs that loads and launches by noting it. Nothing is compiled yet."""
     thread, notes = threading.local(), types.SimpleNamespace(loaded=[], launched=[])
 
