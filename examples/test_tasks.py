@@ -1,0 +1,78 @@
+"""Tests of tasks.py and many_texts.py: offline, without their packages of problems."""
+
+import pytest
+import torch
+
+from examples.many_texts import read, write
+from examples.tasks import is_right, mcnemar, passes_tests
+from model import Config, KVCache, Model, dense, masked
+
+PROBLEM = {"prompt": "from typing import List\n\ndef f(x: int) -> int:\n    '''Return x + 1.'''\n",
+           "test": "def check(f):\n    assert f(1) == 2\n", "entry_point": "f"}
+RIGHT = "def f(x: int) -> int:\n    return x + 1\n"
+
+
+@pytest.mark.parametrize("answer, passes", [
+    (RIGHT, True),
+    ("def f(x):\n    return x\n", False),
+    ("def f(x) return", False),
+    ("import os\nos._exit(0)\n", False),  # a good exit code before the tests
+    (RIGHT + "bytearray(8 << 30)\n", False),  # more memory than it may have
+    (RIGHT + "print('x' * (2 << 20), flush=True)\n", False),  # larger output than it may write
+    (RIGHT + "import sys\nprint(sys.stdin.read())\n", True)])  # standard input is empty
+def test_programs(answer, passes):
+    assert passes_tests(PROBLEM, answer) == passes
+
+
+def test_a_program_may_not_run_for_ever(monkeypatch):
+    monkeypatch.setattr("examples.tasks.SECONDS", 1)
+    assert not passes_tests(PROBLEM, RIGHT + "import time\ntime.sleep(60)\n")
+
+
+@pytest.mark.parametrize("answer, right", [
+    (r"So \boxed{57}.", True), (r"\boxed{3} or \boxed{57.0}", True), (r"\boxed{\$57}", True),
+    (r"\boxed{57 \text{ pens}}", True), ("57", False), (r"\boxed{}", False),
+    (r"\boxed{58}", False), (r"\boxed{-57}", False)])
+def test_numbers(answer, right):
+    assert is_right(57, answer) == right
+
+
+def test_mcnemar():
+    assert mcnemar("1100", "1100") == (0, 0, 1)
+    assert mcnemar("11111111", "00000000") == (8, 0, 2 / 2**8)
+    assert mcnemar("110", "011") == (1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", [
+    {}, {"qk_norm": "head", "sliding_window": 8}, {"norms_behind": True, "qkv_bias": True}])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_many_texts_are_written_as_each_alone(kind, sparse):
+    config = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4,
+                    n_kv_heads=2, head_dim=8, context=128, **kind)
+    model, generator = Model(config), torch.Generator().manual_seed(0)
+    norms = [x for block in model.blocks for x in vars(block).values() if torch.is_tensor(x)]
+    matrices = [x.w_t for x in [*model.linears(), model.lm_head]] + [model.embedding]
+    for tensor in [*norms, model.norm, *matrices]:
+        tensor.normal_(0.0 if tensor.dim() > 1 else 1.0, 0.3, generator=generator)
+    prompts = [torch.randint(64, (n,), generator=generator).tolist() for n in (3, 12, 7, 5)]
+    table = torch.full((2, 7), 0.1) if sparse else None
+
+    def alone(prompt, n_tokens):
+        cache, new = KVCache(config, 64), []
+        hidden = model.forward(torch.tensor(prompt), cache)
+        while len(new) < n_tokens:
+            new.append(model.logits(hidden[-1:])[0].argmax().item())
+            if new[-1] in (7, 8):
+                return new[:-1]
+            hidden = model.forward(torch.tensor(new[-1:]), cache, lambda x, linear: masked(
+                x, linear, table[linear.layer, linear.places]) if sparse else dense(x, linear))
+        return new
+
+    asked = set()
+    answers, unread = write(model, read(model, prompts, 40), table, 40, {7, 8},
+                            lambda i, ids: asked.add(i))
+    assert answers == [alone(prompt, 40) for prompt in prompts]
+    assert (0.01 < unread < 0.5) if sparse else unread == 0
+    assert asked <= set(range(4))
+    first, _ = write(model, read(model, prompts, 40), table, 40, {7, 8}, lambda i, ids: True)
+    assert all(a == b[:len(a)] for a, b in zip(first, answers))
