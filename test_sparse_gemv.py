@@ -113,6 +113,17 @@ def test_nan_and_infinity(compute):
     assert (compute(x, w_t, 1.0) == float("inf")).all()
 
 
+def test_rows_beyond_2_to_the_31_weights():
+    """Their offsets need 64 bits. Only the rows that are kept touch their 2 GB."""
+    k, n = 2**24, 136
+    x, w_t = torch.zeros(k, device=DEVICE), torch.zeros(k, n, dtype=torch.int8, device=DEVICE)
+    for row, value in (5, 2.0), (k - 1, 3.0):
+        x[row], w_t[row] = value, torch.arange(n) - row % 50
+    expected = sum(x[row] * w_t[row] for row in (5, k - 1))
+    y = product(x, w_t, 0.5, scale=torch.ones(n, device=DEVICE))
+    assert torch.equal(y, expected)
+
+
 def test_same_bits_every_time():
     for dtype in (torch.float32, torch.bfloat16):
         x, w_t, _ = draw(300, 96, dtype)  # K is split here

@@ -77,6 +77,14 @@ def test_what_a_captured_graph_may_read_is_never_freed():
                     assert ast.unparse(decorator) == "functools.lru_cache(maxsize=None)", node.name
 
 
+def test_offsets_have_64_bits_from_2_to_the_31_on():
+    """Of every kernel that reads weights; test_sparse_gemv.py has 2 GB of them for one."""
+    tests = [ast.unparse(node.test) for file in FILES for node in ast.walk(
+        ast.parse(file.read_text())) if isinstance(node, ast.IfExp) and ".to(tl.int64)"
+        in ast.unparse(node.body)]
+    assert len(tests) >= 5 and all(test.endswith(">= 2 ** 31") for test in tests), tests
+
+
 def test_lines_have_at_most_100_columns():
     for file in FILES:
         for i, line in enumerate(file.read_text().splitlines(), 1):
