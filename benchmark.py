@@ -316,8 +316,8 @@ def run(args):
             gpu.print_timeline(decoder)  # of the last sparsity
     if world_size() > 1:
         reduces = reduce_seconds(decoder) * 1e6
-        print(f"{world_size()} ranks, bytes and limit of each; {reduces:.1f} us a layer in "
-              "all-reduces, timed alone")
+        print(f"{world_size()} ranks, bytes and limit of each; {reduces:.1f} us per layer in "
+              "all-reduces, timed by themselves")
         rows = [row | {"ranks": world_size(), "reduce_microseconds": reduces} for row in rows]
     if on_gpu:
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
@@ -358,7 +358,7 @@ def parse_args():
     on_gpu = args.device.startswith("cuda")
     for flag in ("kernels", "timeline"):
         if getattr(args, flag) and not on_gpu:
-            parser.error(f"--{flag} needs a GPU, and {args.device} is no GPU; leave it out")
+            parser.error(f"--{flag} needs a GPU, and {args.device} is not a GPU; leave it out")
     if args.model and args.config:
         parser.error("--model and --config name two models; give one of them")
     for flag in ("model", "compare", "timeline", "dtype", "quantize", "context"):

@@ -1,10 +1,10 @@
 """Which activations may be dropped: thresholds for every layer and projection, as a function of
-the sparsity asked for.
+the requested sparsity.
 
-Where |x[k]| <= t, the input x[k] of a projection is dropped, and row k of its weights is not
-read. The t that drops a share s of the inputs is the s-quantile of |x|. So one pass over some
+If |x[k]| <= t, the input x[k] of a projection is dropped, and row k of its weights is
+skipped. The t that drops a share s of the inputs is the s-quantile of |x|. So one pass over some
 text, counting |x| in histograms, gives t for every s. What is left to choose is the allocation:
-how the projections share out the sparsity asked for. There are three:
+how the projections share the requested sparsity. There are three:
 
     uniform  Every projection gets the same share.
     greedy   Each block raises, step by step, the projection that hurts the block's output least.
@@ -216,7 +216,7 @@ def fisher(model, windows, counts, update=unseen):
     gradient at a projection's input x. Dropping the smallest share s of x changes the loss by the
     sum of -g[k] x[k] over the dropped k. The mean square of that over the tokens, D(s), is a
     quadratic form of the Fisher information: to second order, twice the KL divergence from the
-    dense model if one token alone drops its inputs. `allocate` spends the budget by these curves.
+    dense model if only one token drops its inputs. `allocate` spends the budget by these curves.
     """
     levels = torch.arange(20) / 20  # steps of 0.01 gave noisier curves and a worse perplexity
     edges = quantile(counts, levels.expand(*counts.shape[:2], -1)).to(model.device)  # [L, 7, 20]
@@ -296,7 +296,7 @@ def draw(logits, generator):
     cumulative = logits.softmax(-1).cumsum(-1)
     rank = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, rank)[:, 0]
-    return ids.clamp(max=logits.shape[1] - 1)  # NaN lands behind the last one
+    return ids.clamp(max=logits.shape[1] - 1)  # NaN lands after the last one
 
 
 def allocate(losses, levels, shares):
@@ -359,7 +359,7 @@ def correct(calibration, shares, measure):
     """The calibration with its targets shifted to what they really reach.
 
     Dropping inputs shrinks the activations that follow, so thresholds found on the dense model
-    drop more than asked for. `measure(tables)` gives the share that each projection drops, for
+    drop more than requested. `measure(tables)` gives the share that each projection drops, for
     each of a list of thresholds; `shares` of the bytes weigh them. The table is read where it
     reaches each target.
     """

@@ -1,7 +1,7 @@
 """Decoding one token: a step on a CPU, and a step on a GPU.
 
 Both decoders compute what `model.forward` does with `masked` products, with the same methods,
-each in the way that its device likes. `session.py` puts a text together from such steps.
+each arranged for its device. `session.py` puts a text together from such steps.
 
 Method: Liu et al., "TEAL" (arXiv:2408.14690). The CUDA graph is gpt-fast's idea (PyTorch blog,
 "Accelerating Generative AI with PyTorch II", 2023).
@@ -30,7 +30,7 @@ class CpuDecoder:
     """Runs decode steps of a model on a CPU over a KV cache: in C, or slowly in PyTorch.
 
     choose:     a function of logits [V] that returns a token id, int64 [1]
-    generators, graph: see `GpuDecoder`; they mean nothing here
+    generators, graph: see `GpuDecoder`; they are ignored here
     head:       which logits `choose` needs: see `CStep`; the default is all
 
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
@@ -80,7 +80,7 @@ class CpuDecoder:
         return masked(x, linear, self.thresholds[at])
 
     def head_rows(self):
-        """Rows of the LM head read so far, but for its certificate."""
+        """Rows of the LM head read so far, those of its certificate not counted."""
         every_row = self.n_steps * self.model.config.vocab_size
         return every_row if self.bounds is None else self.likely_rows
 
@@ -106,10 +106,10 @@ class GpuDecoder:
     with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down + residual. A product
     is one kernel if all rows are read or a program has few, else two: gpu/product.py chooses.
     Whatever changes from token to token lives in GPU memory: the token, its position, thresholds,
-    random state. So each of the two kinds of step is captured once, when first asked for. Then the
-    host only asks for replays and fetches tokens.
+    random state. So each of the two kinds of step is captured once, when it is first needed. Then
+    the host only launches replays and fetches tokens.
 
-    choose:     a function from any logits [V] to a token id, int64 [1], by GPU operations alone
+    choose:     a function from any logits [V] to a token id, int64 [1], with GPU operations only
     generators: the torch.Generators that `choose` draws from
     graph:      False launches every kernel from Python: the same result, slow, for debugging
     head:       which logits `choose` needs: see `Head`; the default is all
@@ -131,7 +131,7 @@ class GpuDecoder:
 
         block = model.blocks[0]
         self.x = model.residual_stream(config.hidden_size, dtype=model.dtype, device=device)
-        self.y = buffer(config.hidden_size)  # a block's output, before a norm behind it
+        self.y = buffer(config.hidden_size)  # a block's output, before the norm that follows it
         self.qkv = buffer(block.qkv.ends[-1])
         self.attention = buffer(block.o.in_features)
         self.gate_up = buffer(block.gate_up.ends[-1])
@@ -156,7 +156,7 @@ class GpuDecoder:
         self.position.fill_(position - 1)
 
     def prepare(self):
-        """Capture the present kind of step, unless that is done."""
+        """Capture the current kind of step, unless it already is."""
         if self.graphs is not None and self.sparse not in self.graphs:
             with torch.cuda.device_of(self.x):
                 self.graphs[self.sparse] = self.capture()
@@ -169,7 +169,7 @@ class GpuDecoder:
         product(x, linear.w_t, self.thresholds[at] if self.sparse else None, **options)
 
     def add(self, inputs, block, linear, norm, **fused):
-        """Add a product to the residual stream, behind a norm where the model has it there."""
+        """Add a product to the residual stream, after a norm where the model has it there."""
         if self.model.config.norms_behind:
             self.project(inputs, linear, self.y, **fused)
             self.x += rms_norm(self.y, norm, self.model.config.norm_eps)
@@ -179,7 +179,7 @@ class GpuDecoder:
             block.reduce(self.x)
 
     def step(self):
-        """Read `token`, one position behind `position`, and put the next one in its place."""
+        """Read `token`, one position after `position`, and put the next one in its place."""
         model, cache, config = self.model, self.cache, self.model.config
         x, eps = self.x, config.norm_eps
         embed(model, self.token, self.position, x)  # and one position on
@@ -202,7 +202,7 @@ class GpuDecoder:
         self.token.copy_(self.choose(self.head(x, self.logits)))
 
     def capture(self):
-        """Compile the kernels and capture one step. Whatever the trial step changes is put back."""
+        """Compile the kernels and capture one step. What the trial step changes is restored."""
         states = [(generator, generator.get_state()) for generator in self.generators]
         changed = [(t, t.clone()) for t in (
             self.token, self.position, self.kept, self.head.rows_read)]
@@ -236,7 +236,7 @@ class GpuDecoder:
             self.graphs[self.sparse].replay()
 
     def head_rows(self):
-        """Rows of the LM head read so far, but for its certificate."""
+        """Rows of the LM head read so far, those of its certificate not counted."""
         if self.bounds is None:
             return self.n_steps * self.model.config.vocab_size
         return self.head.rows_read.item()

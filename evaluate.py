@@ -5,7 +5,7 @@ takes the place of each window's first token, as in llama.cpp's perplexity. As i
 half of each window is a dense prefill, and the second half is read through the thresholds. The next
 tokens of the second half are scored (TEAL: Liu et al. 2024, arXiv:2408.14690, section 5.1). That
 half goes through the model at once, with the input of every projection masked. This computes the
-same as decoding it token by token, for the mask of a token depends on that token alone. Beside the
+same as decoding token by token, because a token's mask depends only on that token. Next to the
 perplexity stand the sparsity that the masks really reach, the mean KL divergence of the sparse
 predictions from the dense ones, and how often both predict the same token.
 
@@ -218,7 +218,7 @@ def parse_args():
     add("--sparsity", type=number(float, 0, 0.95), nargs="+", metavar="S",
         default=[0, 0.25, 0.4, 0.5, 0.6], help="0 to 0.95; 0 is dense (default: %(default)s)")
     add("--calibration", metavar="FILE", nargs="+", default=[],
-        help="files of calibrate.py, one an allocation (default: those at hand for this model)")
+        help="files of calibrate.py, one per allocation (default: those at hand for this model)")
     add("--allocation", nargs="+", choices=ALLOCATIONS,
         help="which of them to score (default: all that are at hand)")
     add("--all-sparse", action="store_true", help="make the first half of each window sparse too")

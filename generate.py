@@ -18,8 +18,8 @@ import shlex
 import sys
 from numbers import Integral
 
-# Before PyTorch starts OpenMP: threads that spin for long while they wait for each other, the
-# default, make decoding several times slower on a busy machine.
+# Before PyTorch starts OpenMP: threads that spin for long while they wait for each other, as
+# they do by default, make decoding several times slower on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
@@ -43,7 +43,7 @@ from cli.report import (
 from session import Session, SparsityWatch, cache_bytes, require, token_ids
 from tensor_parallel import from_first, rank, refuse
 
-# Of a model whose checkpoint recommends nothing.
+# Defaults where a checkpoint recommends nothing.
 SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.0,
             "repetition_penalty": 1.0}
 
@@ -52,16 +52,16 @@ SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.0,
 
 def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, calibration=None,
              stop=(), **options):
-    """A generator of the text that continues `prompt`, in pieces of about a word.
+    """Yield the text that continues `prompt`, in pieces of about a word.
 
     prompt:      text, which the pieces continue, or ids such as those of `tokenizer.chat`, which
                  they answer
-    sparsity:    share of the blocks' weights that decoding leaves unread, 0 to 0.95
-    calibration: a file of thresholds; None takes this model's, and makes them if need be
+    sparsity:    share of the blocks' weights that decoding skips, 0 to 0.95
+    calibration: a file of thresholds; None uses this model's, and calibrates it if need be
     stop:        texts that end the answer, and are not part of it
     options:     temperature and others, see `Session`
 
-    Raises ValueError, its message one sentence.
+    Raises ValueError with a message of one sentence.
     """
     continued = tokenizer.encode(prompt) if isinstance(prompt, str) else ()
     ids = prompt if continued == () else continued
@@ -72,7 +72,7 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
 
 
 def generate_tokens(model, ids, max_new_tokens, **options):
-    """A generator of the ids that continue `ids`, a list; options as of `Session`."""
+    """Yield the ids that continue `ids`, a list; options as for `Session`."""
     require("max_new_tokens", max_new_tokens, 0, math.inf, Integral)
     ids = token_ids(ids, model.config.vocab_size)
     context = max(1, min(model.config.context, len(ids) + max_new_tokens))
@@ -96,7 +96,7 @@ def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
     """Thresholds [n_layers, 7] for a sparsity, None for dense.
 
     They are those of the calibration file `path`, or of the best calibration there is (see
-    calibrations/thresholds.py). A model without one is calibrated. `name` is what --model says.
+    calibrations/thresholds.py). A model without one is calibrated. `name` is the value of --model.
     """
     require("sparsity", sparsity, 0, 0.95)
     if sparsity == 0:
@@ -133,19 +133,19 @@ def parse_args():
     add("--threads", type=number(int, 1, 4096), metavar="N",
         help="on a CPU, how many cores to use (default: all)")
     add("--context", type=number(int, 1, many), metavar="N",
-        help="longest text, prompt and answers, that memory is set aside for (default: the "
+        help="longest text, prompt and answers, to reserve memory for (default: the "
              "model's longest that fits)")
     add = parser.add_argument_group("sparsity").add_argument
     add("--sparsity", type=number(float, 0, 0.95), default=0.0, metavar="S",
-        help="share of the blocks' weights that decoding leaves unread, 0 to 0.95 "
+        help="share of the blocks' weights that decoding skips, 0 to 0.95 "
              "(default: %(default)s)")
     add("--calibration", metavar="FILE",
         help="thresholds from calibrate.py (default: those of this model, made if need be)")
     add = parser.add_argument_group("text").add_argument
-    add("--prompt", metavar="TEXT", help="what to answer; - reads it from standard input")
+    add("--prompt", metavar="TEXT", help="text to answer; - reads it from standard input")
     add("--chat", action="store_true",
         help="hold a conversation: answer every line of standard input; /help lists commands")
-    add("--system", type=nonempty, metavar="TEXT", help="how the model should behave")
+    add("--system", type=nonempty, metavar="TEXT", help="the system prompt: how to behave")
     add("--thinking", action=argparse.BooleanOptionalAction,
         help="whether a model such as Qwen3 thinks before it answers (default: the chat "
              "template's choice)")
@@ -169,8 +169,8 @@ def parse_args():
     add("--repetition-penalty", type=number(float, 0.01, 100), metavar="R",
         help="above 1, make tokens of the text so far less likely (default: 1.0)")
     add("--head", choices=("auto", "whole"), default="auto",
-        help="auto leaves rows of the LM head unread that cannot hold the likeliest tokens; whole "
-             "reads all of them, for the same text (default: %(default)s)")
+        help="auto skips rows of the LM head that cannot hold the likeliest tokens; whole "
+             "reads all rows and gives the same text (default: %(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
         help="same seed, same text (default: a new one, which the summary names)")
     add = parser.add_argument_group("output").add_argument

@@ -1,7 +1,7 @@
 """Which rows of the LM head can hold the likeliest tokens: a proof that reads half of its bytes.
 
 The LM head is the largest matrix of a step, and dense. But only its few largest logits matter.
-Each row w of W [V, K] is also stored as integers q with a scale s, as in int8.py. The hidden state
+Each row w of W [V, K] is also stored as integers q with a scale s (quantize.py). The hidden state
 h becomes integers v of 16 bits with a scale t. By Cauchy and Schwarz, in exact arithmetic,
 
     |w . h - s t (q . v)|  <=  |w - s q| |h| + |s q| |h - t v|      (|x|: the Euclidean norm)
@@ -20,7 +20,7 @@ before they are compared. Rounding keeps order, so a row that is left out is sma
 largest after rounding, too, and cannot tie with it. NaN, infinities and logits near the end of
 the dtype's range prove nothing: then all rows are read.
 
-gpu/head.py and cpu/step.c compute `bounds` and `likely_rows` fast. This file needs torch alone.
+gpu/head.py and cpu/step.c compute `bounds` and `likely_rows` fast. This file needs only torch.
 """
 
 from dataclasses import dataclass

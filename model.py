@@ -11,7 +11,7 @@ attention sees.
 
 Sources: Touvron et al., "Llama 2" (arXiv:2307.09288, section 2.2); Su et al., "RoFormer" (RoPE,
 arXiv:2104.09864); Ainslie et al., "GQA" (arXiv:2305.13245); Shazeer, "GLU Variants"
-(arXiv:2002.05202); Liu et al., "TEAL" (arXiv:2408.14690). This file needs torch alone.
+(arXiv:2002.05202); Liu et al., "TEAL" (arXiv:2408.14690). This file needs only torch.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Config:
     norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
     rope_divisors: tuple = ()  # of RoPE's rotations, one a channel pair, for long texts; () is 1
-    rope_factor: float = 1.0  # multiplies what RoPE turned, so scores by its square (YaRN, Granite)
+    rope_factor: float = 1.0  # multiplies what RoPE rotated: scores by its square (YaRN, Granite)
     context: int = 2048  # longest text, in tokens
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     full_layers: tuple = ()  # layers that see all tokens, when others have the window
@@ -76,16 +76,16 @@ class Linear:
     """The projections of one site in one matrix: y = x @ w_t + bias, their outputs side by side.
 
     A weight [N, K] is stored transposed, as w_t [K, N]: input channel k owns row k, contiguous in
-    memory. Where x[k] is dropped, one whole row need not be read.
+    memory. If x[k] is dropped, its row is skipped.
     """
 
     scale = None  # float32 [N], multiplies the sums of int8 weights (quantize.py)
-    certificate = None  # of the LM head, made when first asked for (lm_head.py)
+    certificate = None  # of the LM head, made at its first use (lm_head.py)
 
     def __init__(self, layer, site, in_features, widths, has_bias, dtype, device):
         self.layer, self.site, self.in_features, self.dtype = layer, site, in_features, dtype
         self.widths = widths  # out_features of each projection
-        self.ends = tuple(sum(widths[:i + 1]) for i in range(len(widths)))  # of columns, one each
+        self.ends = tuple(sum(widths[:i + 1]) for i in range(len(widths)))  # last column + 1
         self.starts = (0, *self.ends[:-1])
         first = 0 if layer is None else PROJECTIONS.index(SITES[site][0])
         self.places = slice(first, first + len(widths))  # of its projections in PROJECTIONS
@@ -123,7 +123,7 @@ def dense(x, linear):
 
 
 def masked(x, linear, thresholds):
-    """TEAL: x [T, K] without its nearly zero entries -> [T, N]; one threshold for each projection.
+    """TEAL: x [T, K] without its nearly zero entries -> [T, N]; one threshold per projection.
 
     Where |x[k]| <= threshold, row k of w_t is multiplied by zero. So the kernels, which compute
     the same, need not read it.
@@ -204,7 +204,7 @@ def causal_mask(n_tokens, n_keys, window, device):
 
 
 def rms_norm(x, weight, eps):
-    """Scale x [..., C] to a root mean square of 1, each n channels alone, times weight [n]."""
+    """Scale each n channels of x [..., C] to a root mean square of 1, times weight [n]."""
     return F.rms_norm(x.unflatten(-1, (-1, len(weight))), weight.shape, weight, eps).flatten(-2)
 
 
@@ -270,7 +270,7 @@ class Model:
         self.set_context(config)
 
     def set_context(self, config):
-        """Take the context and the RoPE of a `Config`, which else is this model's."""
+        """Use the context and RoPE of `config`, which otherwise equals this model's."""
         self.config = config
         self.rotations = {kind: [y.to(self.device) for y in rotation(config, kind)]
                           for kind in map(config.rope_kind, range(config.n_layers))}

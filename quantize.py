@@ -1,4 +1,4 @@
-"""Weights of fewer bits, int8 and 4, which multiply with sparsity, and the command that writes a
+"""int8 and 4-bit weights, whose gain multiplies with sparsity's, and the command that writes a
 folder of them.
 
 Decoding waits for weights to arrive from memory, so a weight of fewer bits is read sooner. Sparsity
@@ -108,7 +108,7 @@ class Int8Linear(Linear):
 #
 # Rounding searches s and m for the least squared error: it starts from several ranges, the widest
 # from the smallest to the largest weight, rounds, fits s and m to the rounded numbers by least
-# squares, rounds again, and keeps the best. On a CPU, and where a projection's columns are no
+# squares, rounds again, and keeps the best. On a CPU, and where a projection's columns are not a
 # multiple of 32, the matrix is int8; the LM head always is.
 
 def quantize_int4(weight, name="weight"):

@@ -1,7 +1,7 @@
 """The choice of the next token from its logits: greedy, or drawn from the likeliest.
 
 Everything here has fixed shapes and never waits for the GPU, so that a CUDA graph can hold it.
-This file needs torch alone.
+This file needs only torch.
 """
 
 import torch

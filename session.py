@@ -1,4 +1,4 @@
-"""One growing text: prefill, then token after token from a decoder, and what all of it read.
+"""One growing text: prefill, then token after token from a decoder, counting what is read.
 
 Prefill takes the whole prompt through the model at once, dense: its time is arithmetic, not
 memory. After that, every token is one step of a decoder (`decode.py`), which reads only the
@@ -51,13 +51,13 @@ class Stats:
 class Session:
     """One growing text: a model, its KV cache and how to choose the next token.
 
-    thresholds: float32 [n_layers, 7], one for each projection (order PROJECTIONS); None is dense
+    thresholds: float32 [n_layers, 7], one per projection (in PROJECTIONS' order); None is dense
     temperature, top_k, top_p, min_p: see `sample`
     repetition_penalty: see `penalize`
     stop:       ids of the tokens that end a generation
     context:    tokens that the KV cache has room for; None for the model's longest
-    head:       "auto" leaves rows of the LM head unread where that cannot change the choice
-                (lm_head.py); "whole" reads all of them: the same tokens
+    head:       "auto" skips rows of the LM head where that cannot change the choice
+                (lm_head.py); "whole" reads all rows: the same tokens
     graph:      on a GPU, capture the step as a CUDA graph; False gives the same tokens, slower
 
     Raises ValueError for an option that is out of range.
@@ -115,7 +115,7 @@ class Session:
             finite = high.float() - low.float() < math.inf
             token = sample(logits, *self.sampling).masked_fill(~finite, -1)
         if self.penalty != 1:
-            # -1 is no token, nor is what stands there while a decoder compiles its kernels
+            # -1 is not a token; nor is what a decoder leaves here while it compiles its kernels
             self.seen.index_fill_(0, token.clamp(0, len(self.seen) - 1), True)
         return token
 
@@ -135,7 +135,7 @@ class Session:
 
     @torch.inference_mode()
     def diagnose(self, tokens, start, project):
-        """Raise ValueError naming where `tokens`, at position `start`, turn infinite or NaN."""
+        """Raise ValueError that names where `tokens`, at position `start`, get infinite or NaN."""
         model = self.model
         end = f"is infinite or NaN at token {start + len(tokens)} of the text; " + {
             torch.float16: "float16 ends at 65504, so try --dtype bfloat16",
@@ -160,11 +160,11 @@ class Session:
         raise ValueError(f"a logit {end}")
 
     def generate(self, prompt, max_new_tokens):
-        """A generator of the ids that continue `prompt`, a list of ids; it ends at a stop token.
+        """Yield the ids that continue `prompt`, a list of ids, up to a stop token.
 
-        What the cache holds of the prompt's beginning is not computed again, so a conversation
-        may be given whole every time. Raises ValueError for a prompt that is empty, no ids or
-        longer than the context, and if the session has begun another generation meanwhile.
+        The beginning that the cache already holds is not computed again, so a conversation may
+        be given whole every time. Raises ValueError for a prompt that is empty, not a list of ids
+        or longer than the context, and if the session starts another generation meanwhile.
         """
         stats, cache, context = self.stats, self.cache, self.cache.context
         require("max_new_tokens", max_new_tokens, 0, math.inf, Integral)
@@ -187,7 +187,7 @@ class Session:
         start = time.perf_counter()
         try:
             token = self.prefill(prompt[same:])
-        finally:  # Ctrl-C leaves what is done
+        finally:  # after Ctrl-C, too
             stats.prompt_tokens += len(self.tokens) - same
             stats.prefill_seconds += time.perf_counter() - start
         self.decoder.start(token, cache.length)
@@ -199,8 +199,8 @@ class Session:
             stats.new_tokens += 1
             yield token
             if self.turn is not turn:
-                raise ValueError("the session has begun another generation, so this one cannot go "
-                                 "on; give each its own session")
+                raise ValueError("the session has started another generation, so this one cannot "
+                                 "continue; give each its own session")
             if i + 1 == max_new_tokens:
                 self.ended = "length"
                 return
@@ -218,7 +218,7 @@ class Session:
             stats.steps += 1
             config, dtype = self.model.config, self.model.dtype
             stats.cache_bytes += seen(config, cache.length) * cache_bytes(config, dtype)
-        self.ended = "length"  # of nothing: max_new_tokens is 0
+        self.ended = "length"  # max_new_tokens is 0
 
     def masked(self, x, linear):
         """A decode step's product in plain PyTorch."""
@@ -264,7 +264,7 @@ def token_ids(ids, vocab_size):
     try:
         ids = [operator.index(id) for id in ids]
     except TypeError:
-        raise ValueError(f"the prompt is a {type(ids).__name__} that is no list of whole numbers; "
+        raise ValueError(f"the prompt is a {type(ids).__name__} and not a list of whole numbers; "
                          "give token ids, such as those of a tokenizer") from None
     for id in ids:
         if not 0 <= id < vocab_size:
@@ -279,7 +279,7 @@ def cache_bytes(config, dtype):
 
 
 def seen(config, n_tokens):
-    """Of n_tokens tokens, those whose keys and values attention reads, averaged over the layers."""
+    """How many of n_tokens cached tokens attention reads, averaged over layers."""
     return sum(min(n_tokens, config.window(i) or n_tokens)
                for i in range(config.n_layers)) / config.n_layers
 
@@ -290,7 +290,7 @@ def tensors(thing):
 
 
 def head_saving(decoder, rows):
-    """Bytes fewer that a step reads of the LM head, bounds included, if it reads these rows."""
+    """Bytes of the LM head that a step saves if it reads these rows and the bounds."""
     head, bounds = decoder.model.lm_head, decoder.bounds
     return 0 if bounds is None else head.w_t.nbytes * (1 - rows / head.ends[-1]) - bounds.nbytes
 
@@ -302,8 +302,8 @@ def bytes_per_weight(linear):
 
 
 def other_bytes(model):
-    """Bytes of weights that every step reads, besides the blocks' rows: the LM head, norms, biases,
-    the columns' scales, and one row of an embedding of its own."""
+    """Bytes of weights that every step reads besides the blocks' rows: the LM head, norms, biases,
+    the columns' scales, and one row of an untied embedding."""
     holders = [*model.blocks, *model.linears()]
     vectors = [tensor for holder in holders for tensor in tensors(holder) if tensor.dim() == 1]
     embedding = [] if model.embedding is None else [model.embedding[0]]
@@ -349,7 +349,7 @@ class SparsityWatch:
 
 def block_bytes(model, kept=None):
     """Bytes of the blocks' weights, or of `kept` rows of every projection, int64 [n_layers, 7]."""
-    total, kept = 0, None if kept is None else kept.tolist()  # one wait for a GPU, not hundreds
+    total, kept = 0, None if kept is None else kept.tolist()  # one wait for the GPU
     for linear in model.linears():
         rows = [linear.in_features] * len(linear.widths)
         if kept is not None:

@@ -234,7 +234,7 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
 
 
 def tile_shape(k, n, size):
-    """(BLOCK_N, BLOCK_K, ROWS_AT_ONCE, SPLITS) for w_t [k, n] with `size` bytes a weight.
+    """(BLOCK_N, BLOCK_K, ROWS_AT_ONCE, SPLITS) for w_t [k, n] with `size` bytes per weight.
 
     64 columns are whole sectors of a row, even in int8. A tile has 8 KB: each of 64 threads loads
     128 bytes at once. K is split until each multiprocessor has about eight programs.

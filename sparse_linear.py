@@ -1,4 +1,4 @@
-"""A sparse Linear for any PyTorch model: `SparseLinear` in the place of `nn.Linear`.
+"""A sparse Linear for any PyTorch model: `SparseLinear` in place of `nn.Linear`.
 
 TEAL needs no model of its own: where a model multiplies one token's x with a weight matrix, the
 kernels of `sparse_gemv.py` can read only the rows that x's large entries need. `replace_linears`
@@ -113,16 +113,16 @@ class SparseLinear(torch.nn.Module):
 
 
 def replace_linears(module, thresholds):
-    """Put a SparseLinear in the place of every `nn.Linear` that `thresholds`, {name: number},
+    """Put a SparseLinear in place of every `nn.Linear` that `thresholds`, {name: number},
     names. For one that is a SparseLinear already, only the threshold changes.
 
     Names are those of `module.named_modules()`. Raises ValueError, before anything changes, for a
-    name that is no Linear of this module.
+    name that is not a Linear of this module.
     """
     found = dict(module.named_modules())
     for name in thresholds:
         if not isinstance(found.get(name), (torch.nn.Linear, SparseLinear)):
-            raise ValueError(f"replace_linears: {name!r} is no Linear of this module: the "
+            raise ValueError(f"replace_linears: {name!r} is not a Linear of this module: the "
                              "thresholds are another model's; make them with this one")
     for name, threshold in thresholds.items():
         if isinstance(found[name], SparseLinear):

@@ -2,8 +2,8 @@
 
 q, k, v, gate and up are split by output: a rank computes its own heads and MLP channels from the
 whole x. o and down are split by input: a rank multiplies with its own heads' or channels' rows,
-and one all-reduce behind each of them adds up the ranks' results. That makes two all-reduces of
-one hidden state a layer, and nothing else is exchanged. Embedding and LM head are whole on every
+and one all-reduce after each of them adds up the ranks' results. That makes two all-reduces of
+one hidden state per layer, and nothing else is exchanged. Embedding and LM head are whole on every
 rank. The head is 1.5% of a 70B model's weights, and this way all ranks choose the same token by
 themselves.
 
@@ -13,7 +13,7 @@ slices.
 
     torchrun --nproc-per-node 2 generate.py --model M --sparsity 0.5 --prompt "Name three rivers."
 
-Source: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053), section 3. Works with torch alone.
+Source: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053), section 3. Needs only torch.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def stop():
 
 
 def refuse(what):
-    """Raise ValueError under torchrun, for what is made by one process alone."""
+    """Raise ValueError under torchrun, for what only one process can make."""
     if world_size() > 1:
         raise ValueError(f"{what} takes one process; run it without torchrun first")
 
@@ -99,7 +99,7 @@ def mean(value):
 def rank_config(config, size):
     """The Config of one of `size` ranks. Raises ValueError if heads or channels do not divide."""
     if size > 1 and (config.qk_norm == "all" or config.norms_behind):
-        raise ValueError("ranks cannot share a model with norms over all heads or behind the block "
+        raise ValueError("ranks cannot share a model with norms over all heads or after the block "
                          "(OLMo); run it in one process")
     for name in ("n_kv_heads", "n_heads", "intermediate_size"):
         if getattr(config, name) % size:

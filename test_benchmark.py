@@ -192,8 +192,8 @@ def test_the_default_model_uses_its_calibration(run, measured):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--kernels"], "--kernels needs a GPU, and cpu is no GPU"),
-    (["--timeline"], "--timeline needs a GPU, and cpu is no GPU"),
+    (["--kernels"], "--kernels needs a GPU, and cpu is not a GPU"),
+    (["--timeline"], "--timeline needs a GPU, and cpu is not a GPU"),
     (["--model", "m", "--config", "tiny"], "name two models"),
     (["--sparsity", "0", "0.96"], "'0.96' is not a number from 0 to 0.95"),
     (["--context", "0"], "'0' is not a whole number from 1"),

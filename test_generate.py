@@ -394,7 +394,7 @@ def test_thresholds_of_other_weights_are_named_and_watched(tiny, tmp_path, monke
     assert other.err.count("thresholds: ") == 1 and other.err.count("warning: ") == 1
     assert f"{folder}/calibration.safetensors (uniform, from noise), made for other" in other.err
     assert f"python calibrate.py --model {folder} makes this model's own" in other.err
-    assert "sparsity 0.5 was asked, and the last 64 tokens reached 0." in other.err
+    assert "sparsity 0.5 was requested, but the last 64 tokens reached 0." in other.err
 
 
 def test_what_the_command_line_passes_on(tiny, monkeypatch, capsys):

@@ -560,7 +560,7 @@ def test_a_generation_ends_where_the_next_one_begins():
     session = Session(random_model(CONFIGS["llama"]))
     old, new = session.generate([1, 2, 3], 8), session.generate([4, 5], 8)
     next(old), next(new)
-    with pytest.raises(ValueError, match="has begun another generation"):
+    with pytest.raises(ValueError, match="has started another generation"):
         next(old)
     expected = list(Session(session.model).generate([4, 5], 8))
     assert list(new) == expected[1:]

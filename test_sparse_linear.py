@@ -138,7 +138,7 @@ def test_bad_linears_are_named(make, threshold, message):
 def test_thresholds_of_another_model_are_refused_whole():
     model = nn.Sequential(linear(), nn.ReLU())
     for other in ("1", "2", "layers.0.q_proj"):
-        with pytest.raises(ValueError, match=f"'{other}' is no Linear of this module"):
+        with pytest.raises(ValueError, match=f"'{other}' is not a Linear of this module"):
             replace_linears(model, {"0": 0.5, other: 0.5})
         assert isinstance(model[0], nn.Linear)
     replace_linears(model, {"0": 0.5})

@@ -149,7 +149,7 @@ def check_metadata(path, metadata, config):
     """Raise CalibrationError unless a file's metadata fit this program and this config."""
     if metadata.get("format") != FORMAT:
         raise CalibrationError(
-            f"{path} is no calibration of format {FORMAT}; make one with calibrate.py")
+            f"{path} is not a calibration of format {FORMAT}; make one with calibrate.py")
     if metadata.get("fingerprint") != fingerprint(config):
         other = str(metadata.get("fingerprint"))[:300]
         raise CalibrationError(f"{path} belongs to another model ({other!r}); make one for this "

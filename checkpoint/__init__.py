@@ -110,7 +110,7 @@ def open_checkpoint(model=None):
         if suffix in PICKLES or start.startswith((b"PK\3\4", b"\x80")):
             raise CheckpointError(f"{path} {NO_PICKLES}")
         if suffix == ".safetensors":
-            raise CheckpointError(f"{path} holds weights alone; give the folder with the "
+            raise CheckpointError(f"{path} holds only weights; give the folder with the "
                                   f"config.json, such as {path.parent}")
         raise CheckpointError(f"{path} is neither a folder nor a GGUF file; give the folder "
                               "with the config.json")

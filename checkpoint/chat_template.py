@@ -1,7 +1,7 @@
 """Renders a checkpoint's chat template, the Jinja program that writes a conversation as a prompt.
 
 A template is a program from the internet. Jinja's sandbox keeps it from files and from Python's
-insides, but lets it loop for ever or build a string of gigabytes. There are too many ways to do
+insides, but lets it loop forever or build a string of gigabytes. There are too many ways to do
 that (nested loops, "x" * n, n ** n, padding filters) to forbid each. So the template runs in a
 process of its own, this file started as a script, with a few seconds, little memory, and a pipe
 for its answer. Templates see the same environment as in transformers' `apply_chat_template`.
@@ -77,7 +77,7 @@ def main():
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except ImportError:  # Windows has the time limit alone
+    except ImportError:  # Windows has only the time limit
         pass
     request = json.load(sys.stdin.buffer)
     try:

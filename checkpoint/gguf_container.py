@@ -94,7 +94,7 @@ def read_file(path):
 def place_tensors(path, records, header_end, alignment):
     """{name: (shape, type number, offset after the header)} -> tensors, as `read_parts`.
 
-    The tensors must lie one behind the other and fill the file. Anything else is a mistake in
+    The tensors must lie one after the other and fill the file. Anything else is a mistake in
     a type, a size or an offset, and would mean wrong weights.
     """
     size = os.path.getsize(path)

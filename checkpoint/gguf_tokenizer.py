@@ -39,7 +39,7 @@ def words(letters, digits, ends=""):
     """A regular expression that cuts text into words.
 
     letters, digits: expressions of a word and of a number; ends: characters that, like newlines,
-    stay with the punctuation in front of them
+    stay with the punctuation before them
     """
     return (rf"{letters}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{ends}]*"
             r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -162,7 +162,7 @@ def build_tokenizer(metadata):
     else:
         pieces = {tokens[i] for i in np.flatnonzero(types == NORMAL)}
         tokenizer = sentencepiece_bpe(metadata, tokens, pieces, vocab)
-    # Phi-3 takes white space behind most of its special tokens away; its files do not say so.
+    # Phi-3 strips white space after most of its special tokens; its files do not say so.
     name = f"{metadata.get('general.architecture')} {metadata.get('general.name')}".lower()
     strips = kind == "llama" and ("phi3" in name or "phi-3" in name)
     kept = ("<unk>", "<s>", "<|endoftext|>")

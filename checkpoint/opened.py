@@ -35,7 +35,7 @@ class Checkpoint:
 
     @property
     def tensors(self):
-        """Every (name, tensor), each read when it is asked for; this rank's slice of it."""
+        """Every (name, tensor), each read when it is needed; this rank's slice of it."""
         for name, shape in self.shapes.items():
             with self.blame_for(name):
                 tensor = self.read(name, cut(name, shape))

@@ -1,17 +1,17 @@
 """RoPE for texts longer than those of the training, as numbers for `model.Config`.
 
-RoPE turns channel pair j of a head by theta ** (-2 j / head_dim) radians per position. Every way
+RoPE rotates channel pair j of a head by theta ** (-2 j / head_dim) radians per position. Every way
 to serve longer texts divides these rotations, each pair's by a number of its own:
 
 linear    all by the same factor
-llama3    by the factor those that turn less than low_freq_factor times within the original
-          context; not those that turn more than high_freq_factor times; a blend in between
+llama3    by the factor those that rotate less than low_freq_factor times within the original
+          context; not those that rotate more than high_freq_factor times; a blend in between
 yarn      the same idea with beta_slow and beta_fast, the blend over the pairs' numbers; scores
           grow a little, too (Peng et al., arXiv:2309.00071)
 longrope  by one list of divisors within the original context, by another one beyond it; scores
           grow in both (Ding et al., arXiv:2402.13753)
 
-Phi-4-mini turns only a part of each head. The pairs that do not turn are divided by infinity.
+Phi-4-mini rotates only a part of each head. The other pairs are divided by infinity.
 """
 
 import math
@@ -113,7 +113,7 @@ def rope_settings(config):
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
                          "all layers")
-    if old and config.get("model_type") != "olmo3":  # it counts, as in transformers, alone
+    if old and config.get("model_type") != "olmo3":  # only it counts, as in transformers
         for key, default in {"rope_theta": None, "partial_rotary_factor": 1.0}.items():
             found = rope.get(key, config.get(key, default))
             if found is not None and new.get(key) not in (None, found):

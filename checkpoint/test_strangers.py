@@ -245,7 +245,7 @@ def test_the_first_bytes_tell_what_a_file_is(tmp_path):
         file = tmp_path / name
     for name, content, words in (
             ("x", b"PK\3\4", "is a pickle"), ("x.BIN", b"", "is a pickle"), ("x.gguf", LFS, "LFS"),
-            ("x.safetensors", b"\x10", "holds weights alone; give the folder"),
+            ("x.safetensors", b"\x10", "holds only weights; give the folder"),
             ("y.gguf", b"abcd", "its first four bytes are not GGUF"),
             ("z.gguf", b"<html>", "is a web page"), ("x.txt", b"x", "neither")):
         (tmp_path / name).write_bytes(content)

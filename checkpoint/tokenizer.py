@@ -63,7 +63,7 @@ class Tokenizer:
         nothing, some = (guard("not a sound tokenizer", tokenizer.encode, text).ids
                          for text in ("", "a"))
         begins = nothing and nothing[0] < vocab_size and some[:1] == nothing[:1]
-        self.bos_id = nothing[0] if begins else None  # what comes first, not an end behind
+        self.bos_id = nothing[0] if begins else None  # what comes first, not an end after it
 
     def find_control(self, added):
         """Tell control tokens from text, by their flags and where these fail by what they are.
@@ -183,7 +183,7 @@ class TextStream:
     prompt: ids of a text that the others continue. So their first word keeps its space, which
         SentencePiece's decoder takes from the beginning of a text.
 
-    `DecodeStream` holds a character back until its last byte has come, broken ones for ever. And
+    `DecodeStream` holds a character back until its last byte has come, broken ones forever. And
     it fails at SentencePiece's byte tokens, <0xNN>: whether they are text depends on the whole run
     of them, so a run is held back until another token ends it.
     """
@@ -222,7 +222,7 @@ class TextStream:
         return text
 
     def flush(self):
-        """The rest of the text, after the last id. If more ids follow, `push` goes on behind it."""
+        """The rest of the text, after the last id. If more ids follow, `push` continues."""
         decode, name = self.tokenizer.decode, self.tokenizer.tokenizer.token_to_id
         text = decode(self.ids)
         if text.endswith("\ufffd"):

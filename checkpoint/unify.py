@@ -7,9 +7,9 @@ factors   Granite multiplies embeddings by e, what a block adds by r, and divide
           RMSNorm ignores the scale of its input (with an eps / e**2, see config.py). So the
           hidden states stay as small as the embeddings are: o and down times r / e, and the final
           norm over s, say the same. The embedding, which may be the LM head too, stays as it is.
-partial   Phi-4-mini turns the first channels of a head alone. The rows of q and k are put in
+partial   Phi-4-mini rotates only the first channels of a head. The rows of q and k are put in
           another order, the same for both, in which channel j pairs with j + head_dim / 2 as
-          elsewhere; the pairs that do not turn have a rotation of 0 (rope.py).
+          elsewhere; the pairs that do not rotate have a rotation of 0 (rope.py).
 text      Checkpoints of Ministral 3 and Qwen3-VL hold a part for images, which is not read.
 """
 

@@ -18,13 +18,13 @@ from tensor_parallel import from_first, rank, world_size
 
 HELP = """\
 /clear        forget the conversation
-/system TEXT  say how the model should behave; without TEXT, take that back
-/sparsity S   leave the share S of the blocks' weights unread, 0 to 0.95
-/stats        numbers of the last answer, and of all answers for each sparsity
+/system TEXT  say how the model should behave; without TEXT, remove it
+/sparsity S   skip the share S of the blocks' weights, 0 to 0.95
+/stats        numbers of the last answer, and of all answers per sparsity
 /exit         leave, like Ctrl-D
-Ctrl-C stops an answer; before its first word, it takes the message back, too. At the prompt it
+Ctrl-C stops an answer; before its first word, it also takes the message back. At the prompt it
 clears the line, and twice in a row it leaves.
-A text of several lines that is pasted is one message."""
+Several pasted lines are one message."""
 
 
 class Chat:

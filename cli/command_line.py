@@ -110,7 +110,7 @@ def load_model(args, context=None):
     context: the longest text, in tokens; None for the model's own limit
     With --quantize auto, a GGUF file of 8 bits or fewer becomes int8 on a CPU, where that decodes
     faster, unless the user named a dtype. args.quantize and args.dtype then say what came of it.
-    Standard error tells what int4 does not cover.
+    Standard error says what int4 does not cover.
     Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
     args.device = start(args.device)
@@ -192,4 +192,4 @@ def fail(message):
         where = f" on rank {rank()}"
         time.sleep(3)  # torchrun ends this rank meanwhile if the first one says the same
     print(f"{script_name()}: error{where}: {message}", file=sys.__stderr__, flush=True)
-    os._exit(2)  # at once: a farewell could wait for ranks that never answer
+    os._exit(2)  # at once: a clean shutdown could wait for ranks that never answer

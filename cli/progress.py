@@ -1,4 +1,4 @@
-"""Shows that long work goes on: a bar on a terminal, without one a line every 30 seconds."""
+"""Shows the progress of long work: a bar on a terminal, elsewhere a line every 30 seconds."""
 
 import sys
 import time
@@ -30,7 +30,7 @@ class Progress:
         return self
 
     def update(self, amount):
-        """So much more is done."""
+        """Count this much more as done."""
         first = self.done == 0
         self.done += amount
         self.bar.update(amount)
@@ -50,7 +50,7 @@ class Progress:
             sys.stderr.flush()
 
     def __exit__(self, kind, *_):
-        """Take the bar away."""
+        """Remove the bar."""
         self.bar.close()
         if kind is KeyboardInterrupt:
             lost = "" if self.kept else ", and nothing of it is kept"

@@ -1,4 +1,4 @@
-"""What a run prints: the text, and beside it its numbers, warnings, why an answer is cut."""
+"""What a run prints: the text, its numbers, warnings, and why an answer was cut off."""
 
 import sys
 
@@ -72,7 +72,7 @@ def summary(numbers):
 
 
 def warn_of_sparsity(asked, reached):
-    say(f"\nwarning: sparsity {asked:g} was asked, and the last {SparsityWatch.STEPS} tokens "
+    say(f"\nwarning: sparsity {asked:g} was requested, but the last {SparsityWatch.STEPS} tokens "
         f"reached {reached:.3f}; the calibration does not fit these weights or this text")
 
 
@@ -85,7 +85,7 @@ def explain_end(session, max_new_tokens):
 
 
 def warn_of_broken_text(model, sparsity):
-    """Say so where high sparsity leaves no sense in the text of a small model."""
+    """Warn where high sparsity breaks the text of a small model."""
     parameters = sum(linear.w_t.numel() for linear in [*model.linears(), model.lm_head])
     if sparsity > 0.7 and parameters < 3e9:
         say(f"warning: sparsity {sparsity:g} breaks the text of a model of {parameters / 1e9:.1f} "

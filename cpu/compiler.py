@@ -2,9 +2,9 @@
 
 The library is kept in the user's cache folder, under a name that holds a hash of everything that
 it depends on: the source, the flags, the compiler and the processor. So another compiler, a new
-version or a home that several machines share never meets a library of somebody else. It is written
+version or a home that several machines share never loads somebody else's library. It is written
 to a temporary file and renamed: two processes may compile it at once. Nothing but a C compiler is
-needed. This file needs nothing of the project.
+needed. This file uses nothing else of the project.
 """
 
 import ctypes
@@ -52,7 +52,7 @@ def run(command):
 
 
 def processor():
-    """What the compiler takes "native" for: the processor's name and its features."""
+    """What "native" means to the compiler: the processor's name and its features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

@@ -1,15 +1,15 @@
 /* One token of a Llama-like model on a CPU: from the token's id to the logits of the next one.
 
 A token needs every weight once, so its time is the time of reading them from memory. TEAL (Liu et
-al., arXiv:2408.14690) leaves most of that unread: in y = W x, column k of W matters only if x[k]
+al., arXiv:2408.14690) skips much of that: in y = W x, column k of W matters only if x[k]
 is not nearly zero. W is stored transposed, as w[K, N], so column k of W is one contiguous row of
-w. `keep_rows` lists the x[k] that matter, and `add_rows` reads their rows and no others.
+w. `keep_rows` lists the x[k] that matter, and `add_rows` reads only their rows.
 
 Read from the bottom: `decode` is the forward pass, a call per stage. Every stage is cut into
 n_shares equal shares, and the workers (threads) divide the shares among themselves. A sum depends
-on its share alone, never on who computed it, so the logits do not depend on how many workers are
-awake. All activations are float32; weights and cache keep their dtypes. The reading is hidden
-behind the arithmetic by asking for rows a few rows early (prefetch).
+only on its share, never on who computed it, so the logits do not depend on how many workers are
+awake. All activations are float32; weights and cache keep their dtypes. Reading
+overlaps with arithmetic, because rows are prefetched a few rows early.
 
 Python fills in the structs (cpu/step.py) and calls start_team once, step for every token, and
 stop_team at the end. The file needs a C compiler that knows gnu11, and pthreads. */
@@ -58,7 +58,7 @@ typedef struct {
     int32_t rope;                       // which of the model's ropes
 } Layer;
 
-// What RoPE does: pair j turns by position * frequency[j] and is multiplied by factor[j].
+// What RoPE does: pair j rotates by position * frequency[j] and is multiplied by factor[j].
 typedef struct {
     const float *frequency, *factor;  // [head_dim / 2]
 } Rope;

@@ -185,7 +185,7 @@ def parse_args():
     add("--sparsity", type=number(float, 0, 0.95), nargs="+", default=[0, 0.4, 0.5], metavar="S",
         help="0 to 0.95; 0 is dense (default: %(default)s)")
     add("--calibration", metavar="FILE", nargs="+", default=[],
-        help="files of calibrate.py, one an allocation (default: those at hand for this model)")
+        help="files of calibrate.py, one per allocation (default: those at hand for this model)")
     add("--allocation", nargs="+", choices=ALLOCATIONS, help="which of them (default: all)")
     add = parser.add_argument_group("results").add_argument
     add("--json", metavar="FILE",

@@ -48,7 +48,7 @@ def hidden_state(model, tokenizer):
 
 
 def draw_idea(path):
-    """Draw CHANNELS of a hidden state x as bars, and beside them W^T, one row a channel, with its
+    """Draw CHANNELS of a hidden state x as bars, and beside them W^T, one row per channel, with its
     dropped rows left blank."""
     model, tokenizer = load()
     x = hidden_state(model, tokenizer)[:CHANNELS]
@@ -67,7 +67,7 @@ def draw_idea(path):
     weights = torch.rand(len(x), COLUMNS, generator=generator) / 2 + 0.4
     weights[~kept] = float("nan")
     right.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    right.set(title=f"W, one row a channel: {(~kept).sum()} of {len(x)} rows are never read",
+    right.set(title=f"W, one row per channel: {(~kept).sum()} of {len(x)} rows are never read",
               xlabel="output channels, contiguous in memory", xticks=[])
     figure.suptitle(f"Sparsity {SPARSITY:.0%} of the whole model; this projection (down, layer "
                     f"{LAYER}) drops {dropped:.0%} on average")

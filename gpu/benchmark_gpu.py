@@ -100,7 +100,7 @@ def print_timeline(decoder, n_steps=3):
     events = [event for event in profiler.events() if event.device_type == cuda]
     events.sort(key=lambda event: event.time_range.start)
     per_step = len(events) // n_steps
-    print(f"timeline: {per_step} kernels a step; ten from its middle (us)")
+    print(f"timeline: {per_step} kernels per step; ten from its middle (us)")
     middle = per_step + per_step // 2
     for before, event in zip(events[middle - 1:], events[middle:middle + 10]):
         span = event.time_range

@@ -8,7 +8,7 @@ Triton compiles a kernel again for other types, sizes and constants, and for a p
 a multiple of 16. Where a kernel gets its pointer from the middle of a table and gains nothing from
 the multiple, its `do_not_specialize_on_alignment` saves those variants.
 
-This file needs torch and triton alone.
+This file needs only torch and triton.
 """
 
 import gc
@@ -22,8 +22,8 @@ def compile_together(run, x):
     """Compile and load the Triton kernels that run() would launch, for the GPU of the tensor x.
 
     Calls run() once. No Triton kernel is launched in it, not even one that was compiled before:
-    behind kernels that did not run, its lists of rows might point anywhere. PyTorch's operations
-    do run, on whatever the kernels' outputs happen to hold. So run() must bear any numbers there,
+    after kernels that did not run, its lists of rows might point anywhere. PyTorch's operations
+    do run, on whatever the kernels' outputs happen to hold. So run() must tolerate garbage there,
     and its results mean nothing. No other thread may launch Triton kernels meanwhile.
 
     Raises what run() raises, and what a kernel's compiler does.

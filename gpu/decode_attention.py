@@ -69,7 +69,7 @@ def _find_chunk(position, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: t
     there are). A program whose number is not below that has none."""
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
     length = position - first
-    # At least two blocks a chunk, and up to four in a single one: less would not be worth the
+    # At least two blocks per chunk, and up to four in a single one: less would not be worth the
     # combination.
     least = tl.where(length <= 4 * BLOCK_S, 4, 2)
     chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S), least) * BLOCK_S
