@@ -1,5 +1,6 @@
 """Tests of calibrate.py against brute force, on a tiny random model."""
 
+import copy
 import dataclasses
 import sys
 import types
@@ -451,15 +452,30 @@ def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
 
 
 def test_the_brief_calibration(model, monkeypatch):
-    """2,048 tokens of the shipped text in windows of 1,024, or shorter if model or text are."""
-    monkeypatch.setattr(calibrate, "calibrate", lambda model, tokens, window, source: (
-        tokens, window, source))
+    """2,048 tokens of the shipped text in windows of 1,024, or shorter if model or text are,
+    whatever context the run asked for."""
+    monkeypatch.setattr(calibrate, "calibrate", lambda model, tokens, window, source, bos_id: (
+        tokens, window, source, bos_id, model.config.context))
     for context, held, window in (2048, 9999, 1024), (1024, 9999, 1024), (64, 9999, 64), (
             2048, 300, 150):
-        tokenizer = types.SimpleNamespace(encode=lambda text, held=held: [ord(text[0])] * held)
-        other = types.SimpleNamespace(config=dataclasses.replace(CONFIG, context=context))
-        tokens, *rest = calibrate.calibrate_briefly(other, tokenizer)
-        assert len(tokens) == min(held, 2048) and rest == [window, "calibrations/text.txt"]
+        tokenizer = types.SimpleNamespace(bos_id=3,
+                                          encode=lambda text, held=held: [ord(text[0])] * held)
+        other = copy.copy(model)
+        other.own_config = dataclasses.replace(CONFIG, context=context)
+        for asked in (context, 8, 4096):
+            other.set_context(dataclasses.replace(CONFIG, context=asked))
+            tokens, *rest = calibrate.calibrate_briefly(other, tokenizer)
+            assert len(tokens) == min(held, 2048)
+            assert rest == [window, "calibrations/text.txt", 3, context]
+            assert other.config.context == asked
+
+
+def test_each_window_begins_as_a_text_does():
+    windows = torch.arange(12).view(3, 4)
+    assert calibrate.begin_with(None, windows) is windows
+    assert calibrate.begin_with(7, windows).tolist() == [
+        [7, 1, 2, 3], [7, 5, 6, 7], [7, 9, 10, 11]]
+    assert windows[0, 0] == 0  # the text is not changed
 
 
 def test_what_the_python_api_refuses(model):

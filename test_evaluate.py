@@ -233,7 +233,7 @@ def test_models_that_share_their_last_norm(run, tmp_path, monkeypatch):
     for model in (one, other):
         monkeypatch.setattr("cli.command_line.load",
                             lambda *_, model=model, **__: (model, Letters()))
-        code, _, err = run("--sparsity", 0, "--json", tmp_path / "r.json")
+        code, _, err = run("--sparsity", 0, "--json", tmp_path / "r.json", calibration=())
         assert code == 0, err
         before, rows = rows, json.loads((tmp_path / "r.json").read_text())
         assert rows[:-1] == before
@@ -268,3 +268,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, tmp_path, arguments, sen
     files = {"LATIN": tmp_path / "latin", "UNIFORM": tmp_path / "uniform.safetensors"}
     code, out, err = run(*[files.get(word, word) for word in arguments])
     assert code == 2 and sentence in err.splitlines()[-1] and "Traceback" not in err and not out
+
+
+def test_each_window_begins_as_a_text_does(run, tmp_path, monkeypatch):
+    """A token that begins texts takes the place of every window's first token."""
+    seen, tokenizer = [], Letters()
+    tokenizer.bos_id = 7
+    monkeypatch.setattr("cli.command_line.load", lambda *_, **__: (tiny(), tokenizer))
+    monkeypatch.setattr(evaluate, "evaluate", lambda model, windows, *_: seen.append(windows) or [
+        {"perplexity": 1.0, "kl": 0.0, "top1": 1.0, "sparsity": torch.zeros(2, 7, dtype=float)}])
+    code, _, err = run("--sparsity", 0, calibration=())
+    assert code == 0, err
+    whole = cut(torch.tensor(tokenizer.encode((tmp_path / "text").read_text())), 64)
+    assert (seen[0][:, 0] == 7).all() and torch.equal(seen[0][:, 1:], whole[:, 1:])

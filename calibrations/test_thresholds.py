@@ -16,6 +16,7 @@ from calibrate import BINS, byte_shares, quantile
 from calibrations import convert
 from calibrations.thresholds import (
     ALLOCATIONS,
+    BRIEF,
     GRID,
     Calibration,
     CalibrationError,
@@ -269,3 +270,18 @@ def test_asking_the_converter_for_help_writes_nothing(monkeypatch, capsys):
     monkeypatch.setattr(convert, "convert_all", None)
     code, out, err = run_in_process(convert.main, ["convert.py", "--help"], monkeypatch, capsys)
     assert code == 0 and "python -m calibrations.convert" in out and not err
+
+
+@pytest.mark.parametrize("made, trusted", [
+    ({"window": "64"}, False), ({"window": "1024"}, True),
+    ({"window": "64", "context": "8"}, False),
+    ({"window": "64", "context": str(CONFIG.context)}, True),
+    ({"window": "64", "source": "mine.txt"}, True)])
+def test_a_file_that_a_short_context_shaped_is_not_trusted(
+        model, calibration, tmp_path, monkeypatch, made, trusted):
+    """One that generate.py kept by itself; whoever runs calibrate.py chooses the window."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    metadata = calibration.metadata | {"source": BRIEF}
+    metadata.pop("context", None)
+    Calibration(calibration.table, calibration.sparsities, metadata | made).save(cache_path(model))
+    assert (find(model) is not None) == trusted

@@ -76,12 +76,7 @@ def parse_config(config, context=None):
     n_heads = number(config, "num_attention_heads", high=1024)
     n_kv_heads = number(config, "num_key_value_heads", n_heads, high=1024)
     head_dim = number(config, "head_dim", hidden_size // n_heads, high=1024)
-    if n_heads % n_kv_heads:
-        raise ValueError(f"config value num_key_value_heads is {n_kv_heads}, which does not "
-                         f"divide num_attention_heads {n_heads}")
-    if head_dim % 2:
-        raise ValueError(f"config value head_dim is {head_dim}; rotary embedding needs an even "
-                         "number")
+    check_heads(n_heads, n_kv_heads, head_dim)
     n_layers = number(config, "num_hidden_layers", high=1024)
     mlp = "intermediate_size"
     if model_type == "granitemoehybrid":
@@ -119,6 +114,16 @@ def parse_config(config, context=None):
             "mistral", "ministral", "ministral3", "qwen2"),
         tie_embeddings=flag(config, "tie_word_embeddings"),
     )
+
+
+def check_heads(n_heads, n_kv_heads, head_dim):
+    """Raise ValueError for numbers that do not belong together."""
+    if n_heads % n_kv_heads:
+        raise ValueError(f"config value num_key_value_heads is {n_kv_heads}, which does not "
+                         f"divide num_attention_heads {n_heads}")
+    if head_dim % 2:
+        raise ValueError(f"config value head_dim is {head_dim}; rotary embedding needs an even "
+                         "number")
 
 
 def check_family(config):

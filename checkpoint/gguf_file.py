@@ -136,6 +136,8 @@ class GGUFFile:
             windowed = ["sliding_attention" if flag else "full_attention" for flag in windowed]
         ends = [self.metadata.get(f"tokenizer.ggml.{role}_token_id")
                 for role in ("eos", "eot", "eom")]
+        if not all(i is None or isinstance(i, int) for i in ends):
+            raise ValueError("its tokenizer.ggml.eos_token_id, or eot or eom, is no id of a token")
         config = {
             "model_type": model_type,
             "architectures": [FAMILIES[model_type]],

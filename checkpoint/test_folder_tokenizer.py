@@ -71,7 +71,7 @@ def test_ids_are_transformers(tmp_path, files, own):
     ("tokenizer_config", {"added_tokens_decoder": [3]}, "no list of tokens"),
     ("special_tokens_map", {"eos_token": {"content": None}}, "'None' where a token"),
     ("special_tokens_map", {"additional_special_tokens": [4]}, "'4' where a token"),
-    ("generation_config", {"eos_token_id": "2"}, "eos_token_id is ['2']")])
+    ("generation_config", {"eos_token_id": "2"}, "eos_token_id is '2'")])
 def test_bad_files(tmp_path, name, value, words):
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(write_folder(tmp_path / "m", **{name: value}))

@@ -53,8 +53,9 @@ class Tokenizer:
         self.can_think = self.has_chat_template and "enable_thinking" in template
         self.special = {role: text for role, text in special.items() if isinstance(text, str)}
         eos = [i for ids in eos for i in (ids if isinstance(ids, list) else [ids])]
-        if not all(i is None or type(i) is int for i in eos):
-            raise TokenizerError(f"eos_token_id is {str(eos)[:80]}; expected ids of tokens")
+        wrong = [i for i in eos if not (i is None or type(i) is int)]
+        if wrong:
+            raise TokenizerError(f"eos_token_id is {str(wrong[0])[:80]!r}; expected ids of tokens")
         added = guard("not a sound tokenizer", tokenizer.get_added_tokens_decoder)
         ends = {*END_OF_TURN, self.special.get("eos_token")}
         eos += [i for i, token in added.items() if token.content in ends]

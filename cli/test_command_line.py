@@ -142,3 +142,17 @@ def test_a_reader_that_leaves_and_a_full_disk(tmp_path):
         assert b"No space left" in done.stderr
     done = subprocess.run(["bash", "-c", '"$@" >&-', "-", *script(tmp_path, "print(1)")])
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("encoding, answer", [("utf-8", "日 é\nx\nA"), ("latin-1", "? é\nx\nA"),
+                                              ("ascii", "? ?\nx\nA")])
+def test_streams_of_any_encoding(encoding, answer):
+    """What standard output lacks is replaced; a byte order mark and CRLF are no text."""
+    script = ("import sys; from checkpoint.files import read_input; import cli.command_line as c; "
+              "c.run_script(lambda: print('日 é', read_input(sys.stdin.read), sep='\\n'))")
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=b"\xef\xbb\xbfx\r\nA", capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": f"{encoding}:surrogateescape" if encoding == "ascii"
+                          else encoding, "PYTHONUTF8": "0"})
+    expected = answer.replace("\nx", "\nï»¿x") if encoding == "latin-1" else answer
+    assert done.stdout.decode(encoding).rstrip("\n") == expected and done.returncode == 0
