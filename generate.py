@@ -32,6 +32,7 @@ from checkpoint.tokenizer import text_pieces
 from cli.chat import Chat, edit_lines
 from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
 from cli.report import (
+    SparsityWatch,
     explain_end,
     report,
     say,
@@ -40,7 +41,7 @@ from cli.report import (
     warn_of_sparsity,
     write,
 )
-from session import Session, SparsityWatch, cache_bytes, require, token_ids
+from session import Session, cache_bytes, require, token_ids
 from tensor_parallel import from_first, rank, refuse
 
 # Defaults where a checkpoint recommends nothing.

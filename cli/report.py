@@ -3,7 +3,7 @@
 import sys
 
 from checkpoint.tokenizer import text_pieces
-from session import SparsityWatch, block_bytes
+from session import block_bytes
 from tensor_parallel import mean, world_size
 
 
@@ -69,6 +69,42 @@ def summary(numbers):
                          f"{numbers['block_bytes'] / 1e6:.1f} MB unread "
                          f"({numbers['sparsity']:.0%} asked)")
     return " | ".join(parts)
+
+
+class SparsityWatch:
+    """Compares the sparsity that a session reaches with the one asked for, 64 steps at a time.
+
+    Thresholds that were found on other weights or other text may drop far more or far less.
+    """
+
+    STEPS, TOLERANCE = 64, 0.05
+
+    def __init__(self, session, warn):
+        """warn: a function of the sparsities asked and reached; called once at most"""
+        self.session, self.warn = session, warn
+        self.asked = None
+
+    def begin(self, asked):
+        """From here on, `asked` is the sparsity of the session's thresholds."""
+        self.asked, session = asked, self.session
+        self.read, self.n_steps = block_bytes(session.model, session.kept), session.decoder.n_steps
+
+    def watch(self, ids, asked):
+        """Pass on ids, those of the session's `generate`, decoded with this sparsity."""
+        if asked != self.asked:
+            self.begin(asked)
+        for id in ids:
+            yield id
+            steps = self.session.decoder.n_steps - self.n_steps
+            if self.warn is None or asked == 0 or steps < self.STEPS:
+                continue
+            model = self.session.model
+            read = block_bytes(model, self.session.kept) - self.read
+            reached = 1 - mean(read / steps / block_bytes(model))
+            if abs(reached - asked) > self.TOLERANCE:
+                self.warn(asked, reached)
+                self.warn = None
+            self.begin(asked)
 
 
 def warn_of_sparsity(asked, reached):
