@@ -32,9 +32,10 @@ from cli.command_line import add_model_flags, load_model, make_parser, number, r
 from decode import CpuDecoder, GpuDecoder
 from gpu import benchmark_gpu as gpu
 from gpu.token_kernels import likeliest
+from lm_head import head_saving
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
 from quantize import GROUP, GROUP_BYTES, Int4Linear, Int4OnCPU, Int8Linear, int4_linear
-from session import block_bytes, cache_bytes, head_saving, other_bytes, seen
+from session import block_bytes, cache_bytes, other_bytes, seen
 from tensor_parallel import (
     all_reduce,
     connect,
@@ -190,7 +191,8 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
             if run > 0:  # the first round warms up
                 times[i].append(time.perf_counter() - start)
             blocks[i] = mean(block_bytes(model, decoder.kept) / n_tokens)
-            savings[i] = head_saving(decoder, (decoder.head_rows() - rows) / n_tokens)
+            savings[i] = head_saving(model.lm_head, decoder.bounds,
+                                     (decoder.head_rows() - rows) / n_tokens)
     cache = seen(config, first + n_tokens / 2) * cache_bytes(config, model.dtype)
     rest = other_bytes(model) + cache
     return [(n_tokens / sorted(t)[runs // 2], read + rest - saved, 1 - read / block_bytes(model))

@@ -170,8 +170,7 @@ def parse_args():
     add("--repetition-penalty", type=number(float, 0.01, 100), metavar="R",
         help="above 1, make tokens of the text so far less likely (default: 1.0)")
     add("--head", choices=("auto", "whole"), default="auto",
-        help="auto skips rows of the LM head that cannot hold the likeliest tokens; whole "
-             "reads all rows and gives the same text (default: %(default)s)")
+        help="whole: read all of the LM head, for the same text (default: only what can matter)")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
         help="same seed, same text (default: a new one, which the summary names)")
     add = parser.add_argument_group("output").add_argument

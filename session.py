@@ -17,7 +17,7 @@ import torch
 from cli.progress import Progress
 from decode import CpuDecoder, GpuDecoder
 from gpu.token_kernels import likeliest
-from lm_head import logits_needed
+from lm_head import head_saving, logits_needed
 from model import PROJECTIONS, KVCache, dense, masked
 from sampling import penalize, sample
 from tensor_parallel import mean
@@ -247,7 +247,8 @@ class Session:
         """Bytes that a decode step reads, on average: blocks, LM head, keys and values."""
         stats = stats or self.measured()
         blocks = block_bytes(self.model, stats.kept) / stats.decoder_steps
-        saved = head_saving(self.decoder, stats.head_rows / stats.decoder_steps)
+        saved = head_saving(self.model.lm_head, self.decoder.bounds,
+                            stats.head_rows / stats.decoder_steps)
         return blocks + other_bytes(self.model) - saved + stats.cache_bytes / stats.steps
 
 
@@ -287,12 +288,6 @@ def seen(config, n_tokens):
 def tensors(thing):
     """The tensors that an object holds itself, such as a `Linear`'s."""
     return [value for value in vars(thing).values() if isinstance(value, torch.Tensor)]
-
-
-def head_saving(decoder, rows):
-    """Bytes of the LM head that a step saves if it reads these rows and the bounds."""
-    head, bounds = decoder.model.lm_head, decoder.bounds
-    return 0 if bounds is None else head.w_t.nbytes * (1 - rows / head.ends[-1]) - bounds.nbytes
 
 
 def bytes_per_weight(linear):
