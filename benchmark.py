@@ -51,7 +51,7 @@ TEXT = "It was a bright cold day in April."  # what a real model continues
 
 
 def process_seconds():
-    """Seconds since this process started, as Linux tells."""
+    """Seconds since this process started, as Linux reports."""
     with open("/proc/self/stat") as f:
         started = int(f.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     with open("/proc/uptime") as f:
@@ -275,7 +275,7 @@ def transformers_speed(model, context, n_tokens, runs=3):
 # ---- command line ------------------------------------------------------------------------------
 
 def run(args):
-    """Measure as the flags say; prints the results and returns them, a dict for each line."""
+    """Measure as the flags say; prints the results and returns them, one dict per line."""
     start = process_seconds()
     name, model, prompt = make_model(args)
     on_gpu = model.device.type == "cuda"

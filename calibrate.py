@@ -387,7 +387,7 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source="", bos_id
 
     bos_id: the token that takes the place of each window's first one, as it begins a text in use;
         None for a model whose texts have none
-    Raises CalibrationError for too short a text, a window or an allocation that cannot be, and for
+    Raises CalibrationError for too short a text, an impossible window or allocation, and for
     activations that are not finite.
     """
     check_window(window, model.config)

@@ -22,8 +22,8 @@ from model import PROJECTIONS, KVCache, dense, masked
 from sampling import penalize, sample
 from tensor_parallel import mean
 
-# Prompt tokens that go through the model at once: memory stays bounded, and a slow CPU can tell
-# how far it is.
+# Prompt tokens that go through the model at once: memory stays bounded, and a slow CPU can
+# report its progress.
 PREFILL_CHUNK = {"cuda": 2048, "cpu": 512}
 
 

@@ -97,7 +97,7 @@ def parse_quantization(config):
 
 
 def other_contents(folder):
-    """What a folder holds that is no model here, and what to do: the end of a sentence."""
+    """What a folder holds instead of a model, and what to do: the end of a sentence."""
     names = sorted(path.name for path in folder.iterdir())
 
     def first(*patterns):

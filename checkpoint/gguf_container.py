@@ -5,7 +5,7 @@ and place. Then come the tensors. It is read here and not by the `gguf` package,
 The package takes seconds over a vocabulary of 50,000 strings. And every count and length in a
 stranger's file is a claim, to be compared with the file's size before it is believed. A large
 model may be split into files NAME-00001-of-00003.gguf, ..., each with a header and tensors of its
-own; the first one's metadata count.
+own; only the first one's metadata apply.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

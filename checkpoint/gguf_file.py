@@ -2,7 +2,7 @@
 vocabulary.
 
 gguf_container.py reads the header, the package `gguf` turns quantized blocks into numbers. What
-leaves this file is as Hugging Face has it: the dictionary of a config.json, tensor names, the
+this file returns has Hugging Face's form: the dictionary of a config.json, tensor names, the
 order of the rows of q and k.
 """
 
@@ -249,8 +249,8 @@ class GGUFFile:
 def llama3_scaling(divisors, config):
     """The rope_scaling of a config.json for the divisors of RoPE's frequencies, [head_dim / 2].
 
-    GGUF keeps only this result of Llama-3's scaling. All Llama-3 models share its parameters but
-    for the factor, which is the divisor of the lowest frequency. So guess, and compare.
+    GGUF keeps only this result of Llama-3's scaling. All Llama-3 models share its parameters
+    except the factor, which is the divisor of the lowest frequency. So guess, and compare.
     """
     scaling = {"rope_type": "llama3", "factor": divisors.flatten()[-1].item(),
                "low_freq_factor": 1.0, "high_freq_factor": 4.0,

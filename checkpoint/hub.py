@@ -16,7 +16,7 @@ def download(repo):
 
     Raises CheckpointError.
     """
-    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))

@@ -1,4 +1,4 @@
-"""The numbers of well-known models, for those who have not their weights at hand."""
+"""The sizes of well-known models, for use without their weights."""
 
 from checkpoint.rope import parse_rope
 from model import Config

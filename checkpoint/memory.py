@@ -11,7 +11,7 @@ import torch
 
 
 def free_memory(device):
-    """Free bytes of memory on a torch.device; infinity where the system does not tell."""
+    """Free bytes of memory on a torch.device; infinity if the system does not say."""
     if device.type == "cuda":
         # PyTorch keeps memory that it no longer uses. That is free for us, too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread")
-# The instructions of this very processor; "-mcpu" is the name on some ARM compilers.
+# The instructions of this processor; "-mcpu" is the name on some ARM compilers.
 TUNING = (("-march=native",), ("-mcpu=native",), ())
 HOW = "install a C compiler (gcc or clang), or `pip install ziglang`"
 

@@ -1,15 +1,15 @@
 /* One token of a Llama-like model on a CPU: from the token's id to the logits of the next one.
 
 A token needs every weight once, so its time is the time of reading them from memory. TEAL (Liu et
-al., arXiv:2408.14690) skips much of that: in y = W x, column k of W matters only if x[k]
-is not nearly zero. W is stored transposed, as w[K, N], so column k of W is one contiguous row of
-w. `keep_rows` lists the x[k] that matter, and `add_rows` reads only their rows.
+al., arXiv:2408.14690) skips much of that: in y = W x, column k of W matters only if x[k] is not
+nearly zero. W is stored transposed, as w[K, N], so column k of W is one contiguous row of w.
+`keep_rows` lists the x[k] that matter, and `add_rows` reads only their rows.
 
 Read from the bottom: `decode` is the forward pass, a call per stage. Every stage is cut into
 n_shares equal shares, and the workers (threads) divide the shares among themselves. A sum depends
 only on its share, never on who computed it, so the logits do not depend on how many workers are
-awake. All activations are float32; weights and cache keep their dtypes. Reading
-overlaps with arithmetic, because rows are prefetched a few rows early.
+awake. All activations are float32; weights and cache keep their dtypes. Rows are prefetched a few
+rows early, so reading overlaps with arithmetic.
 
 Python fills in the structs (cpu/step.py) and calls start_team once, step for every token, and
 stop_team at the end. The file needs a C compiler that knows gnu11, and pthreads. */
@@ -118,7 +118,7 @@ typedef struct {
 
 // ---- numbers of every dtype become floats -----------------------------------------------------
 
-// A vector of floats, as wide as the processor's. Compilers know vectors without any header.
+// A vector of floats as wide as the processor's. gcc and clang know vectors without a header.
 #if defined(__AVX512F__)
 enum { LANES = 16 };
 #elif defined(__AVX__)
@@ -149,8 +149,9 @@ INLINE uint32_t bits_of(float x) {
     return bits;
 }
 
-// float16 has 5 bits of exponent, float32 has 8: 112 is added, but for zero and denormals (exponent
-// 0), which are multiples of 2^-24, and for infinity and NaN (all ones). Masks choose among the three.
+// float16 has 5 bits of exponent, float32 has 8. 112 is added to the exponent, except for zero and
+// denormals (exponent 0), which are multiples of 2^-24, and for infinity and NaN (all ones). Masks
+// choose among the three.
 INLINE Floats from_float16(Words half) {
     Words exponent = half & 0x7c00, rest = (half & 0x7fff) << 13;
     Words small = (Words)(__builtin_convertvector((Ints)(half & 0x3ff), Floats) * 0x1p-24f);
@@ -255,7 +256,7 @@ INLINE void add_rows_of(float *restrict sums, const char *w, int64_t stride, con
     add_some_rows(sums, w, stride, rows + done, values + done, n - done, width, 1, dtype);
 }
 
-// As `add_some_rows`. The list of rows must go on for AHEAD entries; what they name is prefetched.
+// As `add_some_rows`. The list must go on for AHEAD entries; their rows are only prefetched.
 static void add_rows(float *sums, const void *w, int64_t stride, const int32_t *rows,
                      const float *values, int n, int width, int dtype) {
     switch (dtype) {
@@ -434,7 +435,7 @@ static void embed(const Model *m, float *x) {
     for (int i = 0; i < m->hidden; i++) x[i] = get(m->embedding, at + i, m->embedding_dtype);
 }
 
-// The cosines and sines by which heads turn at this position, of every kind of RoPE.
+// The cosines and sines by which heads rotate at this position, of every kind of RoPE.
 static void turn(const Model *m, float *turns) {
     int half = m->head_dim / 2;
     for (int kind = 0; kind < m->n_ropes; kind++, turns += m->head_dim)
@@ -594,7 +595,7 @@ static float least_upper(const Model *m) {
     for (int g = 0; g < groups; g++) largest = b->lower[g] > largest ? b->lower[g] : largest;
     if (largest == INFINITY || b->top > groups) return -INFINITY;
     if (b->top == 1) return largest;
-    // As integers, floats keep their order if those of negative ones are turned around.
+    // As integers, floats keep their order if the bits of negative ones are inverted.
     int32_t reached = INT32_MIN;
     for (int bit = 31; bit >= 0; bit--) {  // the largest integer that `top` of them reach
         int32_t more = (int32_t)((uint32_t)reached + (1u << bit));
@@ -744,7 +745,7 @@ void stop_team(Model *m) {
     m->team = NULL;
 }
 
-// Starts the workers but the first, which is whoever calls `step`. Returns how many there are.
+// Starts all workers but the first, which is the caller of `step`. Returns how many there are.
 int start_team(Model *m) {
     Team *team = m->team = calloc(1, sizeof *team);
     pthread_mutex_init(&team->mutex, NULL);
@@ -763,8 +764,8 @@ int start_team(Model *m) {
     return team->size;
 }
 
-// After a token: half of the workers if they waited for an eighth of the time, each on average, twice
-// in a row; all again after a rest, which is longer whenever that came too early.
+// After a token: halves the team if its workers waited an eighth of the time, on average, in two
+// tokens in a row. All take part again after a rest, which doubles if that came too early.
 static void adapt(Team *team, int64_t elapsed) {
     int64_t waited = __atomic_exchange_n(&team->waited, 0, __ATOMIC_RELAXED);
     int crowded = waited * 8 > elapsed * team->active;

@@ -70,7 +70,7 @@ class CStep:
     thresholds:   float32 [n_layers, 7]; changes in place count from the next step on
     kept:         int64 [n_layers, 7], to which the rows that were read are added
     folder:       where the compiled library is kept, a Path
-    n_shares:     into how many pieces the work is cut, one for each thread
+    n_shares:     into how many pieces the work is cut, one per thread
     top, seen, penalty: which logits matter, see `certificate_for`
     `bounds` is the Certificate that a step reads instead of the whole LM head, or None; of the head
     itself, it reads `head_rows` then.

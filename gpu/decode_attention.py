@@ -1,7 +1,7 @@
 """Attention of one new token over the KV cache, in one kernel: RoPE, cache write, attention.
 
 While decoding, attention reads every cached key and value once, so it is bound by memory. One
-program for each key head would leave most of the GPU idle, so the context is split too
+program per key head would leave most of the GPU idle, so the context is split too
 (flash-decoding). Each program takes a chunk of one head's keys, computes its softmax with a
 running maximum, and leaves an unnormalised sum. The program that finishes last combines the
 chunks of its head, always in the order of the context: the result has the same bits every time.
@@ -80,11 +80,11 @@ def _find_chunk(position, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: t
 @triton.jit
 def _attend(q_a, q_b, k_ptr, v_ptr, start, end, scale, biggest, total, y, HEAD_DIM: tl.constexpr,
             HALF_PADDED: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Go on with a running softmax over the cached tokens from start to end.
+    """Continue a running softmax over the cached tokens from start to end.
 
     q_a, q_b: the queries' halves [GROUP_PADDED, HALF_PADDED]
     biggest, total, y: the largest score so far, the sum of exp(score - biggest) [GROUP_PADDED], and
-              that of the values times it [GROUP_PADDED, 2 * HALF_PADDED]; returned renewed
+              that of the values times it [GROUP_PADDED, 2 * HALF_PADDED]; returned updated
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     half, dim = tl.arange(0, HALF_PADDED), tl.arange(0, 2 * HALF_PADDED)
@@ -219,7 +219,7 @@ class Workspace:
     """What the chunks of a head leave for one another, allocated before a graph is captured."""
 
     def __init__(self, n_heads, n_kv_heads, head_dim, device):
-        # For long contexts at least as many programs as the GPU holds at once, three a
+        # For long contexts at least as many programs as the GPU holds at once, three per
         # multiprocessor, but not more chunks than one combination can take. A power of two, as
         # the size of every tile.
         self.splits = min(32, max(4, triton.next_power_of_2(384 // n_kv_heads)))

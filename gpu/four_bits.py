@@ -11,7 +11,7 @@ bfloat16 this number is cut into a high and a low part (into four, if x is float
 2 parts are the 16 vectors, and the sums of a column are those in the two rows of its group.
 
 Byte j of a group holds column j in its low half and column j + 16 in its high half. A tile is
-int32: eight columns in one number. To convert integers is slow on GPUs. But the bfloat16 with the
+int32: eight columns in one number. Converting integers is slow on GPUs. But the bfloat16 with the
 bits q is q * 2**-133, for all q up to 255: below 2**-125, floats are evenly spaced. So one "and"
 makes two floats, and x * s absorbs the factor.
 

@@ -1,6 +1,6 @@
 """y = W x by lists of rows, as `sparse_gemv` computes it, with what a decode step fuses into it.
 
-Each operation beside a product would be a launch of its own, some microseconds. So select first
+Each operation next to a product would cost a launch, some microseconds. So select first
 applies RMSNorm or SwiGLU to x, and sum rows adds a bias and the residual stream at the end. Up to
 three matrices lie side by side in one w_t, as q, k and v do; each has its threshold, and so a list
 of its own for each chunk of x.

@@ -69,7 +69,7 @@ def _tensor_core_kernel(x_ptr, norm_ptr, w_ptr, out_ptr, bias_ptr, residual_ptr,
                         STAGES: tl.constexpr, PDL: tl.constexpr):
     """One program: BLOCK_N columns, summed over CHUNK rows."""
     # All rows are read, so this is one matrix. Written as program_id * BLOCK_N, ptxas, which makes
-    # machine code of PTX, orders the loop's instructions otherwise than in what was timed.
+    # machine code of PTX, orders the loop's instructions differently from what was timed.
     _, start, end = find_tile(N, N, N, BLOCK_N)
     chunk, n = tl.program_id(1), start + tl.arange(0, BLOCK_N)
     first, last = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, K)
