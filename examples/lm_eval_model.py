@@ -26,6 +26,7 @@ from tqdm import tqdm
 from checkpoint import load
 from checkpoint.chat_template import render
 from checkpoint.tokenizer import text_pieces
+from cli.command_line import run_script
 from evaluate import find_calibrations
 from generate import find_thresholds, open_session
 from model import KVCache, dense, masked
@@ -39,7 +40,8 @@ class NanoTEAL(TemplateLM):
                  quantize=None, dtype="float32", context=None, device=None, batch_size=1,
                  max_batch_size=None):
         super().__init__()
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None or not torch.cuda.is_available():  # the harness asks for "cuda:0"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.text = load(pretrained, dtype=getattr(torch, dtype), device=device,
                                      quantize=quantize, context=context)
         self.name = str(pretrained or "SmolLM2-135M-Instruct")
@@ -164,4 +166,4 @@ class NanoTEAL(TemplateLM):
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    run_script(cli_evaluate)

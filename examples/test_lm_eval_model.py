@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs examples/requirements.txt")
+pytest.importorskip("lm_eval", reason="needs examples/requirements.txt")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the harness needs accelerate and peft for its model")
 
 from datasets import Dataset  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
+from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
@@ -89,7 +90,8 @@ def test_a_task_gets_the_same_result(both):
             "task": "sums", "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
             "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}",
             "doc_to_target": "gold", "doc_to_choice": "choices"})
-        results.append(lm_eval.simple_evaluate(lm, tasks=[task], bootstrap_iters=0)["results"])
+        tasks = {"tasks": {"sums": task}, "groups": {}, "group_map": {}}
+        results.append(evaluate(lm, tasks, bootstrap_iters=0)["results"])
     assert results[0]["sums"]["acc,none"] == results[1]["sums"]["acc,none"]
     assert results[0]["sums"]["acc_norm,none"] == results[1]["sums"]["acc_norm,none"]
 
