@@ -29,23 +29,16 @@ from checkpoint.known_models import KNOWN_MODELS
 from checkpoint.memory import require_memory
 from checkpoint.tensors import weight_bytes
 from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
-from decode import CpuDecoder, GpuDecoder
-from gpu import benchmark_gpu as gpu
-from gpu.token_kernels import likeliest
+from decode import new_decoder
 from lm_head import head_saving
 from model import PROJECTIONS, SITES, KVCache, Linear, Model
 from quantize import GROUP, GROUP_BYTES, Int4Linear, Int4OnCPU, Int8Linear, int4_linear
+from sampling import likeliest
 from session import block_bytes, cache_bytes, other_bytes, seen
-from tensor_parallel import (
-    all_reduce,
-    connect,
-    from_first,
-    mean,
-    rank,
-    rank_config,
-    start,
-    world_size,
-)
+from tensor_parallel import from_first, mean, rank, ranks, start, world_size
+
+if torch.cuda.is_available():
+    from gpu import benchmark_gpu as gpu
 
 TEXT = "It was a bright cold day in April."  # what a real model continues
 
@@ -113,12 +106,14 @@ def make_model(args):
         return args.model or "SmolLM2-135M-Instruct", model, torch.tensor(ids, device=args.device)
     config, dtype = KNOWN_MODELS[args.config], getattr(torch, args.dtype)
     check_context(args, config)
-    args.device, part = start(args.device), rank_config(config, world_size())
+    args.device, shared = start(args.device), ranks()
+    part = config if shared is None else shared.slim(config)
     require_memory(weight_bytes(part, dtype, args.quantize), args.device,
                    f"{args.config} in {args.quantize or args.dtype}",
                    "try --quantize int8 or a smaller --config")
     model = random_model(part, dtype, args.device, args.quantize)
-    connect(model, config)
+    if shared is not None:
+        shared.connect(model)
     return args.config, model, random_tokens(model, 100)
 
 
@@ -202,12 +197,12 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
 def reduce_seconds(decoder, repeats=20):
     """Seconds that the all-reduces of one layer take under torchrun, one after the other."""
     model = decoder.model
-    x = model.residual_stream(model.config.hidden_size, dtype=model.dtype, device=model.device)
+    x = model.ranks.empty(model.config.hidden_size, model.dtype, model.device)
     x.zero_()
 
     def run():
         for _ in range(2 * repeats):
-            all_reduce(x)
+            model.ranks.all_reduce(x)
 
     if x.is_cuda:
         return gpu.seconds(gpu.graph_of(run)) / repeats
@@ -284,8 +279,7 @@ def run(args):
     loading = process_seconds() - start
     n_tokens, runs = (200, 3) if on_gpu else (128, 5)
     cache = KVCache(model.config, max(args.context) + n_tokens, model.dtype, model.device)
-    decoder = (GpuDecoder if on_gpu else CpuDecoder)(
-        model, cache, likeliest, top=int(args.head == "auto"))
+    decoder = new_decoder(model, cache, likeliest, top=int(args.head == "auto"))
     fill(model, cache, prompt, 100)
     decoder.start(1, 100)
     next(decoder.tokens(1))

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from calibrate import begin_with, byte_shares, masked_and_counted
+from calibrate import begin_with, second_half
+from calibrations.allocations import byte_shares
 from calibrations.thresholds import ALLOCATIONS, Calibration, candidates
 from checkpoint import default_model
 from checkpoint.digest import weights_digest
 from checkpoint.files import read_text, require_writable, write_whole
 from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
-from model import PROJECTIONS, KVCache
-from tensor_parallel import refuse
+from model import PROJECTIONS
 
 # What was measured, known by its content: rows of --json that agree in all of these are the same
 # measurement. `weights`, `tokens` and `thresholds` are hashes.
@@ -52,28 +52,19 @@ def score(model, tokens, tables, all_sparse=False):
     """
     half = len(tokens) // 2
     first, second, targets = tokens[:half], tokens[half:-1], tokens[half + 1:]
-    cache = KVCache(model.config, len(tokens), model.dtype, model.device)
-    model.forward(first, cache)
-    dense = model.forward(second, cache)  # [T / 2, hidden_size]
-    expected = model.logits(dense).float().log_softmax(-1)
+    sparse = [table for table in tables if table is not None]
+    passes = second_half(model, first, second, [None, *sparse], all_sparse)
+    reference = next(passes)
+    expected = model.logits(reference[0]).float().log_softmax(-1)
 
     results = []
     for table in tables:
-        hidden = dense
-        dropped = torch.zeros(model.config.n_layers, len(PROJECTIONS), dtype=torch.float64,
-                              device=model.device)
-        if table is not None:
-            project = masked_and_counted(table.to(model.device), dropped)
-            cache.length = 0 if all_sparse else half
-            if all_sparse:
-                model.forward(first, cache, project)
-                dropped.zero_()
-            hidden = model.forward(second, cache, project)  # overwrites this half in the cache
+        hidden, dropped = reference if table is None else next(passes)
         predicted = model.logits(hidden).float().log_softmax(-1)
         divergence = F.kl_div(predicted, expected, log_target=True, reduction="batchmean")
         same = predicted.argmax(-1) == expected.argmax(-1)
         results.append({"nll": F.nll_loss(predicted, targets).item(), "kl": divergence.item(),
-                        "top1": same.double().mean().item(), "sparsity": dropped.cpu()})
+                        "top1": same.double().mean().item(), "sparsity": dropped})
     return results
 
 
@@ -235,8 +226,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    refuse("evaluating")
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args, alone="evaluating")
     if not 4 <= args.window <= model.config.context:
         raise ValueError(f"--window {args.window} is outside 4 to {model.config.context}, this "
                          "model's context")

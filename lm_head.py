@@ -115,7 +115,7 @@ def certificate_for(linear, top):
     fits = linear.scale is None and k % 4 == 0 and k <= LARGEST_K and v * k >= LEAST_WEIGHTS
     if not (fits and 0 < top <= min(MOST_TOKENS, v)):
         return None
-    if linear.certificate is None:
+    if not hasattr(linear, "certificate"):  # made once for a model
         linear.certificate = certify(linear.w_t.T)
     return linear.certificate
 

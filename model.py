@@ -3,11 +3,10 @@ matter.
 
 Llama, Mistral, Qwen, SmolLM, OLMo and many others are one stack of equal blocks; only the
 numbers in `Config` differ. Every product with weights goes through one function, `project(x,
-linear)`. Two such functions stand side by side below: `dense` reads every weight, `masked` first
-drops the small entries of x. While decoding, a kernel that computes the same as `masked` leaves
-the dropped rows of the weights unread (`sparse_gemv.py`). The engine runs one text at a time, so
-no tensor has a batch dimension: T is the number of new tokens, S the number of tokens that
-attention sees.
+linear)`: `dense` reads every weight, `masked` first drops the small entries of x. While decoding,
+a kernel that computes the same as `masked` skips the rows of the weights that belong to them
+(`sparse_gemv.py`). The engine runs one text at a time, so no tensor has a batch dimension: T is
+the number of new tokens, S the number of tokens that attention sees.
 
 Sources: Touvron et al., "Llama 2" (arXiv:2307.09288, section 2.2); Su et al., "RoFormer" (RoPE,
 arXiv:2104.09864); Ainslie et al., "GQA" (arXiv:2305.13245); Shazeer, "GLU Variants"
@@ -37,85 +36,42 @@ class Config:
     head_dim: int  # channels of one head
     norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    rope_divisors: tuple = ()  # of RoPE's rotations, one a channel pair, for long texts; () is 1
-    rope_factor: float = 1.0  # multiplies what RoPE rotated: scores by its square (YaRN, Granite)
     context: int = 2048  # longest text, in tokens
+    tie_embeddings: bool = False  # the LM head is the embedding
+
+    # What Llama 2 does not have, and later releases and other families set. Skip it at first.
+    rope_divisors: tuple = ()  # slow RoPE down for long texts, one per channel pair; () is 1
+    rope_factor: float = 1.0  # multiplies what RoPE rotated: scores by its square (YaRN, Granite)
+    plain_rope_layers: tuple = ()  # layers whose RoPE both of these leave alone (OLMo 3)
+    no_rope_layers: tuple = ()  # layers without RoPE (SmolLM3)
+    query_growth: tuple = (0.0, 1)  # (b, c): q times 1 + b ln(1 + position // c) (Ministral 3)
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     full_layers: tuple = ()  # layers that see all tokens, when others have the window
-    plain_rope_layers: tuple = ()  # layers whose RoPE the divisors leave alone (OLMo 3)
-    no_rope_layers: tuple = ()  # layers without RoPE
-    query_growth: tuple = (0.0, 1)  # (b, c): q times 1 + b ln(1 + position // c) (Ministral 3)
     qk_norm: str | None = None  # RMSNorm of q and k: each "head" by itself, or "all" together
-    norms_behind: bool = False  # RMSNorm behind attention and MLP, not in front of them
+    norms_behind: bool = False  # RMSNorm after attention and MLP, not before them (OLMo 2)
     qkv_bias: bool = False
     o_bias: bool = False
-    tie_embeddings: bool = False  # the LM head is the embedding
 
     def window(self, i):
         """The sliding window of layer i, or None."""
         return None if i in self.full_layers else self.sliding_window
 
     def rope_kind(self, i):
-        """What RoPE does in layer i: "none", "plain", or "slow" with the divisors."""
+        """What RoPE does in layer i: "plain", "none", or "scaled" by divisors and factor."""
         if i in self.no_rope_layers:
             return "none"
-        return "plain" if i in self.plain_rope_layers else "slow"
+        scaled = self.rope_divisors or self.rope_factor != 1
+        return "scaled" if scaled and i not in self.plain_rope_layers else "plain"
 
     def linear_shape(self, site):
         """(in_features, out_features of each projection) of the matrices at a site."""
+        h, mlp = self.hidden_size, self.intermediate_size
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        return {"qkv": (self.hidden_size, (q, kv, kv)),
-                "o": (q, (self.hidden_size,)),
-                "gate_up": (self.hidden_size, (self.intermediate_size, self.intermediate_size)),
-                "down": (self.intermediate_size, (self.hidden_size,))}[site]
+        return {"qkv": (h, (q, kv, kv)), "o": (q, (h,)),
+                "gate_up": (h, (mlp, mlp)), "down": (mlp, (h,))}[site]
 
 
-# ---- products, and the idea of TEAL ------------------------------------------------------------
-
-class Linear:
-    """The projections of one site in one matrix: y = x @ w_t + bias, their outputs side by side.
-
-    A weight [N, K] is stored transposed, as w_t [K, N]: input channel k owns row k, contiguous in
-    memory. If x[k] is dropped, its row is skipped.
-    """
-
-    scale = None  # float32 [N], multiplies the sums of int8 weights (quantize.py)
-    certificate = None  # of the LM head, made at its first use (lm_head.py)
-
-    def __init__(self, layer, site, in_features, widths, has_bias, dtype, device):
-        self.layer, self.site, self.in_features, self.dtype = layer, site, in_features, dtype
-        self.widths = widths  # out_features of each projection
-        self.ends = tuple(sum(widths[:i + 1]) for i in range(len(widths)))  # last column + 1
-        self.starts = (0, *self.ends[:-1])
-        first = 0 if layer is None else PROJECTIONS.index(SITES[site][0])
-        self.places = slice(first, first + len(widths))  # of its projections in PROJECTIONS
-        self.bias = torch.zeros(self.ends[-1], dtype=dtype, device=device) if has_bias else None
-        self.allocate(device)
-
-    def allocate(self, device, dtype=None):
-        """Make w_t. An LM head lies in memory as W [N, K]: each logit reads one row. That of a GPU
-        in int8 does not."""
-        by_logit = self.site == "lm_head" and (
-            dtype is None or torch.device(device).type == "cpu")
-        shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
-        w = torch.empty(shape, dtype=dtype or self.dtype, device=device)
-        self.w_t = w.T if by_logit else w
-
-    def load_weight(self, i, weight):
-        """Copy the weight [out_features, in_features] of projection i to its columns."""
-        self.w_t[:, self.starts[i]:self.ends[i]] = weight.to(self.dtype).T
-
-    def load_bias(self, i, bias):
-        self.bias[self.starts[i]:self.ends[i]] = bias
-
-    def weight(self, start, end):
-        """Columns start ... end - 1 of w_t, [K, end - start]."""
-        return self.w_t[:, start:end]
-
-    def __call__(self, x):
-        y = x @ self.w_t
-        return y if self.bias is None else y + self.bias
-
+# ---- two products, and the idea of TEAL --------------------------------------------------------
 
 def dense(x, linear):
     """x [T, K] -> [T, N], reading every weight."""
@@ -125,8 +81,7 @@ def dense(x, linear):
 def masked(x, linear, thresholds):
     """TEAL: x [T, K] without its nearly zero entries -> [T, N]; one threshold per projection.
 
-    Where |x[k]| <= threshold, row k of w_t is multiplied by zero. So the kernels, which compute
-    the same, need not read it.
+    Where |x[k]| <= threshold, row k of w_t is multiplied by zero, so a kernel need not read it.
     """
     y = []
     for threshold, start, end in zip(thresholds, linear.starts, linear.ends):
@@ -164,7 +119,7 @@ class Block:
             q = rms_norm(q, self.q_norm, config.norm_eps)
             k = rms_norm(k, self.k_norm, config.norm_eps)
         q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in (q, k, v))  # [T, heads, ...]
-        cos, sin, growth = ropes[config.rope_kind(self.i)]
+        cos, sin, growth = ropes[config.rope_kind(self.i)]  # growth is 1 in all but Ministral 3
         q, k = apply_rope(q, cos * growth, sin * growth), apply_rope(k, cos, sin)
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [heads, T, head_dim]
         if cache is not None:
@@ -180,18 +135,20 @@ class Block:
         gate, up = project(x, self.gate_up).chunk(2, dim=-1)
         return project(F.silu(gate) * up, self.down)
 
-    # Where several GPUs share a model, `reduce` adds up their y, and one adds the residual.
-    reduce = staticmethod(lambda y: y)
-    adds_residual = True
-
     def __call__(self, x, ropes, cache=None, project=dense):
         """x [T, hidden_size] -> [T, hidden_size]. Without a cache, x is the whole text."""
-        eps, front = self.config.norm_eps, not self.config.norms_behind
-        h = rms_norm(x, self.attn_norm, eps) if front else x
-        h = self.reduce(self.attention(h, ropes, cache, project))
-        x = x + (h if front else rms_norm(h, self.attn_norm, eps))
-        h = self.reduce(self.mlp(rms_norm(x, self.mlp_norm, eps) if front else x, project))
-        return x + (h if front else rms_norm(h, self.mlp_norm, eps))
+        eps = self.config.norm_eps
+        x = x + self.attention(rms_norm(x, self.attn_norm, eps), ropes, cache, project)
+        return x + self.mlp(rms_norm(x, self.mlp_norm, eps), project)
+
+
+class PostNormBlock(Block):
+    """OLMo 2's block: the norms stand after attention and MLP, not before them."""
+
+    def __call__(self, x, ropes, cache=None, project=dense):
+        eps = self.config.norm_eps
+        x = x + rms_norm(self.attention(x, ropes, cache, project), self.attn_norm, eps)
+        return x + rms_norm(self.mlp(x, project), self.mlp_norm, eps)
 
 
 def causal_mask(n_tokens, n_keys, window, device):
@@ -215,58 +172,91 @@ def apply_rope(x, cos, sin):
     return torch.cat([half.to(x.dtype) for half in rotated], dim=-1)
 
 
-# ---- the KV cache and the model ----------------------------------------------------------------
+# ---- weights, KV cache and model ---------------------------------------------------------------
+
+class Linear:
+    """The projections of one site in one matrix: y = x @ w_t + bias, their outputs side by side.
+
+    A weight [N, K] is stored transposed, as w_t [K, N]: input channel k owns row k, contiguous in
+    memory. If x[k] is dropped, its row is skipped.
+    """
+
+    scale = None  # float32 [N], multiplies the sums of int8 weights (quantize.py)
+
+    def __init__(self, layer, site, in_features, widths, has_bias, dtype, device):
+        self.layer, self.site, self.in_features, self.dtype = layer, site, in_features, dtype
+        self.widths = widths  # out_features of each projection
+        self.ends = tuple(sum(widths[:i + 1]) for i in range(len(widths)))  # last column + 1
+        self.starts = (0, *self.ends[:-1])
+        first = 0 if layer is None else PROJECTIONS.index(SITES[site][0])
+        self.places = slice(first, first + len(widths))  # of its projections in PROJECTIONS
+        self.bias = torch.zeros(self.ends[-1], dtype=dtype, device=device) if has_bias else None
+        self.allocate(device)
+
+    def allocate(self, device, dtype=None):
+        """Make w_t. All LM heads but a GPU's in int8 lie as W [N, K]: a logit reads one row."""
+        by_logit = self.site == "lm_head" and (dtype is None or torch.device(device).type == "cpu")
+        shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
+        w = torch.empty(shape, dtype=dtype or self.dtype, device=device)
+        self.w_t = w.T if by_logit else w
+
+    def load_weight(self, i, weight):
+        """Copy the weight [out_features, in_features] of projection i to its columns."""
+        self.w_t[:, self.starts[i]:self.ends[i]] = weight.to(self.dtype).T
+
+    def load_bias(self, i, bias):
+        self.bias[self.starts[i]:self.ends[i]] = bias
+
+    def weight(self, start, end):
+        """Columns start ... end - 1 of w_t, [K, end - start]."""
+        return self.w_t[:, start:end]
+
+    def __call__(self, x):
+        y = x @ self.w_t
+        return y if self.bias is None else y + self.bias
+
 
 class KVCache:
     """Keys and values of the tokens so far, each computed once; room for `context` tokens."""
 
     def __init__(self, config, context, dtype=torch.float32, device="cpu"):
-        shape = (config.n_layers, config.n_kv_heads, context, config.head_dim)
+        shape = (2, config.n_layers, config.n_kv_heads, context, config.head_dim)
         # zeros, because a masked position still enters a product, and 0 * NaN is NaN
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.context, self.length = context, 0  # tokens: room for, held
 
     def append(self, layer, k, v):
         """Store new k, v [n_kv_heads, T, head_dim]; returns all of them, [n_kv_heads, S, ...]."""
         end = self.length + k.shape[1]
+        if end > self.context:
+            raise ValueError(f"{end} tokens do not fit into a KV cache of {self.context}")
         self.k[layer, :, self.length:end] = k
         self.v[layer, :, self.length:end] = v
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
 
 def rotation(config, kind):
-    """Each channel pair's radians per position, and factor of the result, float32 [head_dim / 2].
-
-    Texts longer than those of the training need slower rotations: hence the divisors.
-    """
+    """Radians per position of each channel pair, factor of the result: float32 [head_dim / 2]."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    divisors = {"none": torch.inf, "plain": 1.0, "slow": config.rope_divisors or 1.0}[kind]
+    divisors = {"none": torch.inf, "plain": 1.0, "scaled": config.rope_divisors or 1.0}[kind]
     freq = 1.0 / config.rope_theta ** exponents / torch.tensor(divisors)
-    return freq, torch.where(freq > 0, config.rope_factor if kind == "slow" else 1.0, 1.0)
+    return freq, torch.where(freq > 0, config.rope_factor if kind == "scaled" else 1.0, 1.0)
 
 
 class Model:
-    """Weights and forward pass. New weights are uninitialised: `checkpoint.load` fills them.
-
-    linear: the class of its matrices, `Linear` or one with the same methods
-    """
-
-    residual_stream = staticmethod(torch.empty)  # makes a decoder's hidden state
-    digest = folder = None  # which checkpoint these weights are from; `checkpoint.load` says
+    """Weights and forward pass. `checkpoint.load` fills the weights, matrices of class `linear`."""
 
     def __init__(self, config, dtype=torch.float32, device="cpu", linear=Linear):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        self.whole_config = config  # differs where several GPUs share the model
-        self.own_config = config  # differs where a run asks for another context
-        self.blocks = [Block(i, config, dtype, device, linear) for i in range(config.n_layers)]
-        self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        vocab_size, hidden_size = config.vocab_size, config.hidden_size
-        self.lm_head = linear(None, "lm_head", hidden_size, (vocab_size,), False, dtype, device)
+        self.ranks = None  # the processes that share the model, if several do (tensor_parallel.py)
+        block = PostNormBlock if config.norms_behind else Block
+        self.blocks = [block(i, config, dtype, device, linear) for i in range(config.n_layers)]
+        v, h = config.vocab_size, config.hidden_size
+        self.norm = torch.empty(h, dtype=dtype, device=device)
+        self.lm_head = linear(None, "lm_head", h, (v,), False, dtype, device)
         # A tied embedding is the LM head's columns, unless the head stores them in another dtype.
         tied = config.tie_embeddings and self.lm_head.w_t.dtype == dtype
-        self.embedding = None if tied else torch.empty(
-            vocab_size, hidden_size, dtype=dtype, device=device)
+        self.embedding = None if tied else torch.empty(v, h, dtype=dtype, device=device)
         self.set_context(config)
 
     def set_context(self, config):
@@ -277,9 +267,7 @@ class Model:
 
     def embed(self, tokens):
         """Token ids [T] -> hidden states [T, hidden_size]."""
-        if self.embedding is None:
-            return self.lm_head.w_t.T[tokens]
-        return self.embedding[tokens]
+        return (self.lm_head.w_t.T if self.embedding is None else self.embedding)[tokens]
 
     def rope(self, start, n_tokens):
         """{kind: (cos, sin [T, 1, head_dim / 2], growth of q [T, 1, 1])} from `start` on."""
@@ -296,9 +284,6 @@ class Model:
         T = 1 is decoding. Raises ValueError if they do not fit.
         """
         start, n_tokens = (0 if cache is None else cache.length), tokens.shape[0]
-        if cache is not None and start + n_tokens > cache.context:
-            raise ValueError(
-                f"{start + n_tokens} tokens do not fit into a KV cache of {cache.context}")
         x, ropes = self.embed(tokens), self.rope(start, n_tokens)
         for block in self.blocks:
             x = block(x, ropes, cache, project)

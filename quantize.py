@@ -14,11 +14,11 @@ import runpy
 
 import torch
 
-from gpu.four_bits import GROUP
 from model import Linear
 
 PIECE = 1 << 20  # weights quantized, or turned to floats on a CPU, at a time
 FLOATS = 1 << 24  # weights turned to floats at a time on a GPU, for prefill
+GROUP = 32  # columns whose 4-bit weights share a scale and a minimum
 GROUP_BYTES = GROUP // 2 + 4  # numbers, then scale and minimum
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of a group's range, around its middle
 

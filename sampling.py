@@ -1,10 +1,21 @@
 """The choice of the next token from its logits: greedy, or drawn from the likeliest.
 
 Everything here has fixed shapes and never waits for the GPU, so that a CUDA graph can hold it.
-This file needs only torch.
+On a CPU, this file needs only torch.
 """
 
 import torch
+
+
+def likeliest(logits):
+    """Logits [V] -> the likeliest id, int64 [1]: of equals the first; -1 if not all are finite."""
+    if logits.is_cuda:
+        from gpu.token_kernels import likeliest  # Triton is not everywhere
+
+        return likeliest(logits)
+    finite = torch.stack(logits.aminmax()).isfinite().all()  # NaN if one of them is
+    # NumPy's argmax takes a tenth of PyTorch's time.
+    return torch.tensor([logits.float().numpy().argmax() if finite else -1])
 
 
 def penalize(logits, seen, penalty):

@@ -15,12 +15,10 @@ from numbers import Integral, Real
 import torch
 
 from cli.progress import Progress
-from decode import CpuDecoder, GpuDecoder
-from gpu.token_kernels import likeliest
+from decode import new_decoder, prefill
 from lm_head import head_saving, logits_needed
 from model import PROJECTIONS, KVCache, dense, masked
-from sampling import penalize, sample
-from tensor_parallel import mean
+from sampling import likeliest, penalize, sample
 
 # Prompt tokens that go through the model at once: memory stays bounded, and a slow CPU can
 # report its progress.
@@ -87,10 +85,9 @@ class Session:
         self.ended = None  # what ended the last generation: "stop", "length", "context"
         self.turn = None  # the last generation
         self.stats = Stats()
-        decoder = GpuDecoder if model.device.type == "cuda" else CpuDecoder
         top = logits_needed(temperature, top_k, repetition_penalty) if head == "auto" else 0
-        self.decoder = decoder(model, self.cache, self.choose, [generator], graph, top=top,
-                               seen=self.seen, penalty=repetition_penalty)
+        self.decoder = new_decoder(model, self.cache, self.choose, [generator], graph, top=top,
+                                   seen=self.seen, penalty=repetition_penalty)
         self.set_thresholds(thresholds)
 
     def set_thresholds(self, thresholds):
@@ -120,15 +117,15 @@ class Session:
         return token
 
     @torch.inference_mode()
-    def prefill(self, tokens):
+    def read_prompt(self, tokens):
         """Run a list of ids through the model, dense, and return the id that follows them."""
         start, device = self.cache.length, self.model.device
         with Progress("reading the prompt", len(tokens), delay=2, kept=True) as progress:
             for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK[device.type]):
-                hidden = self.model.forward(chunk, self.cache)
+                logits = prefill(self.model, self.cache, chunk)
                 self.tokens += tokens[len(self.tokens) - start:][:len(chunk)]
                 progress.update(len(chunk))
-        token = self.choose(self.model.logits(hidden[-1:])[0]).item()
+        token = self.choose(logits).item()
         if token < 0:
             self.diagnose(tokens, start, dense)
         return token
@@ -186,7 +183,7 @@ class Session:
 
         start = time.perf_counter()
         try:
-            token = self.prefill(prompt[same:])
+            token = self.read_prompt(prompt[same:])
         finally:  # after Ctrl-C, too
             stats.prompt_tokens += len(self.tokens) - same
             stats.prefill_seconds += time.perf_counter() - start
@@ -241,7 +238,7 @@ class Session:
         steps, or over those of `stats`."""
         stats = stats or self.measured()
         read = block_bytes(self.model, stats.kept) / stats.decoder_steps
-        return 1 - mean(read / block_bytes(self.model))
+        return 1 - read / block_bytes(self.model)
 
     def bytes_per_token(self, stats=None):
         """Bytes that a decode step reads, on average: blocks, LM head, keys and values."""

@@ -1,15 +1,16 @@
 """One model on several GPUs or processes: every rank holds a slice of every large matrix.
 
 q, k, v, gate and up are split by output: a rank computes its own heads and MLP channels from the
-whole x. o and down are split by input: a rank multiplies with its own heads' or channels' rows,
-and one all-reduce after each of them adds up the ranks' results. That makes two all-reduces of
-one hidden state per layer, and nothing else is exchanged. Embedding and LM head are whole on every
-rank. The head is 1.5% of a 70B model's weights, and this way all ranks choose the same token by
-themselves.
+whole x. o and down are split by input: a rank multiplies with the rows of its own heads or
+channels, and one all-reduce after each of them adds up the ranks' results. That makes two
+all-reduces of one hidden state per layer, and nothing else is exchanged. Embedding and LM head are
+whole on every rank. The head is 1.5% of a 70B model's weights, and this way all ranks choose the
+same token by themselves.
 
 A rank's model is an ordinary `Model` of a slimmer Config, so sparsity, int8, the KV cache and the
 CUDA graph work as they are. q ... up drop the same x everywhere; o and down choose from their
-slices.
+slices. The command line makes the `Ranks`, `checkpoint.load` reads their slices, and `Model.ranks`
+tells a decoder whether there is anything to add up.
 
     torchrun --nproc-per-node 2 generate.py --model M --sparsity 0.5 --prompt "Name three rivers."
 
@@ -82,65 +83,16 @@ def from_first(value):
     return box[0]
 
 
-def total(x):
-    """The sum of a tensor on the CPU over all ranks. Every rank must call it."""
-    if not dist.is_initialized():
-        return x
-    return all_reduce(x.to("cuda" if dist.get_backend() == "nccl" else "cpu")).cpu()
-
-
 def mean(value):
     """The mean of a float over all ranks. Every rank must call it."""
     return total(torch.tensor(value, dtype=torch.float64)).item() / world_size()
 
 
-# ---- a rank's slice ----------------------------------------------------------------------------
-
-def rank_config(config, size):
-    """The Config of one of `size` ranks. Raises ValueError if heads or channels do not divide."""
-    if size > 1 and (config.qk_norm == "all" or config.norms_behind):
-        raise ValueError("ranks cannot share a model with norms over all heads or after the block "
-                         "(OLMo); run it in one process")
-    for name in ("n_kv_heads", "n_heads", "intermediate_size"):
-        if getattr(config, name) % size:
-            raise ValueError(f"{size} ranks cannot share the model's {getattr(config, name)} "
-                             f"{name}; start a number of processes that divides it")
-    return dataclasses.replace(
-        config, n_heads=config.n_heads // size, n_kv_heads=config.n_kv_heads // size,
-        intermediate_size=config.intermediate_size // size)
-
-
-def split_dim(name):
-    """Along which dimension the tensor of this Hugging Face name is split; None if it is whole."""
-    module, _, kind = name.rpartition(".")
-    part = module.rpartition(".")[2]
-    if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-        return 0
-    return 1 if part in ("o_proj", "down_proj") and kind == "weight" else None
-
-
-def cut(name, shape):
-    """What this rank keeps of a tensor [out_features, in_features] or [out_features], as slices."""
-    dim = split_dim(name)
-    if dim is None:
-        return (slice(None),) * len(shape)
-    width = shape[dim] // world_size()
-    mine = slice(rank() * width, (rank() + 1) * width)
-    return tuple(mine if d == dim else slice(None) for d in range(len(shape)))
-
-
-def connect(model, config):
-    """Let a rank's Model add up o and down over all ranks. config: that of the whole model."""
-    model.whole_config = config
+def total(x):
+    """The sum of a tensor on the CPU over all ranks. Every rank must call it."""
     if not dist.is_initialized():
-        return
-    if model.device.type == "cuda":
-        model.residual_stream = shared_empty
-    for block in model.blocks:
-        block.reduce, block.adds_residual = all_reduce, rank() == 0
-        for linear in (block.o, block.down):
-            if linear.bias is not None and rank() > 0:
-                linear.bias.zero_()  # the first rank adds it
+        return x
+    return all_reduce(x.to("cuda" if dist.get_backend() == "nccl" else "cpu")).cpu()
 
 
 def all_reduce(x):
@@ -152,9 +104,75 @@ def all_reduce(x):
     return x
 
 
-def shared_empty(size, dtype, device):
-    """A tensor that all GPUs of this machine can read: its all-reduce needs one kernel, no NCCL."""
-    x = symm_mem.empty(size, dtype=dtype, device=device)
-    symm_mem.rendezvous(x, dist.group.WORLD)
-    x.is_shared_by_gpus = True  # `all_reduce` takes the short way for it
-    return x
+# ---- a rank's slice ----------------------------------------------------------------------------
+
+class Ranks:
+    """The processes that share one model, as one of them sees it: the slices that it holds."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+    def slim(self, config):
+        """The Config of a rank. Raises ValueError if heads or channels do not divide."""
+        if config.qk_norm == "all" or config.norms_behind:
+            raise ValueError("ranks cannot share a model with norms over all heads or after the "
+                             "block (OLMo); run it in one process")
+        names = ("n_kv_heads", "n_heads", "intermediate_size")
+        for name in names:
+            if getattr(config, name) % self.size:
+                raise ValueError(f"{self.size} ranks cannot share the model's "
+                                 f"{getattr(config, name)} {name}; start a number of processes "
+                                 "that divides it")
+        slim = {name: getattr(config, name) // self.size for name in names}
+        return dataclasses.replace(config, **slim)
+
+    def cut(self, name, shape):
+        """What this rank keeps of the tensor of this name and shape, [out_features, in_features] or
+        [out_features], as slices."""
+        dim = split_dim(name)
+        if dim is None:
+            return (slice(None),) * len(shape)
+        width = shape[dim] // self.size
+        mine = slice(self.rank * width, (self.rank + 1) * width)
+        return tuple(mine if d == dim else slice(None) for d in range(len(shape)))
+
+    def connect(self, model):
+        """Let a rank's Model add up o and down over all ranks."""
+        model.ranks = self
+        for block in model.blocks:
+            block.attention, block.mlp = added_up(block.attention), added_up(block.mlp)
+            for linear in (block.o, block.down):
+                if linear.bias is not None and self.rank > 0:
+                    linear.bias.zero_()  # the first rank adds it
+
+    total, all_reduce = staticmethod(total), staticmethod(all_reduce)
+
+    @staticmethod
+    def empty(size, dtype, device):
+        """A tensor for `all_reduce`. One that all GPUs of this machine can read needs one kernel,
+        no NCCL."""
+        if torch.device(device).type == "cpu":
+            return torch.empty(size, dtype=dtype)
+        x = symm_mem.empty(size, dtype=dtype, device=device)
+        symm_mem.rendezvous(x, dist.group.WORLD)
+        x.is_shared_by_gpus = True  # `all_reduce` takes the short way for it
+        return x
+
+
+def ranks():
+    """The Ranks that torchrun started; None without torchrun."""
+    return Ranks(rank(), world_size()) if world_size() > 1 else None
+
+
+def split_dim(name):
+    """Along which dimension the tensor of this Hugging Face name is split; None if it is whole."""
+    module, _, kind = name.rpartition(".")
+    part = module.rpartition(".")[2]
+    if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+        return 0
+    return 1 if part in ("o_proj", "down_proj") and kind == "weight" else None
+
+
+def added_up(part):
+    """A block's attention or MLP, whose output [T, hidden_size] is added up over all ranks."""
+    return lambda *inputs: all_reduce(part(*inputs))

@@ -12,7 +12,6 @@ import benchmark
 import checkpoint.memory
 from cli.command_line import run_script
 from decode import CpuDecoder
-from gpu import benchmark_gpu
 from model import PROJECTIONS, SITES, Config, KVCache
 from quantize import Int8Linear
 from session import block_bytes, other_bytes
@@ -69,6 +68,7 @@ def test_transformers_gets_the_same_weights(config, quantize):
 
 
 def test_products_are_those_of_the_model():
+    benchmark_gpu = pytest.importorskip("gpu.benchmark_gpu", exc_type=ImportError)
     model = benchmark.random_model(TINY, torch.float32, "cpu", None)
     products = {site: (k, ends) for site, k, ends in benchmark_gpu.products(TINY)}
     for site in SITES:

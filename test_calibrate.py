@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import calibrate
-from calibrate import BINS, MOST, SINKS, allocate, byte_shares, count, masked_and_counted, quantile
-from calibrations.thresholds import ALLOCATIONS, GRID, Calibration, CalibrationError, find
+from calibrate import BINS, count, masked_and_counted, quantile, write_text
+from calibrations import allocations, own_text
+from calibrations.allocations import MOST, allocate, byte_shares
+from calibrations.own_text import PROMPTS
+from calibrations.thresholds import ALLOCATIONS, GRID, SINKS, Calibration, CalibrationError, find
 from checkpoint.tensors import put, tensor_shapes
 from cli.command_line import run_script
 from conftest import CONFIGS, random_model
@@ -173,8 +176,8 @@ def test_allocate_walks_hulls_not_curves():
 
 
 def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
-    monkeypatch.setattr(calibrate, "STEP", 0.05)
-    sparsities = calibrate.greedy(model, tokens[:64], counts)
+    monkeypatch.setattr(allocations, "STEP", 0.05)
+    sparsities = allocations.greedy(model, tokens.view(4, 64), lambda p: quantile(counts, p))
     shares = byte_shares(CONFIG)
     torch.testing.assert_close((sparsities.transpose(1, 2).double() @ shares).float(),
                                GRID.expand(CONFIG.n_layers, -1), atol=1e-5, rtol=0)
@@ -239,7 +242,7 @@ def test_gradients_of_each_projection(model, tokens):
 
         return record
 
-    calibrate.backward(model, tokens[:64], lambda logits: tokens[1:65], watch)
+    allocations.backward(model, tokens[:64], lambda logits: tokens[1:65], watch)
     wanted = leaf_gradients(model, tokens[:64], tokens[1:65])
     assert seen.keys() == wanted.keys() and len(wanted) == 14
     for key in wanted:
@@ -251,21 +254,22 @@ def fisher_costs(model, tokens, counts, monkeypatch):
     """What `fisher` hands to `allocate`, and the labels it drew."""
     labels = []
 
-    def draw(*arguments, real=calibrate.draw):
+    def draw(*arguments, real=allocations.draw):
         labels.append(real(*arguments))
         return labels[-1]
 
-    monkeypatch.setattr(calibrate, "draw", draw)
-    monkeypatch.setattr(calibrate, "allocate", lambda costs, levels, shares: costs)
-    return calibrate.fisher(model, tokens.view(4, 64), counts), labels
+    monkeypatch.setattr(allocations, "draw", draw)
+    monkeypatch.setattr(allocations, "allocate", lambda costs, levels, shares: costs)
+    costs = allocations.fisher(model, tokens.view(4, 64), lambda p: quantile(counts, p))
+    return costs, labels
 
 
 def test_fisher_costs(model, tokens, counts, monkeypatch):
     costs, labels = fisher_costs(model, tokens, counts, monkeypatch)
     wanted = torch.zeros(CONFIG.n_layers, 7, 20)
-    assert len(labels) == 4 * calibrate.DRAWS
+    assert len(labels) == 4 * allocations.DRAWS
     for i, drawn in enumerate(labels):
-        window = tokens.view(4, 64)[i // calibrate.DRAWS]
+        window = tokens.view(4, 64)[i // allocations.DRAWS]
         for (layer, i), (x, g) in leaf_gradients(model, window, drawn).items():
             for level in range(20):
                 threshold = quantile(counts[layer, i], torch.tensor([level / 20]))
@@ -277,7 +281,7 @@ def test_fisher_costs(model, tokens, counts, monkeypatch):
 # not k and v: behind them other tokens' predictions move too
 @pytest.mark.parametrize("projection", [0, 3, 4, 5, 6])
 def test_fisher_costs_are_twice_the_divergence(model, tokens, counts, monkeypatch, projection):
-    monkeypatch.setattr(calibrate, "DRAWS", 60)
+    monkeypatch.setattr(allocations, "DRAWS", 60)
     costs, labels = fisher_costs(model, tokens, counts, monkeypatch)
     layer, level = CONFIG.n_layers - 1, 4  # a sparsity of 0.2
     thresholds = torch.full((CONFIG.n_layers, 7), -1.0)
@@ -297,7 +301,7 @@ def test_fisher_costs_are_twice_the_divergence(model, tokens, counts, monkeypatc
 
 def test_labels_follow_the_predictions():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0], [3.0, 0.0, 0.0, -torch.inf]])
-    drawn = calibrate.draw(logits.repeat(20_000, 1), torch.Generator().manual_seed(0)).view(-1, 2)
+    drawn = allocations.draw(logits.repeat(20_000, 1), torch.Generator().manual_seed(0)).view(-1, 2)
     for row, ids in zip(logits, drawn.T):
         shares = torch.bincount(ids, minlength=4) / len(ids)
         torch.testing.assert_close(shares, row.softmax(-1), atol=0.01, rtol=0)
@@ -308,10 +312,10 @@ def test_how_much_is_looked_at(model, tokens, monkeypatch):
     monkeypatch.setattr(calibrate, "realised", mock.Mock(side_effect=calibrate.realised))
     calibrate.calibrate(model, tokens.repeat(2), 64, "uniform")
     _, windows, tables, _ = calibrate.realised.call_args.args
-    assert windows.shape == (4, 64) and len(tables) == 5 and calibrate.DRAWS == 2
-    monkeypatch.setattr(calibrate, "Session", mock.Mock(side_effect=Session))
+    assert windows.shape == (4, 64) and len(tables) == 5 and allocations.DRAWS == 2
+    monkeypatch.setattr(own_text, "Session", mock.Mock(side_effect=Session))
     calibrate.write_text(model, Letters(), 3, seed=5)
-    options = calibrate.Session.call_args.kwargs
+    options = own_text.Session.call_args.kwargs
     assert options["temperature"] == 1 and options["seed"] == 5 and "top_k" not in options
 
 
@@ -337,7 +341,7 @@ def test_every_family_reaches_its_target(name, linear, allocation, monkeypatch):
     The text is drawn at temperature 1: it is as random as that of the calibration. At 0, such a
     model may repeat one token, whose activations are like nobody else's.
     """
-    monkeypatch.setattr(calibrate, "STEP", 0.05)
+    monkeypatch.setattr(allocations, "STEP", 0.05)
     torch.manual_seed(0)
     model, tokens = random_model(CONFIGS[name], linear, "cpu"), torch.randint(0, 101, (640,))
     model.digest = "0" * 16
@@ -397,7 +401,7 @@ def run(model, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_calibrating_on_a_text(run, tmp_path, allocation, monkeypatch):
-    monkeypatch.setattr(calibrate, "STEP", 0.1)
+    monkeypatch.setattr(allocations, "STEP", 0.1)
     file = tmp_path / "c"
     code, out, err = run("--text", tmp_path / "text", "--tokens", 200,
                          "--allocation", allocation, "--out", file)
@@ -410,7 +414,7 @@ def test_calibrating_on_a_text(run, tmp_path, allocation, monkeypatch):
 def test_calibrating_on_what_the_model_writes(run, model):
     assert run("--tokens", 128, "--seed", 3, "--allocation", "uniform")[0] == 0
     assert find(model).metadata["source"] == "self-written, seed 3"
-    texts = [calibrate.write_text(model, Letters(), 100, seed) for seed in (3, 3, 4)]
+    texts = [write_text(model, Letters(), 100, seed) for seed in (3, 3, 4)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
     assert len(texts[0]) == 100
 
@@ -418,7 +422,7 @@ def test_calibrating_on_what_the_model_writes(run, model):
 def test_a_written_text_ends_at_a_stop_token(model):
     tokenizer = Letters()
     tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset(range(1, 64, 2))
-    text = calibrate.write_text(model, tokenizer, 100)
+    text = write_text(model, tokenizer, 100)
     assert not (text % 2).any() and (text == 0).sum() > 5  # half of the tokens end a text
 
 
@@ -431,24 +435,24 @@ def test_a_chat_model_answers_all_prompts_in_turn(model):
         return [2 * len(asked), 0]
 
     tokenizer.chat = chat
-    text = calibrate.write_text(model, tokenizer, 200).tolist()
-    assert [m["content"] for m in asked] == list(calibrate.PROMPTS) and len(asked) == 10
+    text = write_text(model, tokenizer, 200).tolist()
+    assert [m["content"] for m in asked] == list(PROMPTS) and len(asked) == 10
     assert {*range(2, 21, 2)} <= {id for id, end in zip(text, text[1:]) if end == 0}
 
 
 def test_a_text_without_an_end_has_512_tokens(model):
     tokenizer = Letters()
     tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset()
-    text = calibrate.write_text(model, tokenizer, 2 * 512 + 1)
+    text = write_text(model, tokenizer, 2 * 512 + 1)
     assert text[::512].tolist() == [0, 0, 0] and (text == 0).sum() < 100
 
 
 def test_a_text_begins_with_the_first_token_even_if_its_id_is_0(model):
     tokenizer = Letters()
     tokenizer.bos_id, tokenizer.eos_ids = 0, frozenset({5})
-    assert calibrate.write_text(model, tokenizer, 10)[0] == 0
+    assert write_text(model, tokenizer, 10)[0] == 0
     tokenizer.bos_id = None
-    assert calibrate.write_text(model, tokenizer, 10)[0] == 5
+    assert write_text(model, tokenizer, 10)[0] == 5
 
 
 def test_the_brief_calibration(model, monkeypatch):

@@ -9,13 +9,13 @@ from unittest import mock
 import pytest
 import torch
 
-from conftest import CONFIGS, DEVICE, KERNELS, random_model
-from decode import CpuDecoder, GpuDecoder
+from conftest import CONFIGS, DEVICE, INTERPRETED, KERNELS, random_model
+from decode import CpuDecoder
 from gpu import token_kernels
+from gpu.decoder import GpuDecoder
 from model import Config, KVCache, Linear, masked
 from quantize import Int8Linear
 from sampling import sample
-from sparse_gemv import INTERPRETED
 
 # ---- the device: Triton launches on the current one, which need not be that of the tensors ------
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import calibrate
 import evaluate
-from calibrate import byte_shares
+from calibrations.allocations import byte_shares
 from calibrations.thresholds import Calibration
 from evaluate import cut, score
 from model import PROJECTIONS, KVCache, masked

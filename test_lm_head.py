@@ -5,13 +5,11 @@ import torch
 
 import lm_head
 from checkpoint.files import cache_folder
-from conftest import DEVICE, random_model
+from conftest import DEVICE, INTERPRETED, random_model
 from cpu.step import CStep
-from gpu.token_kernels import likeliest
 from lm_head import bounds, certificate_for, certify, likely_rows, limits, logits_needed
 from model import Config, KVCache, Linear, rms_norm
-from sampling import penalize
-from sparse_gemv import INTERPRETED
+from sampling import likeliest, penalize
 
 NAN, INF = float("nan"), float("inf")
 

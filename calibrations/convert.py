@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calibrate import byte_shares, interpolate
+from calibrations.allocations import byte_shares, interpolate
 from calibrations.thresholds import FORMAT, GRID, Calibration, fingerprint
 from checkpoint.known_models import KNOWN_MODELS
 from cli.command_line import make_parser, run_script

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import calibrate
-from calibrate import BINS, byte_shares, quantile
+from calibrate import BINS, quantile
 from calibrations import convert
+from calibrations.allocations import byte_shares
 from calibrations.thresholds import (
     ALLOCATIONS,
     BRIEF,
@@ -162,7 +163,7 @@ def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
     calibration.metadata["source"] = "cache"
     calibration.save(cache_path(model))
     assert find(model).metadata["source"] == "cache"
-    monkeypatch.setattr(model, "folder", tmp_path)
+    monkeypatch.setattr(model, "folder", tmp_path, raising=False)
     assert find(model).metadata["source"] == "cache"
     tune = tiny(seed=1)  # a fine-tune of the same shape
     assert find(tune) is None
@@ -189,7 +190,7 @@ def test_a_damaged_file_in_the_cache_counts_as_missing(
         cache_path(model).write_bytes(content)
         assert find(model) is None
         assert capsys.readouterr().err.endswith("; it counts as missing\n")
-    monkeypatch.setattr(model, "folder", tmp_path)
+    monkeypatch.setattr(model, "folder", tmp_path, raising=False)
     (tmp_path / "calibration.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CalibrationError, match="cannot read"):
         find(model)
@@ -216,7 +217,7 @@ def test_the_default_allocation_comes_first():
     config = Config(vocab_size=49152, hidden_size=576, intermediate_size=1536, n_layers=30,
                     n_heads=9, n_kv_heads=3, head_dim=64)
     model = tiny()
-    model.config = model.whole_config = config
+    model.config = config
     found = [calibration.metadata["allocation"] for calibration in candidates(model)]
     assert found == ["fisher", "uniform"]
 

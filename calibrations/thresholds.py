@@ -29,9 +29,10 @@ from checkpoint.files import cache_folder, one_line, write_whole
 from model import PROJECTIONS
 
 FORMAT = "1"
-ALLOCATIONS = ("fisher", "greedy", "uniform")  # best first, see calibrate.py
+ALLOCATIONS = ("fisher", "greedy", "uniform")  # best first, see allocations.py
 BRIEF = "calibrations/text.txt"  # the source of what generate.py makes by itself
 GRID = torch.arange(96) / 100  # the sparsities in a calibration's tables: 0, 0.01, ... 0.95
+SINKS = 8  # a window's first tokens draw attention and have huge activations: they do not count
 
 
 class CalibrationError(ValueError):
@@ -50,6 +51,12 @@ def fingerprint(config):
     names = ("vocab_size", "hidden_size", "intermediate_size", "n_layers", "n_heads",
              "n_kv_heads", "head_dim", "qkv_bias")
     return json.dumps({name: getattr(config, name) for name in names})
+
+
+def own_config(model):
+    """The Config of a Model's checkpoint: whole where several GPUs hold a slice each, and with the
+    context that the model was made for."""
+    return getattr(model, "own_config", model.config)
 
 
 def cache_path(model):
@@ -174,7 +181,7 @@ def candidates(model):
     others = []
     for path in places(model):
         try:
-            calibration = Calibration.load(path, model.whole_config)
+            calibration = Calibration.load(path, own_config(model))
         except CalibrationError as error:
             if path != cache_path(model):
                 raise
@@ -182,7 +189,7 @@ def candidates(model):
             continue
         made = calibration.metadata
         if (path == cache_path(model) and made.get("source") == BRIEF
-                and made.get("context") != str(model.own_config.context)
+                and made.get("context") != str(own_config(model).context)
                 and made.get("window") != "1024"):
             continue
         if calibration.is_own(model):
@@ -194,13 +201,14 @@ def candidates(model):
 
 def places(model):
     """Yield the paths of the files for a model of these shapes, in the order of `candidates`."""
-    folder = [] if model.folder is None else [model.folder / "calibration.safetensors"]
+    folder = getattr(model, "folder", None)  # a Model made in memory has none
+    folder = [] if folder is None else [folder / "calibration.safetensors"]
     yield from filter(Path.is_file, [*folder, cache_path(model)])
     shipped = []
     for path in sorted(Path(__file__).parent.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        if metadata.get("fingerprint") == fingerprint(model.whole_config):
+        if metadata.get("fingerprint") == fingerprint(own_config(model)):
             shipped.append((ALLOCATIONS.index(metadata["allocation"]), path))
     yield from (path for _, path in sorted(shipped))
 
@@ -211,5 +219,5 @@ def find(model, path=None):
     Raises CalibrationError if that file is unfit for use with this model.
     """
     if path is not None:
-        return Calibration.load(path, model.whole_config)
+        return Calibration.load(path, own_config(model))
     return next(candidates(model), None)

@@ -9,6 +9,7 @@ pickles, no code from the hub. A chat template is a program by nature, and runs 
 (chat_template.py).
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -25,18 +26,19 @@ from checkpoint.opened import Checkpoint, CheckpointError, refuse_stand_in
 from checkpoint.tensors import put, tensor_shapes, weight_bytes
 from model import Linear, Model
 from quantize import Int8Linear, int4_linear
-from tensor_parallel import connect, cut, rank_config, world_size
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint"]
 
 
-def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None):
+def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None,
+         ranks=None):
     """A checkpoint (open, or as for `open_checkpoint`) -> (Model, Tokenizer), weights in `dtype` on
     `device`.
 
     quantize: "int8" or "int4" makes the large matrices so (quantize.py says what a CPU does with
         int4); a folder of quantize.py has them already
     context: replaces the model's context; at most its max_position_embeddings
+    ranks: the processes that share the model (tensor_parallel.py); each loads its slices
     Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
     memory, both before memory is allocated. Infinite or NaN weights are found while loading.
     """
@@ -50,8 +52,9 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
             config = parse_config(checkpoint.config_json, context)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-    whole, config = config, rank_config(config, world_size())
-    check_slices(config, checkpoint)
+    if ranks is not None:
+        config, checkpoint = ranks.slim(config), dataclasses.replace(checkpoint, cut=ranks.cut)
+        check_slices(config, checkpoint, ranks)
     advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
     kind = quantized or str(dtype).removeprefix("torch.")
     stored = "int8" if quantized and torch.device(device).type == "cpu" else quantized
@@ -59,29 +62,30 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
                    f"try {' or '.join([*advice, 'a smaller model'])}")
     linear = {"int8": Int8Linear, "int4": int4_linear, None: Linear}[quantized]
     network = Model(config, dtype, device, linear)
-    digest = Digest()
+    digest = Digest(ranks)
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor",
                     leave=False, delay=1, disable=None)
     for name, tensor in progress:
         with checkpoint.blame_for(name):  # weights may be no numbers
             put(network, name, tensor)
-        if world_size() == 1:
+        if ranks is None:
             digest.add(name, tensor)
         else:
             shape = checkpoint.shapes[name]
-            digest.add_slice(name, tensor, shape, cut(name, shape))
+            digest.add_slice(name, tensor, shape, ranks.cut(name, shape))
     network.digest = digest.hexdigest()
     network.folder, network.own_config = checkpoint.folder, checkpoint.config
-    connect(network, whole)
+    if ranks is not None:
+        ranks.connect(network)
     return network, checkpoint.tokenizer
 
 
-def check_slices(config, checkpoint):
+def check_slices(config, checkpoint, ranks):
     """Raise CheckpointError if a rank, whose Config this is, would cut groups of int4 weights."""
     for name, shape in tensor_shapes(config, checkpoint.quantized).items():
         if len(shape) != len(checkpoint.shapes[name]):
             raise CheckpointError(
-                f"{world_size()} ranks cannot share tensor {name}: int4 is cut at multiples of 32 "
+                f"{ranks.size} ranks cannot share tensor {name}: int4 is cut at multiples of 32 "
                 "columns; start fewer processes, or quantize the original while loading")
 
 

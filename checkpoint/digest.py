@@ -12,16 +12,14 @@ import math
 
 import torch
 
-from tensor_parallel import rank, total
-
 SAMPLE = 4096  # about so many numbers of a tensor, or all
 
 
 class Digest:
-    """Takes one named tensor after the other. Of several ranks, each adds its slices."""
+    """Takes one named tensor after the other. Of several `ranks`, each adds its slices."""
 
-    def __init__(self):
-        self.samples = []  # (text, numbers) of every tensor
+    def __init__(self, ranks=None):
+        self.ranks, self.samples = ranks, []  # (text, numbers) of every tensor
 
     def add(self, name, tensor):
         """A whole tensor, of any shape, dtype and device."""
@@ -38,7 +36,7 @@ class Digest:
             at = place // math.prod(shape[i + 1:]) % size
             mine &= (at >= start) & (at < end)
             index.append(at - start)
-        if tuple(tensor.shape) == tuple(shape) and rank() > 0:
+        if tuple(tensor.shape) == tuple(shape) and self.ranks.rank > 0:
             mine[:] = False  # a tensor that all ranks hold is the first one's to add
         sample = torch.zeros(len(place), dtype=tensor.dtype)
         sample[mine] = tensor[tuple(at[mine] for at in index)]
@@ -49,8 +47,9 @@ class Digest:
         self.samples.append((f"{name} {tuple(shape)} ", bits.int()))
 
     def hexdigest(self):
-        """The digest; under torchrun, every rank must ask for it."""
-        bits = total(torch.cat([bits for _, bits in self.samples])).to(torch.int16)
+        """The digest; every rank must ask for it."""
+        bits = torch.cat([bits for _, bits in self.samples])
+        bits = (bits if self.ranks is None else self.ranks.total(bits)).to(torch.int16)
         digest, start = hashlib.sha256(), 0
         for text, sample in self.samples:
             end = start + len(sample)
@@ -62,7 +61,7 @@ class Digest:
 def weights_digest(model):
     """16 hex digits: those of the checkpoint that a Model was loaded from; a Model made in any
     other way is known by the tensors that it holds now."""
-    if model.digest is not None:
+    if hasattr(model, "digest"):
         return model.digest
     digest = Digest()
     for block in model.blocks:

@@ -11,7 +11,11 @@ from safetensors import SafetensorError
 from checkpoint.files import one_line
 from checkpoint.tokenizer import Tokenizer
 from model import Config
-from tensor_parallel import cut
+
+
+def whole(name, shape):
+    """The slices that are all of a tensor."""
+    return (slice(None),) * len(shape)
 
 
 class CheckpointError(ValueError):
@@ -32,13 +36,14 @@ class Checkpoint:
     folder: Path | None = None  # with config.json; None for a single file
     few_bits: bool = False  # its matrices have 8 bits or fewer, in blocks of a GGUF file
     source: Callable[[str], Path] | None = None  # a tensor's name -> the file that holds it
+    cut: Callable = whole  # name, shape -> the slices of a tensor that are read
 
     @property
     def tensors(self):
-        """Every (name, tensor), each read when it is needed; this rank's slice of it."""
+        """Every (name, tensor), each read when it is asked for."""
         for name, shape in self.shapes.items():
             with self.blame_for(name):
-                tensor = self.read(name, cut(name, shape))
+                tensor = self.read(name, self.cut(name, shape))
             yield name, tensor
 
     def blame_for(self, name):

@@ -16,7 +16,7 @@ from checkpoint.test_config import LLAMA
 from checkpoint.unify import unify
 from cli.quantize_folder import write_folder
 from session import Session
-from tensor_parallel import cut
+from tensor_parallel import Ranks
 from test_model import CASES, ROPE, SMALL
 
 NAMES = ["granite", "granite, odd heads, tied, biases", "granite 4", "phi-3",
@@ -54,15 +54,14 @@ def test_folders(saved, tmp_path):
     assert torch.equal(ours.logits(ours.forward(ids)), expected.logits(expected.forward(ids)))
 
 
-def test_a_rank_reads_its_slices(saved, monkeypatch):
+def test_a_rank_reads_its_slices(saved):
     """The parts of a fused matrix, cut for two ranks as if they had been stored apart."""
     opened = open_checkpoint(saved[0])
     whole = dict(opened.tensors)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
+        opened.cut = Ranks(rank, 2).cut
         for name, tensor in opened.tensors:
-            assert torch.equal(tensor, whole[name][cut(name, tuple(whole[name].shape))])
+            assert torch.equal(tensor, whole[name][opened.cut(name, tuple(whole[name].shape))])
 
 
 PHI = LLAMA | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
@@ -210,7 +209,7 @@ def test_layers_of_olmo3():
                                                       "sliding_attention": plain}})
     assert flat == nested and flat.full_layers == (3,)
     assert [flat.window(i) for i in range(4)] == [8, 8, 8, None]
-    assert [flat.rope_kind(i) for i in range(4)] == ["plain"] * 3 + ["slow"]
+    assert [flat.rope_kind(i) for i in range(4)] == ["plain"] * 3 + ["scaled"]
     kinds = ["full_attention", "sliding_attention"] * 2
     assert parse_config(OLMO | {"layer_types": kinds}).full_layers == (0, 2)
     assert parse_config(OLMO).rope_theta == 5e5

@@ -19,7 +19,7 @@ from checkpoint.files import one_line
 from checkpoint.memory import free_memory
 from model import SITES
 from quantize import Int4OnCPU, can_be_int4
-from tensor_parallel import rank, start, stop, world_size
+from tensor_parallel import rank, ranks, refuse, start, stop, world_size
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,15 +104,18 @@ def device(text):
     return text
 
 
-def load_model(args, context=None):
+def load_model(args, context=None, alone=None):
     """Load what the flags of `add_model_flags` name -> (Model, Tokenizer).
 
     context: the longest text, in tokens; None for the model's own limit
+    alone: what the script does if torchrun must not start it, such as "calibrating"
     With --quantize auto, a GGUF file of 8 bits or fewer becomes int8 on a CPU, where that decodes
     faster, unless the user named a dtype. args.quantize and args.dtype then say what came of it.
     Standard error says what int4 does not cover.
     Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
+    if alone is not None:
+        refuse(alone)
     args.device = start(args.device)
     checkpoint, named = args.model, args.dtype
     args.dtype = named or "bfloat16"
@@ -125,7 +128,7 @@ def load_model(args, context=None):
     elif args.quantize == "none":
         args.quantize = None
     model, tokenizer = load(checkpoint, dtype=getattr(torch, args.dtype), device=args.device,
-                            quantize=args.quantize, context=context)
+                            quantize=args.quantize, context=context, ranks=ranks())
     kinds = {type(linear) for linear in model.linears()}
     if Int4OnCPU in kinds:
         print("int4 runs on a GPU; on this CPU the int4-rounded weights run as int8",

@@ -46,7 +46,7 @@ def report(session, stats, sparsity, seed):
         numbers["prompt_tokens_per_second"] = stats.prompt_tokens / stats.prefill_seconds
     if stats.steps:
         numbers |= {"tokens_per_second": stats.steps / stats.decode_seconds,
-                    "realised_sparsity": session.sparsity(stats),
+                    "realised_sparsity": mean(session.sparsity(stats)),
                     "bytes_per_token": of_all(session.bytes_per_token(stats)),
                     "head_rows_per_token": stats.head_rows / stats.decoder_steps}
     return numbers

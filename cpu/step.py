@@ -13,7 +13,7 @@ import torch
 
 from cpu.compiler import load
 from lm_head import LARGEST_V, certificate_for, limits
-from model import SITES, Block
+from model import SITES
 
 SOURCE = Path(__file__).with_name("step.c")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -150,10 +150,9 @@ class CStep:
 
     def reduce(self, model):
         """What adds up y over all ranks, as a function for C; NULL where there is one rank."""
-        add_up = model.blocks[0].reduce
-        if add_up is Block.reduce:
+        if model.ranks is None:
             return Reduce()
-        return Reduce(lambda y, n: add_up(torch.frombuffer(
+        return Reduce(lambda y, n: model.ranks.all_reduce(torch.frombuffer(
             ctypes.cast(y, POINTER(c_float * n)).contents, dtype=torch.float32)) and None)
 
     def allocate(self, model, cache, n):

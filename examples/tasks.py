@@ -40,7 +40,6 @@ from cli.command_line import add_model_flags, load_model, make_parser, number, r
 from evaluate import find_calibrations
 from examples.many_texts import read, write
 from generate import find_thresholds
-from tensor_parallel import refuse
 
 N_TOKENS = 400  # of an answer, at most
 SECONDS, MEMORY, FILE = 10, 4 << 30, 1 << 20  # limits of a program; the last two in bytes
@@ -199,13 +198,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    refuse("solving tasks")
     rows = []
     if args.json:  # a file that cannot be written must fail now
         require_writable(args.json, "--json")
         rows = json.loads(Path(args.json).read_text()) if Path(args.json).exists() else []
     tasks = {name: TASKS[name](args.problems) for name in args.tasks}
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args, alone="solving tasks")
     settings = [("dense", 0.0, None, None)] if 0 in args.sparsity else []
     if max(args.sparsity) > 0:
         if not (args.calibration or args.allocation):  # a new model is calibrated first

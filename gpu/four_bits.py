@@ -26,9 +26,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gpu.lists import select
 from gpu.parts import count_every_row, cut_tiles, find_tile
 from gpu.tensor_cores import dot, late_x, split_rows
+from quantize import GROUP
 from sparse_gemv import PTX, finish, launch_options, list_entries, workspace
 
-GROUP = 32  # columns that share a scale and a minimum
 # The tiny floats times these are ordinary numbers. The interpreter takes q itself.
 UP = tl.constexpr(2.0 ** 80 if PTX.value else 1.0)
 DOWN = tl.constexpr(2.0 ** 53 if PTX.value else 1.0)

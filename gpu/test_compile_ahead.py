@@ -5,6 +5,7 @@ Triton also compiles without a GPU. So a driver that only pretends to have one i
 
 import contextlib
 import gc
+import sys
 import threading
 import types
 from unittest import mock
@@ -15,12 +16,11 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-import decode
 import sparse_gemv
 from conftest import CONFIGS, random_model
-from decode import GpuDecoder
 from gpu import decode_attention, four_bits, head, lists, one_kernel, tensor_cores, token_kernels
 from gpu.compile_ahead import compile_together
+from gpu.decoder import GpuDecoder
 from gpu.token_kernels import likeliest
 from model import Config, KVCache, Linear
 from quantize import Int4Linear
@@ -87,7 +87,7 @@ def driver(monkeypatch, tmp_path, any_head):
     for kernel in kernels:
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(
             kernel.create_binder))
-    for module in (*MODULES, decode):
+    for module in (*MODULES, sys.modules["gpu.decoder"]):
         if hasattr(module, "launch_options"):
             monkeypatch.setattr(module, "launch_options",
                                 lambda device: {"PDL": True, "launch_pdl": True})
@@ -225,7 +225,7 @@ def test_the_trial_step_reads_a_token_that_exists(monkeypatch):
 
     for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
-    monkeypatch.setattr(decode, "compile_together", spoil)
+    monkeypatch.setattr("gpu.decoder.compile_together", spoil)
     decoder, steps = make_decoder(), []
     decoder.step = lambda: steps.append((decoder.token.item(), decoder.position.item()))
     decoder.token.fill_(9)
@@ -241,7 +241,7 @@ def test_compiled_together_or_one_by_one_they_choose_the_same_tokens(monkeypatch
     model = random_model(CONFIGS["llama"], device="cuda")
     tokens = []
     for i, compile_kernels in enumerate((compile_together, lambda run, x: None)):
-        monkeypatch.setattr(decode, "compile_together", compile_kernels)
+        monkeypatch.setattr("gpu.decoder.compile_together", compile_kernels)
         for known in (set(), {lists._fused_sum_kernel, token_kernels._embed_kernel,
                               decode_attention._decode_attention_kernel}):
             monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / f"{i}{len(known)}"))

@@ -4,16 +4,19 @@ Triton's interpreter, which test_sparse_gemv.py starts."""
 import pytest
 import torch
 
-from conftest import CONFIGS, DEVICE, needs_kernels, random_model
+import sampling
+from conftest import CONFIGS, DEVICE, KERNELS, needs_kernels, random_model
+from gpu import token_kernels
 from gpu.decode_attention import Workspace, decode_attention, decode_attention_reference
 from gpu.four_bits import product_of_four_bits
 from gpu.head import Head
 from gpu.lists import product_by_lists
 from gpu.one_kernel import product_in_one_kernel
 from gpu.tensor_cores import product_on_tensor_cores
-from gpu.token_kernels import embed, likeliest
+from gpu.token_kernels import embed
 from sparse_gemv import sparse_gemv
 
+likeliest = (token_kernels if KERNELS else sampling).likeliest
 pytestmark = pytest.mark.usefixtures("seed", "poisoned")
 
 
@@ -91,7 +94,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(guard):
             x[:48], cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8), torch.ones(8),
             one.long(), Workspace(1, 1, 16, "cpu"), out[:16]),
         "head": lambda: Head(model.lm_head, (model.norm, 1e-5), 1)(x[:48], torch.empty(101)),
-        "token_kernels": lambda: (embed(model, one.long(), one.long(), x), likeliest(x)),
+        "token_kernels": lambda: (embed(model, one.long(), one.long(), x),
+                                  token_kernels.likeliest(x)),
     }
     for module, call in calls.items():
         call()

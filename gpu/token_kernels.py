@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from sparse_gemv import INTERPRETED, launch_options, workspace
+from sparse_gemv import launch_options, workspace
 
 LOGITS = 1024  # that one program looks at
 CHANNELS = 256  # that one program copies
@@ -69,11 +69,7 @@ def _likeliest_kernel(logits_ptr, token_ptr, best_ptr, place_ptr, finished_ptr,
 
 
 def likeliest(logits):
-    """Logits [V] -> the likeliest id, int64 [1]: of equals the first; -1 if not all are finite."""
-    if not (logits.is_cuda or INTERPRETED):
-        finite = torch.stack(logits.aminmax()).isfinite().all()  # NaN if one of them is
-        # NumPy's argmax takes a tenth of PyTorch's time.
-        return torch.tensor([logits.float().numpy().argmax() if finite else -1])
+    """What `sampling.likeliest` is on a GPU."""
     n_chunks = triton.cdiv(logits.numel(), LOGITS)
     token = torch.empty(1, dtype=torch.int64, device=logits.device)
     # The programs leave their largest logits and the places of these for the last one.

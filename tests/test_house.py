@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,25 @@ def test_nothing_but_tests_imports_tests():
     for name, found in GRAPH.items():
         if ".test_" not in f".{name}":
             assert not any(".test_" in f".{other}" for other in found), name
+
+
+def test_the_command_line_alone_knows_of_torchrun():
+    users = {name for name, found in GRAPH.items() if "tensor_parallel" in found}
+    assert {name for name in users if "test_" not in name} == {
+        "benchmark", "generate", "cli.chat", "cli.command_line", "cli.report"}
+
+
+def test_a_cpu_needs_no_triton():
+    """Nor do the tests that it can run."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import benchmark, calibrate, evaluate, generate, quantize
+from conftest import CONFIGS, random_model
+print(list(generate.generate_tokens(random_model(CONFIGS["llama"], device="cpu"), [5], 3)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.split(",")) == 3, done.stderr
 
 
 def test_what_a_captured_graph_may_read_is_never_freed():

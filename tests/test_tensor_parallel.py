@@ -61,7 +61,8 @@ def folder(tmp_path_factory):
 def results(folder, device, quantize=None):
     """Logits of the prompt, and 64 greedy ids and the sparsity reached, dense and sparse."""
     device = tensor_parallel.start(device)
-    model, _ = checkpoint.load(folder, device=device, quantize=quantize)
+    model, _ = checkpoint.load(folder, device=device, quantize=quantize,
+                               ranks=tensor_parallel.ranks())
     with torch.inference_mode():
         logits = model.logits(model.forward(torch.tensor(PROMPT, device=device)))
     found = {"logits": logits.tolist(), "digest": model.digest}
@@ -69,7 +70,7 @@ def results(folder, device, quantize=None):
     for name, thresholds in (("dense", None), ("sparse", torch.full((3, 7), 0.37))):
         session = Session(model, thresholds)
         ids = list(session.generate(PROMPT, 64))
-        found[name] = ids, session.sparsity()
+        found[name] = ids, tensor_parallel.mean(session.sparsity())
     return found
 
 
