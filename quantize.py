@@ -14,7 +14,7 @@ import runpy
 
 import torch
 
-from model import Linear
+from model import Linear, cpu_dtype
 
 PIECE = 1 << 20  # weights quantized, or turned to floats on a CPU, at a time
 FLOATS = 1 << 24  # weights turned to floats at a time on a GPU, for prefill
@@ -90,8 +90,7 @@ class Int8Linear(Linear):
         step = max(1, (PIECE if on_cpu else FLOATS) // self.in_features)
         pieces = range(0, n, step)
         if on_cpu:
-            # Integers up to 127 are exact in any dtype, but sums of them overflow float16.
-            dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+            dtype = cpu_dtype(x.dtype)  # integers up to 127 are exact in all of them
             x_wide = x.to(dtype)
             y = torch.cat([x_wide @ self.w_t[:, i:i + step].to(dtype) for i in pieces], dim=-1)
             y = (y * self.scale).to(x.dtype)
