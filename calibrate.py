@@ -4,7 +4,7 @@ the requested sparsity.
 If |x[k]| <= t, the input x[k] of a projection is dropped, and row k of its weights is
 skipped. The t that drops a share s of the inputs is the s-quantile of |x|. So one pass over some
 text, counting |x| in histograms, gives t for every s. What is left to choose is how the projections
-share out the sparsity asked for: uniform, greedy or fisher (calibrations/allocations.py). Last, the
+share the requested sparsity: uniform, greedy or fisher (calibrations/allocations.py). Last, the
 thresholds are tried out together, and the table is shifted to the sparsities that they reach.
 
 Method: Liu et al., "TEAL" (arXiv:2408.14690, sections 4.1-4.3).

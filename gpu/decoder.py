@@ -1,4 +1,4 @@
-"""One decode step on a GPU: five operations for a layer, captured as a CUDA graph.
+"""One decode step on a GPU: five operations per layer, captured as a CUDA graph.
 
 The step computes what `decode.decode_one_token` does. Triton kernels take the place of PyTorch's
 operations, and the graph takes the place of Python, which would be too slow to launch them.
