@@ -209,7 +209,7 @@ class Linear:
         self.allocate(device)
 
     def allocate(self, device, dtype=None):
-        """Make w_t. LM heads, but a GPU's in int8, are stored as W [N, K]: a logit reads one row."""
+        """Make w_t. LM heads, but a GPU's in int8, are kept as W [N, K]: a logit reads one row."""
         by_logit = self.site == "lm_head" and (dtype is None or torch.device(device).type == "cpu")
         shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
         w = torch.empty(shape, dtype=dtype or self.dtype, device=device)

@@ -1,4 +1,4 @@
-"""How the projections share out the sparsity asked for.
+"""How the projections share the requested sparsity.
 
 A target of, say, 50% holds for all weights of the blocks together. Some projections bear more than
 others, and three allocations say how much each of them drops:
@@ -42,7 +42,7 @@ def byte_shares(config):
 
 
 def uniform(model, windows, quantiles, update=unseen):
-    """Every projection drops the share asked for."""
+    """Every projection drops the requested share."""
     return GRID.expand(model.config.n_layers, len(PROJECTIONS), -1)
 
 
