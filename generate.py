@@ -176,21 +176,35 @@ def parse_args():
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="write the summary as one line of JSON")
     args = parser.parse_args()
-    if args.chat and args.raw:
-        parser.error("--chat needs the chat template that --raw leaves out; give one of them")
-    for flag in ("system", "thinking"):
-        if getattr(args, flag) is not None and args.raw:
-            parser.error(f"--{flag} needs the chat template that --raw leaves out; give one")
-    if args.calibration and not (args.sparsity or args.chat):
-        parser.error("--calibration needs --sparsity S; without it, every weight is read")
-    if args.prompt is None and not args.chat:
-        parser.error("there is nothing to do; give --prompt TEXT, --prompt - to read standard "
-                     "input, or --chat")
-    if sys.stdin is None and (args.chat or args.prompt == "-"):
-        parser.error("standard input is closed; give --prompt TEXT")
+    check(args, parser.error)
     if args.seed is None:
         args.seed = secrets.randbits(32)
     return args
+
+
+def check(args, error):
+    """Call `error` with a sentence for flags that do not go together."""
+    if args.chat and args.raw:
+        error("--chat needs the chat template that --raw leaves out; give one of them")
+    for flag in ("system", "thinking"):
+        if getattr(args, flag) is not None and args.raw:
+            error(f"--{flag} needs the chat template that --raw leaves out; give one")
+    if args.calibration and not (args.sparsity or args.chat):
+        error("--calibration needs --sparsity S; without it, every weight is read")
+    if args.prompt is None and not args.chat:
+        error("there is nothing to do; give --prompt TEXT, --prompt - to read standard "
+              "input, or --chat")
+    if sys.stdin is None and (args.chat or args.prompt == "-"):
+        error("standard input is closed; give --prompt TEXT")
+
+
+def choose_sampling(args, tokenizer):
+    """How to choose tokens: by the flags, else by the model's recommendation, else by default."""
+    sampling = {"seed": args.seed, "head": args.head}
+    for name, default in SAMPLING.items():
+        given = getattr(args, name)
+        sampling[name] = tokenizer.sampling.get(name, default) if given is None else given
+    return sampling
 
 
 def main():
@@ -205,10 +219,7 @@ def main():
     prompt, args.seed = from_first((prompt, args.seed))
     if args.thinking is not None and not tokenizer.can_think:
         raise ValueError("this model's chat template has no switch for --thinking")
-    sampling = {"seed": args.seed, "head": args.head}
-    for name, default in SAMPLING.items():
-        given = getattr(args, name)
-        sampling[name] = tokenizer.sampling.get(name, default) if given is None else given
+    sampling = choose_sampling(args, tokenizer)
     seed = args.seed if sampling["temperature"] > 0 else None
     context, ids, continued = model.config.context, [], ()
     if not args.chat:

@@ -10,6 +10,7 @@ import torch
 
 import benchmark
 import checkpoint.memory
+from cli import transformers_speed
 from cli.command_line import run_script
 from decode import CpuDecoder
 from model import PROJECTIONS, SITES, Config, KVCache
@@ -62,7 +63,7 @@ def test_transformers_gets_the_same_weights(config, quantize):
     if model.embedding is not None and config.tie_embeddings:  # int8 rounded the head alone
         model.embedding = model.lm_head.weight(0, config.vocab_size).T
     tokens = benchmark.random_tokens(model, 7)  # within the sliding window
-    theirs = benchmark.to_transformers(model)(tokens[None]).logits[0]
+    theirs = transformers_speed.to_transformers(model)(tokens[None]).logits[0]
     torch.testing.assert_close(
         model.logits(model.forward(tokens)), theirs, rtol=1e-4, atol=1e-4)
 
@@ -103,12 +104,12 @@ def test_the_speed_of_transformers_leaves_prefill_out(monkeypatch):
         asked.append((prompt.shape[1], max_new_tokens))
         return prompt
 
-    monkeypatch.setattr(benchmark, "to_transformers", lambda model: types.SimpleNamespace(
+    monkeypatch.setattr(transformers_speed, "to_transformers", lambda model: types.SimpleNamespace(
         generate=generate))
     clock(monkeypatch, *itertools.accumulate(
         seconds for run in (99, 99, 7, 50, 6.5, 2, 1, 9) for seconds in (0, run)))
     model = types.SimpleNamespace(device=torch.device("cpu"))
-    assert benchmark.transformers_speed(model, 30, 11) == 10 / (7 - 2)
+    assert transformers_speed.transformers_speed(model, 30, 11) == 10 / (7 - 2)
     assert asked == [(25, 11)] * 5 + [(25, 1)] * 3
 
 
