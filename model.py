@@ -270,7 +270,7 @@ class Model:
         self.norm = torch.empty(h, dtype=dtype, device=device)
         self.lm_head = linear(None, "lm_head", h, (v,), False, dtype, device)
         # A tied embedding is the LM head's columns, unless the head stores them in another dtype.
-        tied = config.tie_embeddings and self.lm_head.w_t.dtype == dtype
+        tied = config.tie_embeddings and self.lm_head.scale is None
         self.embedding = None if tied else torch.empty(v, h, dtype=dtype, device=device)
         self.set_context(config)
 

@@ -15,6 +15,7 @@ from numbers import Integral, Real
 import torch
 
 from cli.progress import Progress
+from cpu.packed import PackedLinear
 from decode import new_decoder, prefill
 from lm_head import head_saving, logits_needed
 from model import PROJECTIONS, KVCache, dense, masked
@@ -283,23 +284,30 @@ def seen(config, n_tokens):
 
 
 def tensors(thing):
-    """The tensors that an object holds itself, such as a `Linear`'s."""
-    return [value for value in vars(thing).values() if isinstance(value, torch.Tensor)]
+    """The tensors that an object holds itself, such as a `Linear`'s, and its parts' if it is a
+    `PackedLinear`."""
+    own = [value for value in vars(thing).values() if isinstance(value, torch.Tensor)]
+    return own + [tensor for part in getattr(thing, "parts", ()) for tensor in tensors(part)]
 
 
-def bytes_per_weight(linear):
-    """Bytes that decoding reads for one weight of a kept row, scales within the row included."""
+def bytes_per_weight(linear, i):
+    """Bytes that decoding reads for one weight of a kept row of projection i, scales within the row
+    included."""
+    if isinstance(linear, PackedLinear):
+        return linear.parts[i].words.nbytes / linear.in_features / linear.widths[i]
     by_row = sum(tensor.nbytes for tensor in tensors(linear) if tensor.dim() > 1)
     return by_row / linear.in_features / linear.ends[-1]
 
 
 def other_bytes(model):
     """Bytes of weights that every step reads besides the blocks' rows: the LM head, norms, biases,
-    the columns' scales, and one row of an untied embedding."""
+    the scales of columns and of groups of rows, and one row of an untied embedding."""
     holders = [*model.blocks, *model.linears()]
     vectors = [tensor for holder in holders for tensor in tensors(holder) if tensor.dim() == 1]
-    embedding = [] if model.embedding is None else [model.embedding[0]]
-    every_step = [*vectors, *tensors(model.lm_head), model.norm, *embedding]
+    of_groups = [tensor for linear in model.linears() for part in getattr(linear, "parts", ())
+                 for tensor in (part.scale, part.minimum) if tensor is not None]
+    embedding = [] if model.embedding is None else [model.embedding[torch.tensor([0])]]
+    every_step = [*vectors, *of_groups, *tensors(model.lm_head), model.norm, *embedding]
     return sum(tensor.nbytes for tensor in every_step)
 
 
@@ -310,5 +318,6 @@ def block_bytes(model, kept=None):
         rows = [linear.in_features] * len(linear.widths)
         if kept is not None:
             rows = kept[linear.layer][linear.places]
-        total += sum(n * width for n, width in zip(rows, linear.widths)) * bytes_per_weight(linear)
+        total += sum(n * width * bytes_per_weight(linear, i)
+                     for i, (n, width) in enumerate(zip(rows, linear.widths)))
     return total

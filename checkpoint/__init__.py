@@ -24,6 +24,7 @@ from checkpoint.hub import download
 from checkpoint.memory import require_memory
 from checkpoint.opened import Checkpoint, CheckpointError, refuse_stand_in
 from checkpoint.tensors import put, tensor_shapes, weight_bytes
+from cpu.packed import PackedLinear
 from model import Linear, Model
 from quantize import Int8Linear, int4_linear
 
@@ -36,7 +37,8 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     `device`.
 
     quantize: "int8" or "int4" makes the large matrices so (quantize.py says what a CPU does with
-        int4); a folder of quantize.py has them already
+        int4); a folder of quantize.py has them already; "gguf" keeps the few bits that a file has
+        where its Checkpoint has `groups`, on a CPU
     context: replaces the model's context; at most its max_position_embeddings
     ranks: the processes that share the model (tensor_parallel.py); each loads its slices
     Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
@@ -58,16 +60,21 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
     kind = quantized or str(dtype).removeprefix("torch.")
     stored = "int8" if quantized and torch.device(device).type == "cpu" else quantized
-    require_memory(weight_bytes(config, dtype, stored), device, f"the model in {kind}",
+    n_bytes = weight_bytes(config, dtype, stored)
+    if quantize == "gguf":  # which pads rows and has wider scales
+        n_bytes = 1.15 * checkpoint.files[0].stat().st_size
+    require_memory(n_bytes, device, f"the model in {kind}",
                    f"try {' or '.join([*advice, 'a smaller model'])}")
-    linear = {"int8": Int8Linear, "int4": int4_linear, None: Linear}[quantized]
+    linear = {"int8": Int8Linear, "int4": int4_linear, "gguf": PackedLinear,
+              None: Linear}[quantized]
     network = Model(config, dtype, device, linear)
     digest = Digest(ranks)
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor",
                     leave=False, delay=1, disable=None)
     for name, tensor in progress:
         with checkpoint.blame_for(name):  # weights may be no numbers
-            put(network, name, tensor)
+            groups = quantize == "gguf" and tensor.ndim == 2
+            put(network, name, tensor, *([checkpoint.groups(name)] if groups else []))
         if ranks is None:
             digest.add(name, tensor)
         else:

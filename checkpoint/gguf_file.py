@@ -12,7 +12,7 @@ import re
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
-from gguf.quants import dequantize
+from gguf.quants import Q4_K, dequantize
 
 from checkpoint.config import FAMILIES, parse_config
 from checkpoint.files import one_line
@@ -22,6 +22,7 @@ from checkpoint.opened import Checkpoint, CheckpointError
 from checkpoint.rope import parse_rope
 from checkpoint.tensors import check_shapes
 from checkpoint.unify import stored_names, unify
+from cpu.packed import Groups
 
 CHUNK = 1 << 17  # weights dequantized at a time; they stay in the cache, twice as fast as all
 
@@ -46,6 +47,9 @@ FIXED = {"attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,), "attenti
          "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,), "expert_count": (0,),
          "use_parallel_residual": (0,), "rope.scaling.yarn_ext_factor": (1, -1)}
 FACTORS = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")  # Granite's
+# Types whose own numbers cpu/packed.py multiplies: bits, offset
+GROUPED = {"Q4_0": (4, 8), "Q4_1": (4, 0), "Q5_0": (5, 16), "Q5_1": (5, 0), "Q8_0": (8, 128),
+           "Q4_K": (4, 0), "Q5_K": (5, 0), "Q6_K": (6, 32)}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
@@ -70,9 +74,13 @@ def open_gguf(file):
     def source(name):
         return gguf.tensors[gguf.names[stored_names(config, gguf.shapes())[1][name][0]]][3]
 
+    matrices = {gguf.tensors[gguf.names[name]][1].name for name, shape in shapes.items()
+                if name in gguf.names and len(shape) == 2}
+    # unify() changes some families' weights
+    own = matrices <= GROUPED.keys() and gguf.arch not in ("granite", "phi3")
     files = sorted({path for *_, path in gguf.tensors.values()})
     return Checkpoint(config, tokenizer, files, shapes, read, config_json, few_bits=few_bits,
-                      source=source)
+                      source=source, groups=gguf.groups if own else None)
 
 
 # ---- what the file means ------------------------------------------------------------------------
@@ -230,6 +238,15 @@ class GGUFFile:
 
     def read(self, hf, part=...):
         """A weight, or slices of it, by its Hugging Face name: float32 [out, in] on the CPU."""
+        return to_float(*self.raw(hf))[part]
+
+    def groups(self, hf):
+        """The `Groups` of a matrix, by its Hugging Face name; None if its type has none."""
+        shape, quant, raw = self.raw(hf)
+        return groups_of(quant, raw.reshape(shape[0], -1))
+
+    def raw(self, hf):
+        """(shape, type, blocks) of a weight by its Hugging Face name, its rows in their order."""
         name = self.names[hf]
         shape, quant, offset, path = self.tensors[name]
         block, block_bytes = GGML_QUANT_SIZES[quant]
@@ -243,7 +260,7 @@ class GGUFFile:
             n_heads = self.heads()[kind == "attn_k"]
             row_bytes = len(raw) // shape[0]
             raw = raw.reshape(n_heads, -1, 2, row_bytes).swapaxes(1, 2)
-        return to_float(shape, quant, raw)[part]
+        return shape, quant, raw
 
 
 def llama3_scaling(divisors, config):
@@ -272,6 +289,32 @@ def hf_name(name, arch):
         if match[2] in names:
             return f"model.layers.{match[1]}.{names[match[2]]}.{kind}"
     return f"{NAMES[module]}.{kind}" if module in NAMES else name
+
+
+def groups_of(quant, raw):
+    """The `Groups` of a type in `GROUPED`, from its blocks, uint8 [out_features, bytes of a row].
+
+    A block begins with its scale d, and the minimum where there is one. Of the types with K it has
+    super-blocks of 256 weights, whose groups multiply d and the minimum by integers.
+    """
+    blocks = raw.reshape(len(raw), -1, GGML_QUANT_SIZES[quant][1])  # [out_features, blocks, bytes]
+
+    def halves(at):
+        return blocks[..., at:at + 2].copy().view(np.float16).astype(np.float32)  # [..., 1]
+
+    minimum = None
+    if quant.name == "Q6_K":
+        scale = halves(208) * blocks[..., 192:208].view(np.int8)
+    elif quant.name in ("Q4_K", "Q5_K"):
+        scales, minima = Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
+        scale, minimum = (halves(at) * x.reshape(*blocks.shape[:2], 8)
+                          for at, x in ((0, scales), (2, minima)))
+        minimum = -minimum
+    else:
+        scale, minimum = halves(0), halves(2) if quant.name in ("Q4_1", "Q5_1") else None
+    scale, minimum = (None if x is None else torch.from_numpy(x.reshape(len(raw), -1))
+                      for x in (scale, minimum))
+    return Groups(*GROUPED[quant.name], scale, minimum)
 
 
 def to_float(shape, quant, raw):

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from checkpoint.files import one_line
 from checkpoint.tokenizer import Tokenizer
+from cpu.packed import Groups
 from model import Config
 
 
@@ -37,6 +38,8 @@ class Checkpoint:
     few_bits: bool = False  # its matrices have 8 bits or fewer, in blocks of a GGUF file
     source: Callable[[str], Path] | None = None  # a tensor's name -> the file that holds it
     cut: Callable = whole  # name, shape -> the slices of a tensor that are read
+    # name of a matrix -> its cpu.packed.Groups; None where some matrix has none
+    groups: Callable[..., Groups] | None = None
 
     @property
     def tensors(self):

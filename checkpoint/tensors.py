@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from cpu.packed import Packed
 from model import SITES
 from quantize import GROUP, GROUP_BYTES, can_be_int4, split_groups
 
@@ -96,8 +97,10 @@ def weight_bytes(config, dtype, quantized=None):
                for name, n in sizes.items())
 
 
-def put(model, name, tensor):
+def put(model, name, tensor, *groups):
     """Copy one checkpoint tensor to its place in a Model, cast to the model's dtype.
+
+    groups: the `Groups` of a matrix whose few bits stay as they are (cpu/packed.py)
 
     Raises ValueError, naming the tensor, if the model has no such tensor, its shape differs, or
     it holds weights that are infinite, NaN or too large for the dtype.
@@ -118,12 +121,15 @@ def put(model, name, tensor):
     if module == "model.norm":
         model.norm.copy_(tensor)
     elif module == "model.embed_tokens":
-        if model.embedding is not None:
-            model.embedding.copy_(tensor)
         if model.config.tie_embeddings:
-            model.lm_head.load_weight(0, tensor)
+            model.lm_head.load_weight(0, tensor, *groups)
+        if groups:
+            model.embedding = (model.lm_head.parts[0] if model.config.tie_embeddings
+                               else Packed(tensor, *groups, model.dtype))
+        elif model.embedding is not None:
+            model.embedding.copy_(tensor)
     elif module == "lm_head":
-        getattr(model.lm_head, LOADERS[kind])(0, tensor)
+        getattr(model.lm_head, LOADERS[kind])(0, tensor, *groups)
     else:  # model.layers.3.self_attn.q_proj
         _, _, i, part = module.split(".", 3)
         block, norms = model.blocks[int(i)], norm_places(model.config)
@@ -133,7 +139,7 @@ def put(model, name, tensor):
             part = part.rpartition(".")[2].removesuffix("_proj")
             site = next(site for site, names in SITES.items() if part in names)
             load = getattr(getattr(block, site), LOADERS[kind])
-            load(SITES[site].index(part), tensor)
+            load(SITES[site].index(part), tensor, *groups)
 
 
 def check_range(name, tensor, dtype):

@@ -122,8 +122,9 @@ def load_model(args, context=None, alone=None):
     if args.quantize == "auto":
         checkpoint, args.quantize = open_checkpoint(args.model), None
         if checkpoint.few_bits and args.device == "cpu" and named is None:
-            args.quantize = "int8"
-            print("the file's weights of 8 bits or fewer run as int8, faster than "
+            args.quantize = "gguf" if checkpoint.groups and world_size() == 1 else "int8"
+            as_what = "they are" if args.quantize == "gguf" else "int8"
+            print(f"the file's weights of 8 bits or fewer run as {as_what}, faster than "
                   f"{args.dtype}; --quantize none switches that off", file=sys.stderr)
     elif args.quantize == "none":
         args.quantize = None

@@ -122,7 +122,8 @@ def explain_end(session, max_new_tokens):
 
 def warn_of_broken_text(model, sparsity):
     """Warn where high sparsity breaks the text of a small model."""
-    parameters = sum(linear.w_t.numel() for linear in [*model.linears(), model.lm_head])
+    parameters = sum(linear.in_features * linear.ends[-1]
+                     for linear in [*model.linears(), model.lm_head])
     if sparsity > 0.7 and parameters < 3e9:
         say(f"warning: sparsity {sparsity:g} breaks the text of a model of {parameters / 1e9:.1f} "
             "billion weights; try 0.4 or 0.5")

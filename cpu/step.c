@@ -34,12 +34,22 @@ enum {
     REST = 32,          // tokens for which a crowded team stays halved at first
     MOST_REST = 1024,
     GROUP = 64,         // rows of the LM head that share a lower bound
+    PACKED_TILE = 4096, // columns of few-bit weights that are summed up at a time
 };
 
 // ---- what Python fills in ---------------------------------------------------------------------
 
+// A projection of few-bit weights, as cpu/packed.py lays them out: w = s (q - offset) + m.
+typedef struct {
+    const uint16_t *words;            // [K, n_words], the q
+    const uint16_t *scale, *minimum;  // [K / group, columns], float16 times unit; minimum or NULL
+    int32_t bits, group, offset, n_words, columns;
+    float unit;
+} Packed;
+
 // A matrix W [N, K]: up to three projections side by side, each with its threshold.
 typedef struct {
+    const Packed *packed;     // one per projection, in place of w and scale; or NULL
     const void *w;            // [K, N], W transposed; of the LM head W itself, [N, K]
     const float *scale;       // [N], multiplies the sums, or NULL
     const float *bias;        // [N], added next, or NULL
@@ -93,7 +103,8 @@ typedef struct {
     const Rope *ropes;
     Matrix head;
     Bounds bounds;            // of the head's logits
-    const void *embedding;    // [vocab, hidden]
+    const void *embedding;    // [vocab, hidden], or else:
+    const Packed *packed_embedding;
     const float *norm;        // [hidden], of the last RMSNorm
     void (*reduce)(float *y, int32_t n);  // adds up y over all ranks, or NULL
     // Written by all workers:
@@ -130,8 +141,11 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
+typedef uint16_t Shorts __attribute__((vector_size(32)));  // 16 words of few-bit weights
+
 // Functions with `const int dtype` are written once and compiled once per dtype, without a branch.
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 INLINE int bytes_of(const int dtype) {
     return dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2;
@@ -267,6 +281,187 @@ static void add_rows(float *sums, const void *w, int64_t stride, const int32_t *
     }
 }
 
+// ---- few-bit weights: TEAL in integers --------------------------------------------------------
+//
+// Of one group, 16 or 32 inputs that share a row of scales, all kept x are rounded to multiples of
+// one step. The step is as fine as sums of 16 bits allow: the sum of |x| / step times the largest
+// q must stay below 2^16. So the error of y[n] is at most the sum over groups of
+// step / 2 * sum |w[k, n]| over the group's kept k, with step = sum |x| * largest q / 65500; for
+// 4 bits and 32 random x, an x rounds to one part in 600, root mean square.
+//
+// A word w holds several q. Multiplying w >> shift by x, modulo 2^16, and subtracting what the
+// fields above add leaves each field's own sum: a shift, a product and an addition per 16 weights.
+
+INLINE int block_columns(const int bits) {
+    return bits == 4 ? 64 : bits == 5 ? 48 : bits == 6 ? 128 : 32;
+}
+
+INLINE int block_words(const int bits) { return bits == 6 ? 48 : 16; }
+
+INLINE int block_sums(const int bits) { return bits == 5 ? 3 : bits == 6 ? 10 : 4; }
+
+INLINE Shorts words_at(const uint16_t *array) {
+    Shorts words;
+    memcpy(&words, array, sizeof words);
+    return words;
+}
+
+// sums [blocks, block_sums, 16] += x[i] * (shifted words of row rows[i]), for each i below n.
+INLINE void add_words(uint16_t *restrict sums, const uint16_t *words, int64_t stride,
+                      const int32_t *rows, const int16_t *x, int n, int n_blocks, const int R,
+                      const int bits) {
+    const int n_words = block_words(bits), n_sums = block_sums(bits), width = bits == 8 ? 4 : bits;
+    for (int i = 0; i < n; i += R) {
+        const uint16_t *row[4], *later[4];
+        for (int r = 0; r < R; r++) {
+            row[r] = words + rows[i + r] * stride;
+            later[r] = words + rows[i + r + AHEAD] * stride;
+        }
+        for (int b = 0; b < n_blocks; b++, sums += 16 * n_sums) {
+            Shorts sum[10];
+            UNROLL for (int s = 0; s < n_sums; s++) sum[s] = words_at(sums + 16 * s);
+            UNROLL for (int r = 0; r < R; r++) {
+                for (int j = 0; j < n_words; j += 32)
+                    __builtin_prefetch(later[r] + b * n_words + j, 0, 2);
+                uint16_t factor = x[i + r];
+                UNROLL for (int w = 0; w < n_words / 16; w++) {
+                    Shorts word = words_at(row[r] + b * n_words + 16 * w);
+                    if (bits == 6) {
+                        UNROLL for (int s = 0; s < 3; s++) sum[3 * w + s] += (word >> 6 * s) * factor;
+                        if (w == 2) sum[9] += (word >> 14) * factor;
+                    } else {
+                        UNROLL for (int s = 0; s < n_sums; s++) sum[s] += (word >> width * s) * factor;
+                    }
+                }
+            }
+            UNROLL for (int s = 0; s < n_sums; s++) memcpy(sums + 16 * s, &sum[s], sizeof sum[s]);
+        }
+        sums -= n_blocks * 16 * n_sums;
+    }
+}
+
+// The sums of a block's fields, modulo 2^16, from those of its shifted words.
+INLINE void split_fields(const Shorts *t, Shorts *field, const int bits) {
+    if (bits == 6) {
+        UNROLL for (int w = 0; w < 3; w++) {
+            field[2 * w] = t[3 * w] - 64 * t[3 * w + 1];
+            field[2 * w + 1] = t[3 * w + 1] - 64 * t[3 * w + 2];
+        }
+        field[6] = t[2] + 16 * (t[8] - 4 * t[9]);  // the lower four bits and the upper two
+        field[7] = t[5] + 16 * t[9];
+    } else {
+        const int n = block_sums(bits);
+        const uint16_t next = bits == 5 ? 32 : 16;
+        UNROLL for (int s = 0; s < n - 1; s++) field[s] = t[s] - next * t[s + 1];
+        field[n - 1] = t[n - 1];
+    }
+}
+
+// A float16 that is not denormal, infinite or NaN, times 2^-112.
+INLINE Floats small_halves(const uint16_t *array) {
+    Ints halves;
+    for (int l = 0; l < LANES; l++) halves[l] = array[l];
+    return (Floats)((Words)((halves << 16) >> 3) & 0x8fffe000);
+}
+
+INLINE Floats some_floats(Shorts words, int first) {
+    Ints ints;
+    for (int l = 0; l < LANES; l++) ints[l] = words[first + l];
+    return __builtin_convertvector(ints, Floats);
+}
+
+// What a group adds to y: s * (sum * step - base) + m * x. The sums of fields are those of signed x:
+// `lift` makes them positive, and base takes it away.
+INLINE void add_group(float *restrict y, const uint16_t *sums, const uint16_t *scale,
+                      const uint16_t *minimum, int columns, int n_blocks, float step, float base,
+                      float x, uint16_t lift, const int bits) {
+    const int n_sums = block_sums(bits), width = block_columns(bits);
+    for (int b = 0; b < n_blocks; b++, y += width, scale += width, sums += 16 * n_sums) {
+        Shorts t[10], field[8];
+        UNROLL for (int s = 0; s < n_sums; s++) t[s] = words_at(sums + 16 * s);
+        split_fields(t, field, bits);
+        for (int j = 0; j < width; j += 32) __builtin_prefetch(scale + columns + j, 0, 2);
+        if (minimum)
+            for (int j = 0; j < width; j += 32) __builtin_prefetch(minimum + columns + j, 0, 2);
+        UNROLL for (int j = 0; j < width; j += LANES) {
+            int f = j / 16, lane = j % 16;
+            Floats sum = some_floats(field[bits == 8 ? 2 * f : f] + lift, lane);
+            if (bits == 8) sum += 16 * some_floats(field[2 * f + 1] + lift, lane);
+            Floats to = lanes_at(y + j) + small_halves(scale + j) * (sum * step - base);
+            if (minimum) to += small_halves(minimum + j) * x;
+            memcpy(y + j, &to, sizeof to);
+        }
+        if (minimum) minimum += width;
+    }
+}
+
+// y [n_blocks of columns] += x[i] * row rows[i] of w from block `first` on, for each i below n.
+INLINE void add_packed_of(float *restrict y, const Packed *w, int first, int n_blocks,
+                          const int32_t *rows, const float *x, int n, const int bits) {
+    const int most = bits == 8 ? 15 : (1 << bits) - 1, n_words = block_words(bits);
+    uint16_t sums[PACKED_TILE * 2];
+    int16_t rounded[32];
+    for (int i = 0, m; i < n; i += m) {
+        int group = rows[i] / w->group, all = 0, below = 0;
+        float total = 0;
+        for (m = 0; i + m < n && rows[i + m] < (group + 1) * w->group; m++)
+            total += fabsf(x[i + m]);
+        float step = total / (65535 / most - m / 2), inverse = total > 0 ? 1 / step : 0;
+        for (int r = 0; r < m; r++) {
+            rounded[r] = lrintf(x[i + r] * inverse);
+            all += rounded[r];
+            below -= rounded[r] < 0 ? rounded[r] : 0;
+        }
+        memset(sums, 0, n_blocks * 32 * block_sums(bits));
+        const uint16_t *words = w->words + (int64_t)first * n_words;
+        int done = m & ~3;
+        add_words(sums, words, w->n_words, rows + i, rounded, done, n_blocks, 4, bits);
+        add_words(sums, words, w->n_words, rows + i + done, rounded + done, m - done, n_blocks, 1,
+                  bits);
+        int64_t at = (int64_t)group * w->columns + first * block_columns(bits);
+        float lift = most * below, unit = step * w->unit * 0x1p112f;
+        float base = unit * ((bits == 8 ? 17 : 1) * lift + w->offset * all);
+        if (w->minimum)
+            add_group(y, sums, w->scale + at, w->minimum + at, w->columns, n_blocks, unit, base,
+                      unit * all, lift, bits);
+        else
+            add_group(y, sums, w->scale + at, NULL, w->columns, n_blocks, unit, base, 0, lift, bits);
+    }
+}
+
+static void add_packed(float *y, const Packed *w, int first, int n_blocks, const int32_t *rows,
+                       const float *x, int n) {
+    switch (w->bits) {
+    case 4: add_packed_of(y, w, first, n_blocks, rows, x, n, 4); break;
+    case 5: add_packed_of(y, w, first, n_blocks, rows, x, n, 5); break;
+    case 6: add_packed_of(y, w, first, n_blocks, rows, x, n, 6); break;
+    case 8: add_packed_of(y, w, first, n_blocks, rows, x, n, 8); break;
+    }
+}
+
+// Column share c, of `of`, of a projection with `width` columns, into its sums.
+static void packed_product(const Packed *w, int width, int c, int of, const int32_t *rows,
+                           const float *x, int n, float *sums) {
+    float y[PACKED_TILE];
+    int columns = block_columns(w->bits), blocks = w->columns / columns;
+    int end = (int64_t)blocks * (c + 1) / of, tile = PACKED_TILE / columns;
+    for (int b = (int64_t)blocks * c / of, some; b < end; b += some) {
+        some = end - b < tile ? end - b : tile;
+        memset(y, 0, some * columns * sizeof *y);
+        add_packed(y, w, b, some, rows, x, n);
+        int left = width - b * columns;
+        memcpy(sums + b * columns, y, (left < some * columns ? left : some * columns) * sizeof *y);
+    }
+}
+
+// Row `row` of w from block `first` on, as floats: y [n_blocks of columns].
+void unpack_row(const Packed *w, int32_t row, int32_t first, int32_t n_blocks, float *y) {
+    const int32_t rows[1 + AHEAD] = {row, row, row, row, row, row, row, row, row};
+    const float one = 1;
+    memset(y, 0, n_blocks * block_columns(w->bits) * sizeof *y);
+    add_packed(y, w, first, n_blocks, rows, &one, 1);
+}
+
 // Shares of a product lie in a grid: up to four share the kept rows, and `finish` adds up their
 // sums; more shares than that share the columns.
 static int row_shares(const Model *m) {
@@ -289,13 +484,18 @@ static void product(const Model *m, const Matrix *a, const float *x, int worker,
     int32_t *rows = m->kept_k + (int64_t)worker * (m->largest + AHEAD);
     float *values = m->kept_x + (int64_t)worker * (m->largest + AHEAD);
     sums += (int64_t)r * a->n;
-    memset(sums + left, 0, (right - left) * sizeof *sums);
+    if (!a->packed) memset(sums + left, 0, (right - left) * sizeof *sums);
     int n = 0;
     for (int part = 0, start = 0; part < a->n_parts; start = a->ends[part++]) {
         if (part == 0 || a->thresholds[part] != a->thresholds[part - 1])
             n = keep_rows(x, a->k, a->thresholds[part], rows, values);
         if (share == 0) a->kept[part] += n;
         int first = n * (int64_t)r / n_rows, last = n * (int64_t)(r + 1) / n_rows;
+        if (a->packed) {
+            packed_product(&a->packed[part], a->ends[part] - start, c, n_columns, rows + first,
+                           values + first, last - first, sums + start);
+            continue;
+        }
         int begin = start > left ? start : left;
         int end = a->ends[part] < right ? a->ends[part] : right;
         for (int j = begin, width; j < end; j += width) {
@@ -431,6 +631,16 @@ static void barrier(Team *team) {
 
 // The token's row of the embedding. Every worker keeps the whole residual stream x [hidden].
 static void embed(const Model *m, float *x) {
+    if (m->packed_embedding) {
+        const Packed *w = m->packed_embedding;
+        int width = block_columns(w->bits);
+        float block[128];
+        for (int i = 0; i < m->hidden; i++) {
+            unpack_row(w, i, m->token / width, 1, block);
+            x[i] = block[m->token % width];
+        }
+        return;
+    }
     int64_t at = (int64_t)m->token * m->hidden;
     for (int i = 0; i < m->hidden; i++) x[i] = get(m->embedding, at + i, m->embedding_dtype);
 }
@@ -617,6 +827,10 @@ static void logits(const Model *m, const float *x, float least, int share) {
     int64_t row_bytes = (int64_t)head->k * bytes_of(head->dtype), read = 0;
     int first = first_column(m->vocab, share, m->n_shares);
     int end = first_column(m->vocab, share + 1, m->n_shares);
+    if (head->packed) {
+        finish(m, head, m->sums[0], first, end - first, m->logits + first);
+        return;
+    }
     for (int i = first; i < end; i++) {
         if (b->q && b->upper[i] < least) {
             m->logits[i] = b->fill;
@@ -679,6 +893,10 @@ static void decode(const Model *m, int worker) {
         FOR_SHARES bound(m, rounded, share);
         barrier(team);
         least = least_upper(m);
+    }
+    if (m->head.packed) {
+        FOR_SHARES product(m, &m->head, h, worker, share, m->sums[0]);
+        barrier(team);
     }
     FOR_SHARES logits(m, h, least, share);
     barrier(team);

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cpu.compiler import load
+from cpu.packed import Packed, PackedLinear
 from lm_head import LARGEST_V, certificate_for, limits
 from model import SITES
 
@@ -23,9 +24,16 @@ MOST_SHARES = 64
 Reduce = ctypes.CFUNCTYPE(None, POINTER(c_float), c_int32)
 
 
+class CPacked(ctypes.Structure):
+    _fields_ = [*((name, c_void_p) for name in ("words", "scale", "minimum")),
+                *((name, c_int32) for name in ("bits", "group", "offset", "n_words", "columns")),
+                ("unit", c_float)]
+
+
 class Matrix(ctypes.Structure):
-    _fields_ = [("w", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("thresholds", c_void_p),
-                ("kept", c_void_p), ("dtype", c_int32), ("k", c_int32), ("n", c_int32),
+    _fields_ = [("packed", POINTER(CPacked)),
+                *((name, c_void_p) for name in ("w", "scale", "bias", "thresholds", "kept")),
+                ("dtype", c_int32), ("k", c_int32), ("n", c_int32),
                 ("n_parts", c_int32), ("ends", c_int32 * 4)]
 
 
@@ -54,8 +62,8 @@ class CModel(ctypes.Structure):
                     "n_ropes", "largest", "n_shares")),
                 ("eps", c_float), ("growth", c_float), ("growth_at", c_float),
                 ("layers", POINTER(Layer)), ("ropes", POINTER(Rope)), ("head", Matrix),
-                ("bounds", Bounds),
-                ("embedding", c_void_p), ("norm", c_void_p), ("reduce", Reduce),
+                ("bounds", Bounds), ("embedding", c_void_p),
+                ("packed_embedding", POINTER(CPacked)), ("norm", c_void_p), ("reduce", Reduce),
                 ("sums", c_void_p * 2),
                 *((name, c_void_p) for name in (
                     "attended", "mlp", "added", "logits", "x", "h", "y", "qkv", "turns", "scores",
@@ -86,7 +94,8 @@ class CStep:
         self.m = self.describe(model, cache, n_shares)
         self.logits = self.allocate(model, cache, n_shares)
         self.head_rows = torch.zeros(n_shares, dtype=torch.int64)  # of the last step, by share
-        self.bounds = certificate_for(model.lm_head, top)
+        packed = isinstance(model.lm_head, PackedLinear)  # smaller than its certificate would be
+        self.bounds = None if packed else certificate_for(model.lm_head, top)
         if self.bounds is not None:
             self.describe_bounds(top, seen if penalty != 1 else None, penalty)
         self.library.start_team(ctypes.byref(self.m))
@@ -112,28 +121,39 @@ class CStep:
             layer.rope = kinds.index(config.rope_kind(block.i))
         for rope, (frequency, factor) in zip(ropes, model.rotations.values()):
             rope.frequency, rope.factor = self.floats(frequency), self.floats(factor)
-        rows = head.w_t.T if model.embedding is None else model.embedding
+        table = head.w_t.T if model.embedding is None else model.embedding
+        packed = isinstance(table, Packed)
         m = CModel(
             n_layers=config.n_layers, hidden=config.hidden_size, inter=config.intermediate_size,
             heads=config.n_heads, kv_heads=config.n_kv_heads, head_dim=config.head_dim,
             vocab=config.vocab_size, context=cache.context, cache_dtype=DTYPES[cache.k.dtype],
-            embedding_dtype=DTYPES[rows.dtype], qk_norm=QK_NORMS[config.qk_norm],
+            embedding_dtype=DTYPES[torch.int8 if packed else table.dtype],
+            qk_norm=QK_NORMS[config.qk_norm],
             norms_behind=config.norms_behind, n_ropes=len(kinds),
             largest=max(linear.in_features for linear in model.linears()), n_shares=n_shares,
             eps=config.norm_eps, growth=growth, growth_at=growth_at, layers=layers, ropes=ropes,
-            embedding=self.at(rows), norm=self.floats(model.norm), reduce=self.reduce(model))
+            embedding=None if packed else self.at(table), norm=self.floats(model.norm),
+            reduce=self.reduce(model))
+        if packed:
+            m.packed_embedding = self.pack([table])
         self.fill(m.head, head)
         return m
 
     def fill(self, matrix, linear):
         """Describe a Linear; a block's has thresholds, the head none."""
-        rows = linear.w_t.T if linear.layer is None else linear.w_t
-        matrix.w, matrix.dtype = self.at(rows), DTYPES[rows.dtype]
+        if isinstance(linear, PackedLinear):
+            matrix.packed = self.pack(linear.parts)
+        else:
+            rows = linear.w_t.T if linear.layer is None else linear.w_t
+            matrix.w, matrix.dtype = self.at(rows), DTYPES[rows.dtype]
         matrix.k, matrix.n = linear.in_features, linear.ends[-1]
         matrix.n_parts, matrix.ends[:len(linear.ends)] = len(linear.ends), linear.ends
         matrix.scale = None if linear.scale is None else self.at(linear.scale)
         matrix.bias = None if linear.bias is None else self.floats(linear.bias)
-        if linear.layer is not None:
+        if linear.layer is None:  # the head's product, if it is packed, keeps all
+            matrix.thresholds = self.at(torch.full((1,), -1.0))
+            matrix.kept = self.at(torch.zeros(1, dtype=torch.int64))
+        else:
             places = linear.layer, linear.places
             matrix.thresholds = self.at(self.thresholds[places])
             matrix.kept = self.at(self.kept[places])
@@ -148,6 +168,13 @@ class CStep:
         b.largest, b.read = LARGEST_V, self.at(self.head_rows)
         b.v = self.at(torch.zeros(m.n_shares, m.hidden, dtype=torch.int16))
 
+    def pack(self, parts):
+        """The structs of some `Packed`, as an array."""
+        return (CPacked * len(parts))(*(CPacked(
+            self.at(part.words), self.at(part.scale),
+            None if part.minimum is None else self.at(part.minimum), part.bits, part.group,
+            part.offset, part.words.shape[1], part.columns, part.unit) for part in parts))
+
     def reduce(self, model):
         """What adds up y over all ranks, as a function for C; NULL where there is one rank."""
         if model.ranks is None:
@@ -159,8 +186,8 @@ class CStep:
         """C's working memory, described in step.c; returns the logits."""
         config, m = model.config, self.m
         d, n_qkv = config.head_dim, model.blocks[0].qkv.ends[-1]
-        widest = max(linear.ends[-1] for linear in model.linears())
-        m.sums[:] = [self.at(torch.zeros(n * widest)) for _ in range(2)]
+        widest = max(linear.ends[-1] for linear in [*model.linears(), model.lm_head])
+        m.sums[:] = [self.at(torch.zeros(min(n, 4), widest)) for _ in range(2)]
         logits = torch.zeros(config.vocab_size)
         shapes = {"attended": (config.n_heads * d,), "mlp": (config.intermediate_size,),
                   "added": (config.hidden_size,), "x": (n, config.hidden_size),

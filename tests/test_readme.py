@@ -121,8 +121,8 @@ def printed(words):
     numbers = r"\| new 4 tokens, [\d.]+ tok/s \| seed 1 \| [\d.]+ MB read per token"
     if "--sparsity" in words:
         asked = float(words[words.index("--sparsity") + 1])
-        int8 = any("int8" in word for word in words) or not torch.cuda.is_available()
-        size = "106.2" if int8 else "212.3"
+        int8 = any("int8" in word for word in words)
+        size = "106.2" if int8 else "212.3" if torch.cuda.is_available() else "53.1"
         numbers += rf" \| [3-6]\d\.\d% of the blocks' {size} MB unread \({asked:.0%} asked\)"
     return r"\w{2,}", numbers + r"\n$"
 

@@ -1,0 +1,163 @@
+"""The few-bit weights of GGUF files as a CPU multiplies them: the file's own numbers.
+
+GGUF shares a scale s, and in some types a minimum m, among a group of 16 or 32 inputs of one
+output: w = s (q - offset) + m. In W transposed, [K, N], 16 or 32 rows share one row of scales:
+
+    y[n] = sum over groups g of s[g, n] * (sum over kept k in g of x[k] (q[k, n] - offset))
+                              + m[g, n] * (sum over kept k in g of x[k])
+
+So a row of q is still skipped with its x[k]. No weight is rounded: q, s and m are those of the
+file. Types whose scale is a product (Q4_K, Q5_K, Q6_K) have it in float16, which moves a weight by
+2^-12 of itself at most; the step from one q to the next is 30 times that or more.
+
+step.c sums up q in integers of 16 bits, several of one word with one multiplication each: a word w
+with the fields a, b, c, d of 4 bits gives the sums of x * (w >> 4 i), modulo 2^16, and subtracting
+16 times the next sum leaves each field's own. A row is cut into blocks of columns; in each,
+16 words hold field i of 16 columns side by side:
+
+    4 bits   64 columns in 16 words, four fields each
+    5 bits   48 columns in 16 words, three fields each
+    6 bits  128 columns in 48 words, eight fields in three words (see `pack`)
+    8 bits   32 columns in 16 words, two columns each, summed as four fields of 4 bits
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from model import Linear
+
+COLUMNS = {4: 64, 5: 48, 6: 128, 8: 32}  # of a block
+PIECE = 1 << 20  # weights unpacked at a time; they stay in the cache
+
+
+@dataclass
+class Groups:
+    """What belongs to a few-bit tensor [N, K] besides its floats.
+
+    scale, minimum: float32 [N, K / group]; minimum may be None
+    """
+
+    bits: int
+    offset: int
+    scale: torch.Tensor
+    minimum: torch.Tensor | None = None
+
+
+def pack(fields):
+    """q as int32 [K, blocks, fields, 16] -> words int32 [K, blocks, words, 16]."""
+    f, n = fields.unbind(2), fields.shape[2]
+    if n == 8:  # of 6 bits; the last two are spread over the upper four bits of the words
+        words = [f[0] | f[1] << 6 | (f[6] & 15) << 12, f[2] | f[3] << 6 | (f[7] & 15) << 12,
+                 f[4] | f[5] << 6 | f[6] >> 4 << 12 | f[7] >> 4 << 14]
+    else:
+        words = [sum(f[i] << 16 // n * i for i in range(n))]
+    return torch.stack(words, 2)
+
+
+def unpack(words, n):
+    """The inverse of `pack`: words int32 [K, blocks, words, 16], of n fields each."""
+    w = words.unbind(2)
+    if n == 8:
+        f = [part >> shift & 63 for part in w for shift in (0, 6)]
+        f += [(w[i] >> 12 & 15) | (w[2] >> 12 + 2 * i & 3) << 4 for i in range(2)]
+    else:
+        f = [w[0] >> 16 // n * i & (1 << 16 // n) - 1 for i in range(n)]
+    return torch.stack(f, 2)
+
+
+class Packed:
+    """A few-bit matrix W [N, K], transposed.
+
+    words: int16 [K, words of a row], described above
+    scale, minimum: float16 [K / group, columns], in units of `unit`; minimum may be None
+    """
+
+    def __init__(self, weight, groups, dtype=torch.float32):
+        """weight: float32 [N, K], exactly what q and `groups` stand for
+        dtype: of the floats that they become for prefill
+        """
+        self.dtype = dtype
+        self.bits, self.offset = groups.bits, groups.offset
+        self.n, k = weight.shape
+        self.group = k // groups.scale.shape[1]
+        self.block = COLUMNS[self.bits]
+        self.columns = -(-self.n // self.block) * self.block
+        per_block = 48 if self.bits == 6 else 16
+        self.words = torch.empty(k, self.columns // self.block * per_block, dtype=torch.int16)
+        step = max(1, PIECE // k // self.block) * self.block
+        for i in range(0, self.n, step):
+            part = slice(i, min(i + step, self.n))
+            scale = groups.scale[part, :, None]
+            q = weight[part].unflatten(1, (-1, self.group))
+            if groups.minimum is not None:
+                q = q - groups.minimum[part, :, None]
+            q = torch.where(scale == 0, 0, q / scale).round_().flatten(1) + self.offset
+            q = F.pad(q.clamp_(0, (1 << self.bits) - 1), (0, 0, 0, -len(q) % self.block))
+            fields = q.to(torch.int32).T.unflatten(1, (-1, self.block // 16, 16))
+            words = pack(fields.contiguous()).flatten(1)
+            at = i // self.block * per_block
+            self.words[:, at:at + words.shape[1]] = words.to(torch.int16)
+        # The largest scale or minimum becomes 2^14 to 2^15, so that none that matters is denormal.
+        both = [x for x in (groups.scale, groups.minimum) if x is not None]
+        _, exponent = torch.frexp(max(x.abs().max() for x in both))
+        self.unit = 2.0 ** (exponent.item() - 15) if exponent else 2.0 ** -15
+        self.scale, self.minimum = (None if x is None else self.halves(x)
+                                    for x in (groups.scale, groups.minimum))
+
+    def halves(self, x):
+        """Scales [N, groups] -> float16 [groups, columns] in units of `unit`."""
+        x = F.pad((x / self.unit).half(), (0, 0, 0, self.columns - self.n)).T.contiguous()
+        return x.masked_fill_(x.abs() < 2.0 ** -14, 0)  # denormals, which step.c does not read
+
+    def weight(self, start, end):
+        """Columns start ... end - 1 of W transposed as floats, [K, end - start]."""
+        first, last = start // self.block, -(-end // self.block)
+        n_words, columns = self.words.shape[1] * self.block // self.columns, slice(
+            first * self.block, last * self.block)
+        w = self.floats(self.words[:, first * n_words:last * n_words], columns).to(self.dtype)
+        return w[:, start - columns.start:end - columns.start]
+
+    def floats(self, words, columns):
+        """Whole blocks of words, and which columns these are -> float32 [K, columns]."""
+        words = words.unflatten(1, (-1, self.words.shape[1] * self.block // self.columns // 16, 16))
+        q = unpack(words.to(torch.int32), self.block // 16).flatten(1)
+        q = q.sub_(self.offset).float().unflatten(0, (-1, self.group))  # [groups, group, columns]
+        q *= self.scale[:, None, columns].float() * self.unit
+        if self.minimum is not None:
+            q += self.minimum[:, None, columns].float() * self.unit
+        return q.flatten(0, 1)
+
+    def __getitem__(self, tokens):
+        """Rows of W, [T, K]: an embedding's."""
+        rows = [self.weight(i, i + 1) for i in tokens.tolist()]
+        return torch.cat(rows, 1).T.contiguous()
+
+
+class PackedLinear(Linear):
+    """A `Linear` of few-bit weights on a CPU; each projection may have another type."""
+
+    def allocate(self, device):
+        self.parts = [None] * len(self.widths)  # Packed
+
+    def load_weight(self, i, weight, groups):
+        """Store the weight [out_features, in_features] of projection i and its `Groups`."""
+        self.parts[i] = Packed(weight, groups, self.dtype)
+
+    @property
+    def w_t(self):
+        """All of W transposed as floats, made anew: for what is not in a hurry."""
+        return self.weight(0, self.ends[-1])
+
+    def weight(self, start, end):
+        """Columns start ... end - 1 as the floats they stand for, [K, end - start]."""
+        pieces = [part.weight(max(start, first) - first, min(end, last) - first)
+                  for part, first, last in zip(self.parts, self.starts, self.ends)
+                  if max(start, first) < min(end, last)]
+        return torch.cat(pieces, 1)
+
+    def __call__(self, x):
+        n, step = self.ends[-1], max(1, PIECE // self.in_features)
+        y = torch.cat([x @ self.weight(i, min(i + step, n)) for i in range(0, n, step)], dim=-1)
+        return y if self.bias is None else y + self.bias
