@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import Linear
+from model import Linear, cpu_dtype
 
 COLUMNS = {4: 64, 5: 48, 6: 128, 8: 32}  # of a block
 PIECE = 1 << 20  # weights unpacked at a time; they stay in the cache
@@ -76,7 +76,7 @@ class Packed:
 
     def __init__(self, weight, groups, dtype=torch.float32):
         """weight: float32 [N, K], exactly what q and `groups` stand for
-        dtype: of the floats that they become for prefill
+        dtype: of an embedding's rows
         """
         self.dtype = dtype
         self.bits, self.offset = groups.bits, groups.offset
@@ -112,11 +112,11 @@ class Packed:
         return x.masked_fill_(x.abs() < 2.0 ** -14, 0)  # denormals, which step.c does not read
 
     def weight(self, start, end):
-        """Columns start ... end - 1 of W transposed as floats, [K, end - start]."""
+        """Columns start ... end - 1 of W transposed as float32, [K, end - start]."""
         first, last = start // self.block, -(-end // self.block)
         n_words, columns = self.words.shape[1] * self.block // self.columns, slice(
             first * self.block, last * self.block)
-        w = self.floats(self.words[:, first * n_words:last * n_words], columns).to(self.dtype)
+        w = self.floats(self.words[:, first * n_words:last * n_words], columns)
         return w[:, start - columns.start:end - columns.start]
 
     def floats(self, words, columns):
@@ -132,7 +132,7 @@ class Packed:
     def __getitem__(self, tokens):
         """Rows of W, [T, K]: an embedding's."""
         rows = [self.weight(i, i + 1) for i in tokens.tolist()]
-        return torch.cat(rows, 1).T.contiguous()
+        return torch.cat(rows, 1).T.to(self.dtype).contiguous()
 
 
 class PackedLinear(Linear):
@@ -150,14 +150,16 @@ class PackedLinear(Linear):
         """All of W transposed as floats, made anew: for what is not in a hurry."""
         return self.weight(0, self.ends[-1])
 
-    def weight(self, start, end):
+    def weight(self, start, end, dtype=None):
         """Columns start ... end - 1 as the floats they stand for, [K, end - start]."""
         pieces = [part.weight(max(start, first) - first, min(end, last) - first)
                   for part, first, last in zip(self.parts, self.starts, self.ends)
                   if max(start, first) < min(end, last)]
-        return torch.cat(pieces, 1)
+        return torch.cat(pieces, 1).to(dtype or self.dtype)
 
     def __call__(self, x):
-        n, step = self.ends[-1], max(1, PIECE // self.in_features)
-        y = torch.cat([x @ self.weight(i, min(i + step, n)) for i in range(0, n, step)], dim=-1)
+        n, step, dtype = self.ends[-1], max(1, PIECE // self.in_features), cpu_dtype(x.dtype)
+        wide = x.to(dtype)
+        y = torch.cat([wide @ self.weight(i, min(i + step, n), dtype)
+                       for i in range(0, n, step)], dim=-1).to(x.dtype)
         return y if self.bias is None else y + self.bias
