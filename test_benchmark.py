@@ -84,10 +84,10 @@ def test_bandwidth_is_plausible():
     assert 1e8 < benchmark.read_bandwidth(torch.device("cpu")) < 1e13
 
 
-def clock(monkeypatch, *seconds):
-    """Let benchmark.py's clock show these numbers."""
+def clock(monkeypatch, *seconds, module=benchmark):
+    """Let a module's clock show these numbers."""
     times = types.SimpleNamespace(perf_counter=iter(seconds).__next__)
-    monkeypatch.setattr(benchmark, "time", times)
+    monkeypatch.setattr(module, "time", times)
 
 
 def test_the_best_time_gives_the_bandwidth(monkeypatch):
@@ -107,7 +107,8 @@ def test_the_speed_of_transformers_leaves_prefill_out(monkeypatch):
     monkeypatch.setattr(transformers_speed, "to_transformers", lambda model: types.SimpleNamespace(
         generate=generate))
     clock(monkeypatch, *itertools.accumulate(
-        seconds for run in (99, 99, 7, 50, 6.5, 2, 1, 9) for seconds in (0, run)))
+        seconds for run in (99, 99, 7, 50, 6.5, 2, 1, 9) for seconds in (0, run)),
+        module=transformers_speed)
     model = types.SimpleNamespace(device=torch.device("cpu"))
     assert transformers_speed.transformers_speed(model, 30, 11) == 10 / (7 - 2)
     assert asked == [(25, 11)] * 5 + [(25, 1)] * 3
