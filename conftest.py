@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoint.tensors import put, tensor_shapes
+from cli.command_line import run_script
 from model import Config, Linear, Model
 
 try:
@@ -190,3 +192,52 @@ CONFIGS = {
     "both forms": Config(101, 64, 96, 2, 4, 2, 32, context=160),
     "qwen2": Config(101, 48, 80, 2, 3, 1, 16, context=160, qkv_bias=True),
 }
+
+
+CONFIG = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4,
+                n_kv_heads=2, head_dim=8)
+
+
+def tiny(seed=0):
+    """A model of CONFIG with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Model(CONFIG)
+    for name, shape in tensor_shapes(CONFIG).items():
+        noise = torch.randn(shape, generator=generator)
+        put(model, name, 1 + 0.1 * noise if "norm" in name else noise / shape[-1] ** 0.5)
+    return model
+
+
+# ---- scripts -----------------------------------------------------------------------------------
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    eos_ids, bos_id, has_chat_template = frozenset({0}), None, False
+
+    def encode(self, text, bos=True):
+        return [ord(letter) % CONFIG.vocab_size for letter in text]
+
+
+def run_in_process(main, arguments, monkeypatch, capsys):
+    """Run a script's main() with these arguments -> (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    try:
+        run_script(main)
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+PROMPTS = [
+    "Explain in one sentence why the sky is blue.",
+    "Write a haiku about rivers.",
+    "What is 17 plus 25?",
+    "def fibonacci(n):",
+    "Übersetze ins Englische: Der Hund schläft. 🐕",
+]
+
+
+def ask(tokenizer, question):
+    return tokenizer.chat([{"role": "user", "content": question}])

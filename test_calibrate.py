@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import sys
 import types
 from unittest import mock
 
@@ -16,25 +15,10 @@ from calibrations import allocations, own_text
 from calibrations.allocations import MOST, allocate, byte_shares
 from calibrations.own_text import PROMPTS
 from calibrations.thresholds import ALLOCATIONS, GRID, SINKS, Calibration, CalibrationError, find
-from checkpoint.tensors import put, tensor_shapes
-from cli.command_line import run_script
-from conftest import CONFIGS, random_model
-from model import Config, Linear, Model, dense, masked
+from conftest import CONFIG, CONFIGS, Letters, random_model, run_in_process, tiny
+from model import Linear, Model, dense, masked
 from quantize import Int8Linear
 from session import Session
-
-CONFIG = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4,
-                n_kv_heads=2, head_dim=8)
-
-
-def tiny(seed=0):
-    """A model of CONFIG with random weights."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Model(CONFIG)
-    for name, shape in tensor_shapes(CONFIG).items():
-        noise = torch.randn(shape, generator=generator)
-        put(model, name, 1 + 0.1 * noise if "norm" in name else noise / shape[-1] ** 0.5)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -364,26 +348,6 @@ def test_targets_are_read_where_they_are_reached_first():
 
 
 # ---- the command line --------------------------------------------------------------------------
-
-class Letters:
-    """A tokenizer of single letters."""
-
-    eos_ids, bos_id, has_chat_template = frozenset({0}), None, False
-
-    def encode(self, text, bos=True):
-        return [ord(letter) % CONFIG.vocab_size for letter in text]
-
-
-def run_in_process(main, arguments, monkeypatch, capsys):
-    """Run a script's main() with these arguments -> (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-    try:
-        run_script(main)
-        code = 0
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
-
 
 @pytest.fixture
 def run(model, tmp_path, monkeypatch, capsys):

@@ -11,9 +11,9 @@ import calibrate
 import evaluate
 from calibrations.allocations import byte_shares
 from calibrations.thresholds import Calibration
+from conftest import CONFIG, Letters, run_in_process, tiny
 from evaluate import cut, score
 from model import PROJECTIONS, KVCache, masked
-from test_calibrate import CONFIG, Letters, run_in_process, tiny
 
 DENSE = torch.full((CONFIG.n_layers, len(PROJECTIONS)), -1.0)
 

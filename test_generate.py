@@ -27,9 +27,9 @@ from checkpoint import memory
 from checkpoint.tensors import weight_bytes
 from cli.command_line import run_script
 from cli.report import report, summary, warn_of_broken_text
+from conftest import PROMPTS, ask
 from model import Config, Model
 from session import Session
-from test_session import PROMPTS, ask
 
 
 def test_printed_text_is_the_decoded_text(smollm, capsys):

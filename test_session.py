@@ -20,25 +20,12 @@ from checkpoint.default_model import fetch
 from checkpoint.gguf_file import GGUFFile
 from checkpoint.tensors import put, tensor_shapes
 from cli.report import SparsityWatch
-from conftest import CONFIGS, DEVICE, random_model
+from conftest import CONFIGS, DEVICE, PROMPTS, ask, random_model
 from generate import generate_tokens
 from model import Config, KVCache, Linear, Model, dense, masked
 from quantize import Int4Linear, Int8Linear, int4_linear
 from sampling import penalize, sample
 from session import Session, block_bytes, other_bytes, tensors
-
-PROMPTS = [
-    "Explain in one sentence why the sky is blue.",
-    "Write a haiku about rivers.",
-    "What is 17 plus 25?",
-    "def fibonacci(n):",
-    "Übersetze ins Englische: Der Hund schläft. 🐕",
-]
-
-
-def ask(tokenizer, question):
-    return tokenizer.chat([{"role": "user", "content": question}])
-
 
 # ---- tokens ------------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ from calibrations.thresholds import (
     places,
 )
 from checkpoint.files import cache_folder, one_line, write_whole
+from conftest import CONFIG, run_in_process, tiny
 from model import SITES, Config
-from test_calibrate import CONFIG, run_in_process, tiny
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from benchmark import random_model
 from checkpoint.digest import Digest, weights_digest
+from conftest import tiny
 from model import Config
-from test_calibrate import tiny
 from test_generate import tiny as tiny_folder  # noqa: F401, a fixture
 
 BIASED = Config(64, 32, 48, 2, 4, 2, 8, qkv_bias=True)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from conftest import run_in_process
 from figures import draw
-from test_calibrate import run_in_process
 
 
 def row(quantize, sparsity, context=200):
