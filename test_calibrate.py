@@ -1,5 +1,6 @@
 """Tests of calibrate.py against brute force, on a tiny random model."""
 
+import contextlib
 import copy
 import dataclasses
 import types
@@ -16,7 +17,7 @@ from calibrations.allocations import MOST, allocate, byte_shares
 from calibrations.own_text import PROMPTS
 from calibrations.thresholds import ALLOCATIONS, GRID, SINKS, Calibration, CalibrationError, find
 from conftest import CONFIG, CONFIGS, Letters, random_model, run_in_process, tiny
-from model import Linear, Model, dense, masked
+from model import KVCache, Linear, Model, dense, masked
 from quantize import Int8Linear
 from session import Session
 
@@ -119,6 +120,16 @@ def test_equal_magnitudes_that_no_threshold_splits_are_named(tokens):
     message = "layer 1: 100% of the inputs of o have the same magnitude"
     with pytest.raises(CalibrationError, match=message):
         count(model, tokens[:1].expand(1, 64))
+
+
+@pytest.mark.parametrize("bin, share, refused", [
+    (9, 0.04, False), (9, 0.06, True), (0, 0.9, False)])
+def test_how_many_equal_magnitudes_are_too_many(model, tokens, monkeypatch, bin, share, refused):
+    counts = torch.full((BINS,), 10)
+    counts[bin] = round(share / (1 - share) * 10 * (BINS - 1))
+    monkeypatch.setattr(calibrate, "histogram", lambda x, name: counts)
+    with pytest.raises(CalibrationError) if refused else contextlib.nullcontext():
+        count(model, tokens.view(4, 64))
 
 
 # ---- allocations -------------------------------------------------------------------------------
@@ -289,6 +300,14 @@ def test_labels_follow_the_predictions():
     for row, ids in zip(logits, drawn.T):
         shares = torch.bincount(ids, minlength=4) / len(ids)
         torch.testing.assert_close(shares, row.softmax(-1), atol=0.01, rtol=0)
+
+
+def test_the_first_half_of_a_window_is_dense(model, tokens):
+    table, cache = torch.full((2, 7), 0.3), KVCache(CONFIG, 64)
+    model.forward(tokens[:32], cache)
+    dropped = torch.zeros(2, 7, dtype=torch.float64)
+    model.forward(tokens[32:64], cache, masked_and_counted(table, dropped))
+    assert torch.equal(calibrate.realised(model, tokens[None, :64], [table])[0], dropped)
 
 
 def test_how_much_is_looked_at(model, tokens, monkeypatch):

@@ -137,6 +137,7 @@ def test_hostile_files_are_refused(calibration, tmp_path):
             ({"thresholds": calibration.table[:1]}, "expected F32"),
             ({"thresholds": calibration.table.double()}, "expected F32"),
             ({"sparsities": calibration.sparsities * 2}, "must lie in"),
+            ({"sparsities": calibration.sparsities - 0.01}, "must lie in"),
             ({"sparsity_grid": GRID / 2}, "must lie in"),
             ({"format": "2"}, "format"), ({"format": None}, "format"),
             ({"fingerprint": "{}"}, "another model"),

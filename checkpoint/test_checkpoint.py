@@ -703,6 +703,13 @@ def test_gguf_llama3_rope(tmp_path, factor):
     refused(file, "rope_freqs.weight does not follow")
 
 
+def test_gguf_without_a_base_of_rope(tmp_path):
+    """Llama's own, 10,000."""
+    for given, expected in ({}, 1e4), ({"llama.rope.freq_base": 5e5}, 5e5):
+        file = write_gguf(tmp_path / "m.gguf", **given)
+        assert open_checkpoint(file).config.rope_theta == expected
+
+
 def test_gguf_linear_rope(tmp_path):
     file = write_gguf(tmp_path / "m.gguf",
                       **{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
@@ -981,6 +988,20 @@ def test_bad_safetensors(tmp_path, damage):
     folder = write_folder(tmp_path / "m")
     damage(folder / "model.safetensors")
     refused(folder, "model.safetensors")
+
+
+def test_safetensors_with_a_long_header(tmp_path):
+    """Sound but for its length, of which spaces are most."""
+    file = write_folder(tmp_path / "m") / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for longer, words in (1 << 20, None), (4 << 20, "header claims"):
+        header = data[8:8 + length] + b" " * longer
+        file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length:])
+        if words:
+            refused(tmp_path / "m", words)
+        else:
+            checkpoint.load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("index, words", [

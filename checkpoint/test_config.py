@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from checkpoint.config import FAMILIES, parse_config
 from checkpoint.known_models import KNOWN_MODELS
+from checkpoint.rope import yarn_factor
 from checkpoint.tensors import put, tensor_shapes
 from checkpoint.unify import granite_factors
 from model import Model
@@ -228,3 +229,8 @@ def test_known_models(name, weights, theta, context, n_heads, n_kv_heads, window
     assert bool(config.rope_divisors) == (name == "llama-3.2-1b")
     if config.rope_divisors:  # of the slowest pairs, and of the fastest
         assert config.rope_divisors[-1] == 32 and config.rope_divisors[0] == 1
+
+
+def test_yarn_that_shortens_scores_nothing():
+    assert yarn_factor({}, 0.5) == yarn_factor({}, 1.0) == 1
+    assert yarn_factor({}, math.e) == pytest.approx(1.1)

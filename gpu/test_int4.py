@@ -39,6 +39,18 @@ def test_the_search_is_better_than_rounding_to_nearest(n, k):
         assert error < share * (to_nearest(weight) - weight).norm()
 
 
+def test_every_share_of_the_range_finds_something(monkeypatch):
+    weight, shares = torch.randn(64, 2000) ** 3, quantize.SHARES  # with outliers
+
+    def error(shares):
+        monkeypatch.setattr(quantize, "SHARES", shares)
+        return (dequantize(*rounded(weight)).T - weight).square().sum()
+
+    assert len(shares) == 6
+    for i in range(6):
+        assert error(shares[:i] + shares[i + 1:]) > error(shares)
+
+
 def test_what_int4_can_hold_stays_exactly():
     q = torch.arange(16).repeat(2)[torch.randperm(32)]
     weight = (q * 0.25 - 2)[:, None]
