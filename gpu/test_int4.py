@@ -129,4 +129,4 @@ def test_dense_products():
     wanted = x.double() @ dequantize(linear.w_t, linear.scale).double() + linear.bias
     torch.testing.assert_close(dense(x, linear).double(), wanted, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(linear.weight(96, 192), dequantize(linear.w_t, linear.scale)[:, 96:])
-    assert bytes_per_weight(linear) * 50 * 192 == linear.w_t.nbytes + linear.scale.nbytes
+    assert bytes_per_weight(linear, 0) * 50 * 192 == linear.w_t.nbytes + linear.scale.nbytes
