@@ -70,8 +70,9 @@ class BlockOfMany(Block):
 def many_blocks(model):
     """The model's blocks, as blocks of many texts with the same weights."""
     blocks = []
-    for block in model.blocks:
-        blocks.append(BlockOfMany.__new__(BlockOfMany))
+    for block in model.blocks:  # the order of norms stays that of the block's own class
+        kind = type("BlockOfMany", (BlockOfMany, type(block)), {})
+        blocks.append(kind.__new__(kind))
         blocks[-1].__dict__ = block.__dict__
     return blocks
 
