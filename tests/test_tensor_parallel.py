@@ -175,7 +175,7 @@ def test_benchmark_counts_a_rank(folder):
                               capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         rows.append(json.loads(file.read_text()))
-    assert "2 ranks, bytes and limit of each" in done.stdout and "us a layer" in done.stdout
+    assert "2 ranks, bytes and limit of each" in done.stdout and "us per layer" in done.stdout
     head, cache = 64 * 256 * 4, 70 * 2 * 3 * 4 * 8 * 4
     one, two = (row[0]["bytes_per_token"] for row in rows)
     assert two == pytest.approx((one - head - cache) / 2 + head + cache / 2)
