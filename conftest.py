@@ -4,8 +4,10 @@ import contextlib
 import math
 import os
 import random
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 # As in generate.py, before anything imports PyTorch.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -241,3 +243,32 @@ PROMPTS = [
 
 def ask(tokenizer, question):
     return tokenizer.chat([{"role": "user", "content": question}])
+
+
+# ---- kernels in Triton's interpreter: on one core, while the other runs the rest ----------------
+
+INTERPRETER_TEST = "test_triton_code_in_the_interpreter"
+
+
+@pytest.hookimpl(trylast=True)  # after -k has left tests out
+def pytest_collection_modifyitems(config, items):
+    """The test that waits for the interpreter comes last, and its process starts first."""
+    items.sort(key=lambda item: item.name == INTERPRETER_TEST)
+    waits = bool(items) and items[-1].name == INTERPRETER_TEST
+    if waits and not INTERPRETED and DEVICE == "cpu" and not config.option.collectonly:
+        config.interpreter = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+             "test_sparse_gemv.py", "test_decode.py", "gpu/test_kernels.py",
+             "gpu/test_products.py", "gpu/test_head.py"], cwd=Path(__file__).parent, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "interpreter"):
+        config.interpreter.kill()  # where the tests were cut short
+
+
+@pytest.fixture
+def interpreter(request):
+    return request.config.interpreter

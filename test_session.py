@@ -476,15 +476,14 @@ def test_ctrl_c_while_a_prompt_is_read(monkeypatch):
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", {"cpu": 16, "cuda": 16})
     session, chunks = Session(model), []
 
-    def interrupted(y):
-        chunks.append(y)
-        if len(chunks) == 6:  # in the second layer of the third chunk
+    def interrupted(x, project, mlp=model.blocks[1].mlp):
+        chunks.append(x)
+        if len(chunks) == 2:  # in the second layer of the second chunk
             raise KeyboardInterrupt
-        return y
+        return mlp(x, project)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        for block in model.blocks:
-            patch.setattr(block, "reduce", interrupted)
+        patch.setattr(model.blocks[1], "mlp", interrupted)
         next(session.generate(prompt, 8))
     n = len(session.tokens)
     assert session.tokens == prompt[:n] and n == session.cache.length == 16

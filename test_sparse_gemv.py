@@ -186,11 +186,7 @@ def version(package):
 @pytest.mark.skipif(
     version(triton) < [3, 7] and version(numpy) >= [2, 4],
     reason="this Triton's interpreter fails with this NumPy on loops up to a number from memory")
-def test_triton_code_in_the_interpreter():
+def test_triton_code_in_the_interpreter(interpreter):
     """All kernels' own code, on the CPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_sparse_gemv.py",
-         "test_decode.py", "gpu/test_kernels.py", "gpu/test_products.py", "gpu/test_head.py"],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output, _ = interpreter.communicate()
+    assert interpreter.returncode == 0, output

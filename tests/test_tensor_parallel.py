@@ -165,7 +165,8 @@ def test_generate_prints_once(folder):
 
 
 def test_benchmark_counts_a_rank(folder):
-    """The bytes of one of two ranks: half of the blocks, the whole LM head."""
+    """The bytes of one of two ranks: half of the blocks and the cache; the whole LM head, norms,
+    biases of o and embedding row."""
     words = ["benchmark.py", "--model", folder, "--device", "cpu", "--sparsity", "0", "0.5",
              "--context", "70", "--dtype", "float32", "--json"]
     rows = []
@@ -176,9 +177,9 @@ def test_benchmark_counts_a_rank(folder):
         assert done.returncode == 0, done.stderr
         rows.append(json.loads(file.read_text()))
     assert "2 ranks, bytes and limit of each" in done.stdout and "us per layer" in done.stdout
-    head, cache = 64 * 256 * 4, 70 * 2 * 3 * 4 * 8 * 4
+    whole, cache = (64 * 256 + (7 + 3 + 1) * 64) * 4, 70 * 2 * 3 * 4 * 8 * 4
     one, two = (row[0]["bytes_per_token"] for row in rows)
-    assert two == pytest.approx((one - head - cache) / 2 + head + cache / 2)
+    assert two == pytest.approx((one - whole) / 2 + whole)
     assert rows[1][1]["realised_sparsity"] == pytest.approx(0.5, abs=0.1)
 
 
