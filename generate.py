@@ -207,6 +207,12 @@ def choose_sampling(args, tokenizer):
     return sampling
 
 
+def fitting_context(model):
+    """Tokens of a KV cache in half of the free memory; too little for even 512 is an error."""
+    fits = free_memory(model.device) / 2 / cache_bytes(model.config, model.dtype)
+    return int(min(model.config.context, max(fits, 512)))
+
+
 def main():
     """Load, generate, and say on standard error how it went."""
     args = parse_args()
@@ -230,10 +236,8 @@ def main():
         else:
             ids = continued = tokenizer.encode(prompt)
         context = min(context, len(ids) + args.max_new_tokens)
-    elif args.context is None:  # up to half of what is free; too little for even 512 is an error
-        token = cache_bytes(model.config, model.dtype)
-        fits = int(min(free_memory(model.device) / 2 / token, context))
-        context = min(context, max(fits, 512))
+    elif args.context is None:
+        context = fitting_context(model)
 
     def thresholds(sparsity):
         warn_of_broken_text(model, sparsity)
