@@ -79,12 +79,15 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 @needs_compiler
 def test_processes_at_once(tmp_path):
     """Every one gets a whole library, and one library stays."""
-    program = ("import sys; from pathlib import Path; from cpu import compiler, step; "
-               "print(compiler.load(step.SOURCE, Path(sys.argv[1])).step is not None)")
-    started = [subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=HERE.parent,
+    source = tmp_path / "two.c"
+    source.write_text("int two(void) { return 2; }")
+    program = ("import sys; from pathlib import Path; from cpu import compiler; "
+               "print(compiler.load(*map(Path, sys.argv[1:])).two())")
+    started = [subprocess.Popen([sys.executable, "-c", program, source, tmp_path / "cache"],
+                                cwd=HERE.parent,
                                 stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.communicate()[0] for process in started] == ["True\n"] * 3
-    assert len(list(tmp_path.iterdir())) == 1
+    assert [process.communicate()[0] for process in started] == ["2\n"] * 3
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize("command, words", [

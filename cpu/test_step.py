@@ -82,7 +82,7 @@ def steps(model, thresholds, n_shares, n=12, folder=None, cache_dtype=torch.floa
 
 
 def run_for_sanitizers(folder, flag):
-    step.load = functools.partial(compiler.load, flags=(flag, "-g", "-O1"))
+    step.load = functools.partial(compiler.load, flags=(flag, "-g", "-O0"))
     model, thresholds = fill(Model(ODD)), torch.full((2, 7), 0.2)
     logits, kept = steps(model, thresholds, 4, 40, Path(folder))
     print("fine", logits[-1].isfinite().all().item(), kept.sum().item())
