@@ -37,7 +37,7 @@ SEED = random.SystemRandom().randrange(2**32)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=1500,
+    parser.addoption("--fuzz", type=int, default=2500,
                      help="mutated files in test_fuzz.py (default: %(default)s)")
     parser.addoption("--processes", type=int, default=3,
                      help="processes in a row that must agree (default: %(default)s)")

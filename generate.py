@@ -218,11 +218,10 @@ def main():
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    prompt = args.prompt
-    if prompt == "-":
-        prompt = read_input(sys.stdin.read) if rank() == 0 else None
+    if args.prompt == "-":
+        args.prompt = read_input(sys.stdin.read) if rank() == 0 else None
     model, tokenizer = load_model(args, context=args.context)
-    prompt, args.seed = from_first((prompt, args.seed))
+    prompt, args.seed = from_first((args.prompt, args.seed))
     if args.thinking is not None and not tokenizer.can_think:
         raise ValueError("this model's chat template has no switch for --thinking")
     sampling = choose_sampling(args, tokenizer)
