@@ -1,6 +1,7 @@
 """Settings, options and fixtures of the tests, and the one reference of all products."""
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -15,10 +16,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from checkpoint.tensors import put, tensor_shapes
 from cli.command_line import run_script
+from lm_head import limits
 from model import Config, Linear, Model
+from quantize import Int4Linear, Int8Linear, can_be_int4
 
 try:
     import sparse_gemv
@@ -33,6 +37,7 @@ needs_kernels = pytest.mark.skipif(not KERNELS, reason="needs a GPU or TRITON_IN
 # off where the hardware rounds to nearest.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3,
              torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
+HERE = Path(__file__).parent
 SEED = random.SystemRandom().randrange(2**32)
 
 
@@ -159,6 +164,70 @@ def guard(monkeypatch, any_head):
     return types.SimpleNamespace(held=held, notes=notes, kernels=set(kernels))
 
 
+# ---- LM heads with bounds -----------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+def scaled_rows(w, x, low, high):
+    w *= 10 ** (torch.rand(len(w), 1) * (high - low) + low)
+
+
+def near_ties(w, x):
+    """Many rows close to the best, by less than any bound tells, and two that are equal."""
+    best = (w @ x).argmax()
+    w[::3] = w[best] * (1 + 1e-6 * torch.randn(len(w[::3]), 1))
+    w[7] = w[-2]
+
+
+def close_to_the_end(w, x):
+    """The largest logit is beyond float16, the others far below."""
+    w[5] = x / x.norm() ** 2 * 70000
+
+
+HEADS = {  # changes W [V, K] and x [K] in place; whether the largest logits are finite
+    "random": (lambda w, x: None, True),
+    "near ties": (near_ties, True),
+    "all rows equal": (lambda w, x: w.copy_(w[3].clone()), True),
+    "a row of zeros": (lambda w, x: w[11].zero_(), True),
+    "zeros": (lambda w, x: w.zero_(), True),
+    "negative logits": (lambda w, x: w.copy_(-x + 0.1 * w), True),
+    "rows of all sizes": (lambda w, x: scaled_rows(w, x, -3, 2), True),
+    "huge and tiny rows": (lambda w, x: scaled_rows(w, x, -44, 36), None),
+    "tiny rows": (lambda w, x: scaled_rows(w, x, -44, -38), True),
+    "an outlier in x": (lambda w, x: x[3].fill_(1000.0), True),
+    "an outlier in W": (lambda w, x: w[9, 3].fill_(1000.0), True),
+    "x is zero": (lambda w, x: x.zero_(), True),
+    "NaN in W": (lambda w, x: w[2, 5].fill_(NAN), False),
+    "infinity in W": (lambda w, x: w[2, 5].fill_(INF), False),
+    "NaN in x": (lambda w, x: x[1].fill_(NAN), False),
+    "infinity in x": (lambda w, x: x[1].fill_(-INF), False),
+    "close to the end of float16": (close_to_the_end, None),
+}
+HEAD_SIZES = ((600, 64, 1), (403, 100, 3), (130, 576, 1))  # V, K, how many logits matter
+
+
+def make_head(v, k, dtype, change, device=DEVICE):
+    """(x [K], LM head, norm): the case that `change` makes."""
+    w, x = torch.randn(v, k) * k ** -0.5, torch.randn(k)
+    change(w, x)
+    head = Linear(None, "lm_head", k, (v,), False, dtype, device)
+    head.load_weight(0, w.to(device))
+    norm = (torch.rand(k, device=device) + 0.5).to(dtype)
+    return x.to(device, dtype), head, (norm, 1e-5)
+
+
+def check_head(whole, some, n_read, top, choose):
+    """What is read has the whole head's bits, and the `top` largest are read, and all that tie."""
+    read = some != limits(some.dtype)[1]  # true for a NaN
+    assert torch.equal(whole[read].nan_to_num(nan=7), some[read].nan_to_num(nan=7))
+    assert n_read == read.sum() > 0
+    assert choose(some).tolist() == choose(whole).tolist()
+    if whole.isfinite().all():
+        assert torch.equal(whole.float().topk(top).values, some.float().topk(top).values)
+        assert read[whole >= whole.float().topk(top).values[-1]].all()
+
+
 # ---- models ------------------------------------------------------------------------------------
 
 def random_model(config, linear=Linear, device=DEVICE):
@@ -200,7 +269,7 @@ CONFIG = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2,
                 n_kv_heads=2, head_dim=8)
 
 
-def tiny(seed=0):
+def tiny_model(seed=0):
     """A model of CONFIG with random weights."""
     generator = torch.Generator().manual_seed(seed)
     model = Model(CONFIG)
@@ -208,6 +277,46 @@ def tiny(seed=0):
         noise = torch.randn(shape, generator=generator)
         put(model, name, 1 + 0.1 * noise if "norm" in name else noise / shape[-1] ** 0.5)
     return model
+
+
+def write_llama(folder, **changes):
+    """A random Llama of transformers whose text is bytes, in a folder."""
+    import tokenizers
+    import transformers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = transformers.LlamaConfig(
+        vocab_size=256, bos_token_id=None, architectures=["LlamaForCausalLM"], **changes)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    torch.manual_seed(0)
+    weights = transformers.LlamaForCausalLM(config).state_dict()
+    for name in weights:
+        if name.endswith("bias"):
+            weights[name].normal_(0, 0.2)
+    save_file({name: t.clone() for name, t in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder of a random model with a chat template and a context of 64; its text is bytes."""
+    folder = write_llama(
+        tmp_path_factory.mktemp("tiny"), hidden_size=32, intermediate_size=48, eos_token_id=255,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+def as_on_a_gpu(layer, site, in_features, widths, has_bias, dtype, device):
+    """What `int4_linear` makes on a GPU, on any device."""
+    kind = Int4Linear if can_be_int4(site, widths) else Int8Linear
+    return kind(layer, site, in_features, widths, has_bias, dtype, device)
 
 
 # ---- scripts -----------------------------------------------------------------------------------
@@ -219,6 +328,16 @@ class Letters:
 
     def encode(self, text, bos=True):
         return [ord(letter) % CONFIG.vocab_size for letter in text]
+
+
+def command(*arguments):
+    return [sys.executable, str(HERE / "generate.py"), *map(str, arguments)]
+
+
+def run(*arguments, stdin=""):
+    return subprocess.run(
+        command(*arguments), input=stdin if isinstance(stdin, bytes) else stdin.encode(),
+        capture_output=True, timeout=120)
 
 
 def run_in_process(main, arguments, monkeypatch, capsys):

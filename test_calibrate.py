@@ -16,7 +16,7 @@ from calibrations import allocations, own_text
 from calibrations.allocations import MOST, allocate, byte_shares
 from calibrations.own_text import PROMPTS
 from calibrations.thresholds import ALLOCATIONS, GRID, SINKS, Calibration, CalibrationError, find
-from conftest import CONFIG, CONFIGS, Letters, random_model, run_in_process, tiny
+from conftest import CONFIG, CONFIGS, Letters, random_model, run_in_process, tiny_model
 from model import KVCache, Linear, Model, dense, masked
 from quantize import Int8Linear
 from session import Session
@@ -24,7 +24,7 @@ from session import Session
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +105,14 @@ def test_dropped_shares_are_counted(model):
 
 
 def test_infinite_activations_are_named(tokens):
-    model = tiny()
+    model = tiny_model()
     model.blocks[1].gate_up.w_t[3, 5] = float("inf")
     with pytest.raises(CalibrationError, match="layer 1: the input of down"):
         count(model, tokens.view(4, 64))
 
 
 def test_equal_magnitudes_that_no_threshold_splits_are_named(tokens):
-    model = tiny()
+    model = tiny_model()
     model.blocks[0].mlp_norm.zero_()  # zeros alone are no obstacle
     count(model, tokens.view(4, 64))
     # All of v is alike, and so is what attention makes of it.

@@ -11,7 +11,7 @@ import calibrate
 import evaluate
 from calibrations.allocations import byte_shares
 from calibrations.thresholds import Calibration
-from conftest import CONFIG, Letters, run_in_process, tiny
+from conftest import CONFIG, Letters, run_in_process, tiny_model
 from evaluate import cut, score
 from model import PROJECTIONS, KVCache, masked
 
@@ -20,7 +20,7 @@ DENSE = torch.full((CONFIG.n_layers, len(PROJECTIONS)), -1.0)
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_an_interrupted_measurement_leaves_no_file(run, tmp_path, monkeypatch):
 
 def test_models_that_share_their_last_norm(run, tmp_path, monkeypatch):
     """Each gets its own perplexity, and neither replaces the other's row."""
-    one, other = tiny(), tiny(seed=1)
+    one, other = tiny_model(), tiny_model(seed=1)
     other.norm.copy_(one.norm)
     rows, perplexities = [], []
     for model in (one, other):
@@ -274,7 +274,7 @@ def test_each_window_begins_as_a_text_does(run, tmp_path, monkeypatch):
     """A token that begins texts takes the place of every window's first token."""
     seen, tokenizer = [], Letters()
     tokenizer.bos_id = 7
-    monkeypatch.setattr("cli.command_line.load", lambda *_, **__: (tiny(), tokenizer))
+    monkeypatch.setattr("cli.command_line.load", lambda *_, **__: (tiny_model(), tokenizer))
     monkeypatch.setattr(evaluate, "evaluate", lambda model, windows, *_: seen.append(windows) or [
         {"perplexity": 1.0, "kl": 0.0, "top1": 1.0, "sparsity": torch.zeros(2, 7, dtype=float)}])
     code, _, err = run("--sparsity", 0, calibration=())

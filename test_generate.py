@@ -13,9 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import tokenizers
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +25,7 @@ from checkpoint import memory
 from checkpoint.tensors import weight_bytes
 from cli.command_line import run_script
 from cli.report import report, summary, warn_of_broken_text
-from conftest import PROMPTS, ask
+from conftest import PROMPTS, ask, command, run
 from model import Config, Model
 from session import Session
 
@@ -45,51 +43,6 @@ def test_printed_text_is_the_decoded_text(smollm, capsys):
 
 
 # ---- command line ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A checkpoint of random weights whose text is bytes, with a chat template and a context of
-    64."""
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=255,
-        architectures=["LlamaForCausalLM"],
-    )
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    save_file(
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        folder / "model.safetensors",
-    )
-    return folder
-
-
-def command(*arguments):
-    return [sys.executable, str(Path(generate_module.__file__)), *map(str, arguments)]
-
-
-def run(*arguments, stdin=""):
-    return subprocess.run(
-        command(*arguments), input=stdin if isinstance(stdin, bytes) else stdin.encode(),
-        capture_output=True, timeout=120)
 
 
 @pytest.mark.parametrize(

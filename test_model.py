@@ -1,7 +1,6 @@
 """model.py against transformers: the same logits from the same random weights, for every family
 and for odd shapes."""
 
-import copy
 import dataclasses
 import random
 
@@ -10,150 +9,9 @@ import torch
 import transformers
 
 from checkpoint.config import parse_config
-from checkpoint.tensors import put, tensor_shapes
-from checkpoint.unify import unify
+from checkpoint.conftest import CASES, ROPE, SMALL, pair
 from model import Config, KVCache, Model, rotation
 from session import Session
-
-ROPE = {
-    "default": {"rope_type": "default", "rope_theta": 10000.0},
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "llama3": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
-               "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
-    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0,
-             "original_max_position_embeddings": 32},
-    "yarn, its numbers": {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0,
-                          "original_max_position_embeddings": 32, "beta_fast": 5.0,
-                          "beta_slow": 0.5, "mscale": 0.9, "mscale_all_dim": 0.4,
-                          "truncate": False},
-    "yarn, its factor": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0,
-                         "original_max_position_embeddings": 32, "attention_factor": 1.4},
-}
-ROPE["ministral"] = ROPE["yarn"] | {"mscale": 1.0, "mscale_all_dim": 1.0,
-                                    "llama_4_scaling_beta": 0.7}
-ROPE["olmo3"] = {"full_attention": ROPE["yarn"], "sliding_attention": ROPE["default"]}
-for name, pairs, share in (("longrope", 4, 1.0), ("longrope of 3/4", 6, 0.75)):
-    ROPE[name] = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": share,
-                  "original_max_position_embeddings": 32,
-                  "short_factor": [1 + i / 9 for i in range(pairs)],
-                  "long_factor": [1 + i for i in range(pairs)]}
-SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
-             num_attention_heads=4,
-             num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
-             initializer_range=0.2)
-MULTIPLIERS = {"embedding_multiplier": 12.0, "attention_multiplier": 0.2,
-               "residual_multiplier": 0.22, "logits_scaling": 3.0}
-PHI = {"pad_token_id": None}
-CASES = {  # name: (class stem in transformers, changes to SMALL, rope)
-    "llama-2": ("Llama", {}, "default"),
-    "llama-3": ("Llama", {"num_key_value_heads": 2}, "llama3"),
-    "llama-3.2, tied": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True},
-                        "llama3"),
-    "linear rope": ("Llama", {}, "linear"),
-    "odd heads": ("Llama",
-                  {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54},
-                  "default"),
-    "prime sizes": ("Llama",
-                    {"num_attention_heads": 7, "num_key_value_heads": 7, "hidden_size": 42,
-                              "intermediate_size": 53}, "default"),
-    "explicit head_dim": ("Llama", {"head_dim": 20, "num_key_value_heads": 2}, "default"),
-    "llama with biases": ("Llama", {"attention_bias": True}, "default"),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 7}, "default"),
-    "mistral, no window, head_dim": ("Mistral", {"sliding_window": None, "head_dim": 12},
-                                     "default"),
-    "ministral, a window on one layer": ("Ministral", {
-        "num_key_value_heads": 2, "sliding_window": 7, "head_dim": 8,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "default"),
-    "qwen2": ("Qwen2", {"num_key_value_heads": 2}, "default"),
-    "qwen2, a window on the last layers, yarn": ("Qwen2", {
-        "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "yarn"),
-    "qwen3, a window on the first layer": ("Qwen3", {
-        "head_dim": 12, "use_sliding_window": True, "sliding_window": 9,
-        "layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "default"),
-    "smollm3, windows": ("SmolLM3", {
-        "use_sliding_window": True, "sliding_window": 9, "no_rope_layer_interval": 2,
-        "pad_token_id": None}, "yarn"),
-    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}, "default"),
-    "qwen3, odd heads, tied, llama3 rope": (
-        "Qwen3", {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10,
-                  "tie_word_embeddings": True}, "llama3"),
-    "qwen3, yarn": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}, "yarn"),
-    "qwen2, yarn": ("Qwen2", {"num_key_value_heads": 2}, "yarn, its numbers"),
-    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "num_key_value_heads": 2,
-                            "pad_token_id": None}, "default"),
-    "smollm3, tied, biases": ("SmolLM3", {"no_rope_layers": [0, 1, 0], "attention_bias": True,
-                                          "tie_word_embeddings": True, "pad_token_id": None},
-                              "default"),
-    "smollm3, every fourth, tied, biases": (
-        "SmolLM3", {"num_hidden_layers": 5, "num_key_value_heads": 2, "attention_bias": True,
-                    "tie_word_embeddings": True, "pad_token_id": None}, "default"),
-    "olmo2": ("Olmo2", {"num_key_value_heads": 2}, "default"),
-    "olmo2, odd heads, tied": (
-        "Olmo2", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54,
-                  "tie_word_embeddings": True}, "default"),
-    "ministral3": ("Ministral3", {"num_key_value_heads": 2, "head_dim": 12,
-                                  "pad_token_id": None}, "ministral"),
-    "ministral3, odd heads, tied, window": ("Ministral3", {
-        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10, "pad_token_id": None,
-        "tie_word_embeddings": True, "sliding_window": 30}, "ministral"),
-    "olmo3": ("Olmo3", {"num_key_value_heads": 2, "sliding_window": 20, "pad_token_id": None,
-                        "layer_types": ["sliding_attention", "full_attention",
-                                        "sliding_attention"]}, "olmo3"),
-    "olmo3, every fourth, odd heads": ("Olmo3", {
-        "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54,
-        "num_hidden_layers": 4, "sliding_window": 7, "pad_token_id": None}, "olmo3"),
-    "granite": ("Granite", MULTIPLIERS | {"num_key_value_heads": 2}, "default"),
-    "granite, odd heads, tied, biases": (
-        "Granite", MULTIPLIERS | {"num_attention_heads": 9, "num_key_value_heads": 3,
-                                  "hidden_size": 54, "attention_bias": True,
-                                  "tie_word_embeddings": True}, "yarn"),
-    "granite 4": ("GraniteMoeHybrid", MULTIPLIERS | {
-        "num_key_value_heads": 2, "num_local_experts": 0, "shared_intermediate_size": 44,
-        "layer_types": ["full_attention"] * 3, "position_embedding_type": "rope",
-        "mamba_n_heads": 4, "tie_word_embeddings": True}, "default"),
-    "phi-3": ("Phi3", PHI | {"num_key_value_heads": 2, "sliding_window": 20}, "default"),
-    "phi-3, odd heads, tied": ("Phi3", PHI | {
-        "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54,
-        "tie_word_embeddings": True}, "default"),
-    "phi-3, long context": ("Phi3", PHI | {"original_max_position_embeddings": 32},
-                            "longrope"),
-    "phi-3, long context, short text": (
-        "Phi3", PHI | {"original_max_position_embeddings": 128}, "longrope"),
-    "phi-4-mini": ("Phi3", PHI | {
-        "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48,
-        "original_max_position_embeddings": 32, "tie_word_embeddings": True},
-        "longrope of 3/4"),
-    "phi-4-mini, short text": ("Phi3", PHI | {
-        "num_key_value_heads": 2, "hidden_size": 64,
-        "original_max_position_embeddings": 128}, "longrope of 3/4"),
-    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}, "default"),
-}
-
-
-def pair(name):
-    """A random model of transformers and ours with its weights, from a fresh seed."""
-    seed = random.randrange(2**32)
-    print(f"{name}: seed {seed}")
-    torch.manual_seed(seed)
-    stem, changes, rope = CASES[name]
-    config = getattr(transformers, f"{stem}Config")(
-        **SMALL | changes, rope_parameters=copy.deepcopy(ROPE[rope]))
-    config._attn_implementation = "eager"
-    theirs = getattr(transformers, f"{stem}ForCausalLM")(config).float().eval()
-    for parameter_name, parameter in theirs.named_parameters():  # fresh ones are all 1 or all 0
-        if "norm" in parameter_name or "bias" in parameter_name:
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.2)
-    config_json = config.to_dict() | {"architectures": [f"{stem}ForCausalLM"]}
-    # Beyond its original context, longrope wants to be asked for.
-    longer = changes.get("original_max_position_embeddings") == 32
-    ours = Model(parse_config(config_json, 256 if longer else None))
-    state = theirs.state_dict()
-    _, read = unify(config_json, ours.config, {n: tuple(t.shape) for n, t in state.items()},
-                    lambda name, part: state[name][part])
-    for tensor_name in tensor_shapes(ours.config):
-        put(ours, tensor_name, read(tensor_name))
-    return theirs, ours
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,13 +18,14 @@ import calibrate
 import checkpoint
 import quantize
 from checkpoint.config import parse_config
+from checkpoint.conftest import CONFIG, strings, weights, write_folder, write_gguf
 from checkpoint.tensors import is_quantized, put, tensor_shapes
-from checkpoint.test_checkpoint import CONFIG, strings, weights, write_folder, write_gguf
 from cli import quantize_folder
 from cli.command_line import load_model, run_script
+from conftest import as_on_a_gpu
 from generate import generate_tokens
 from model import PROJECTIONS, Linear, Model, dense, masked
-from quantize import Int4Linear, Int4OnCPU, Int8Linear, can_be_int4, quantize_tensor
+from quantize import Int4Linear, Int4OnCPU, Int8Linear, quantize_tensor
 
 torch.set_num_threads(1)  # tiny products: a second thread would only wait
 
@@ -170,12 +171,6 @@ def same_tensors(ours, theirs):
             assert torch.equal(value, vars(theirs)[name]), name
         elif isinstance(value, Linear):
             same_tensors(value, vars(theirs)[name])
-
-
-def as_on_a_gpu(layer, site, in_features, widths, has_bias, dtype, device):
-    """What `int4_linear` makes on a GPU, on any device."""
-    kind = Int4Linear if can_be_int4(site, widths) else Int8Linear
-    return kind(layer, site, in_features, widths, has_bias, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -27,13 +27,13 @@ from calibrations.thresholds import (
     places,
 )
 from checkpoint.files import cache_folder, one_line, write_whole
-from conftest import CONFIG, run_in_process, tiny
+from conftest import CONFIG, run_in_process, tiny_model
 from model import SITES, Config
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_find_prefers_the_models_own(model, calibration, tmp_path, monkeypatch):
     assert find(model).metadata["source"] == "cache"
     monkeypatch.setattr(model, "folder", tmp_path, raising=False)
     assert find(model).metadata["source"] == "cache"
-    tune = tiny(seed=1)  # a fine-tune of the same shape
+    tune = tiny_model(seed=1)  # a fine-tune of the same shape
     assert find(tune) is None
     beside = Calibration(calibration.table, calibration.sparsities,
                          calibration.metadata | {"source": "beside"})
@@ -217,7 +217,7 @@ def test_the_default_allocation_comes_first():
     assert ALLOCATIONS.index("fisher") < ALLOCATIONS.index("uniform")
     config = Config(vocab_size=49152, hidden_size=576, intermediate_size=1536, n_layers=30,
                     n_heads=9, n_kv_heads=3, head_dim=64)
-    model = tiny()
+    model = tiny_model()
     model.config = config
     found = [calibration.metadata["allocation"] for calibration in candidates(model)]
     assert found == ["fisher", "uniform"]

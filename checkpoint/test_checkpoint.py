@@ -22,257 +22,28 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from safetensors.torch import save_file
-from tokenizers import decoders, models, normalizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import checkpoint
 from checkpoint import CheckpointError, chat_template, default_model, open_checkpoint
 from checkpoint.config import parse_config
+from checkpoint.conftest import (
+    CONFIG,
+    PIECES,
+    convert_to_gguf,
+    pair,
+    refused,
+    same,
+    spm_tokenizer,
+    strings,
+    weights,
+    write_folder,
+    write_gguf,
+)
 from checkpoint.gguf_file import CHUNK, GGUFFile, to_float
-from checkpoint.tensors import tensor_shapes
 from checkpoint.tokenizer import TextStream, Tokenizer, TokenizerError, text_pieces
-from test_model import pair
 
 torch.set_num_threads(2)
-
-CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
-# A SentencePiece vocabulary made by hand: each merge makes a piece that no other merge makes.
-CHARACTERS = list("▁abdehinorstuw.,é")
-MERGES = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a"), ("▁a", "n"), ("▁an", "d"),
-          ("o", "r"),
-          ("e", "r"), ("▁", "w"), ("▁w", "or"), ("t", "s"), ("▁", "▁")]
-SPECIAL = ["<unk>", "<s>", "</s>"]
-PIECES = [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *("".join(m) for m in MERGES),
-          *CHARACTERS]
-PIECES += [f"unused{i}" for i in range(320 - len(PIECES))]
-
-
-def strings(n=200):
-    """Text of every kind: words, code, emoji, many scripts, white space, random characters."""
-    made = ["", " ", "  ", "\n", "\t\n \r\n", " " * 300, "Hello, world!", "the and the wor in ts",
-            "I'm don't we'LL 12345 3.14", "def f(x):\n    return x**2  # é\n\n\n",
-            "👩‍👩‍👧‍👦🇫🇷 ok", "日本語のテキスト", "Ünïcödé ẞ ﬁ Å", "مرحبا بالعالم",
-            "<|im_end|>x<|im_start|>", "a" * 500, "\x00\x7f\x80\ufffd", "trailing  ", "  leading",
-            "mixed\u00a0spaces\u3000here", "https://a.b/c?d=e&f=%20"]
-    rng = random.Random(0)
-    ranges = [(32, 127), (32, 127), (0xA0, 0x250), (0x400, 0x500), (0x4E00, 0x9FFF),
-              (0x1F300, 0x1F6FF), (9, 14)]
-    while len(made) < n:
-        made.append("".join(chr(rng.randrange(*rng.choice(ranges)))
-                            for _ in range(rng.randrange(1, 60))))
-    return made
-
-
-def weights(config=CONFIG, seed=0):
-    """Random tensors of every shape a config needs."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = tensor_shapes(parse_config(config))
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-
-
-def spm_tokenizer():
-    """The hand-made vocabulary as Llama-2's tokenizer.json would have it."""
-    tokenizer = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(PIECES)}, MERGES,
-                                                unk_token="<unk>",
-                                                fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
-                                                 normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                           decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.post_processor = processors.TemplateProcessing(single=["<s>", "$A"],
-                                                             special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-def write_folder(folder, config=CONFIG, tensors=None, tokenizer=None, **files):
-    """A Hugging Face folder; `files` are further JSON files by name without suffix."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights(config) if tensors is None else tensors, folder / "model.safetensors")
-    (tokenizer or spm_tokenizer()).save(str(folder / "tokenizer.json"))
-    for name, value in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(value))
-    return folder
-
-
-def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
-    """A GGUF file with the hand-made vocabulary, Llama's q and k in llama.cpp's order."""
-    writer = gguf.GGUFWriter(file, arch)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    values = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(MERGES))]
-        + [-100.0] * (61 - len(MERGES)),
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (320 - 259)} | metadata
-    add_metadata(writer, values)
-    to_gguf = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
-               "lm_head": "output"}
-    blocks = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-              "self_attn.o_proj": "attn_output"}
-    blocks |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}
-    blocks |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
-    for name, tensor in (weights() if tensors is None else tensors).items():
-        module, kind = name.rsplit(".", 1)
-        for i in range(2):
-            if module.startswith(f"model.layers.{i}."):
-                module = f"blk.{i}." + blocks[module.removeprefix(f"model.layers.{i}.")]
-        array = tensor.float().numpy()
-        if arch == "llama" and ("attn_q" in module or "attn_k" in module):
-            heads = 4 if "attn_q" in module else 2
-            rows = array.reshape(heads, 2, 4, *array.shape[1:])
-            array = rows.swapaxes(1, 2).reshape(array.shape)
-        array = np.ascontiguousarray(array)
-        if quant is not None and array.ndim == 2:
-            writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}",
-                              gguf.quants.quantize(array, quant),
-                              raw_dtype=quant)
-        else:
-            writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def add_metadata(writer, values):
-    """Add {key: value} to a GGUFWriter; a None is left out."""
-    for key, value in values.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif value is not None:
-            kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
-            getattr(writer, f"add_{kind}")(key, value)
-
-
-def convert_to_gguf(theirs, file, arch, reordered):
-    """Write a model of transformers as llama.cpp's converter would, with a bare vocabulary.
-
-    The names are those of the package gguf. reordered: whether the rows of q and k are.
-    """
-    config, writer = theirs.config, gguf.GGUFWriter(file, arch)
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    state = theirs.state_dict()
-    if config.model_type == "granitemoehybrid":  # its dense models
-        writer.add_feed_forward_length(config.shared_intermediate_size)
-        writer.add_head_count_kv([config.num_key_value_heads] * config.num_hidden_layers)
-        writer.add_rope_scaling_finetuned(True)
-        for name in [name for name in state if "shared_mlp" in name]:
-            if "input" in name:
-                for part, tensor in zip(("gate", "up"), state[name].chunk(2)):
-                    state[name.replace("shared_mlp.input_linear", f"mlp.{part}_proj")] = tensor
-            else:
-                state[name.replace("shared_mlp.output_linear", "mlp.down_proj")] = state[name]
-            del state[name]
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    head_dim = config.hidden_size // config.num_attention_heads
-    if getattr(config, "head_dim", None):
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        for key in ("attention_factor", "beta_fast", "beta_slow"):
-            if key in rope:
-                key = key.replace("attention", "attn")
-                getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
-    if config.model_type == "ministral3":
-        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
-        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
-        writer.add_sliding_window(config.sliding_window or 0)
-    if config.model_type == "olmo3":
-        writer.add_sliding_window(config.sliding_window)
-        writer.add_sliding_window_pattern([kind == "sliding_attention"
-                                           for kind in config.layer_types])
-    if arch == "granite":
-        writer.add_attention_scale(config.attention_multiplier)
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
-    if arch == "phi3":
-        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-        writer.add_sliding_window(config.sliding_window or 0)
-        original = rope.get("original_max_position_embeddings")
-        if "long_factor" in rope:
-            stretch = config.max_position_embeddings / original
-            writer.add_rope_scaling_orig_ctx_len(original)
-            writer.add_rope_scaling_attn_factors(
-                math.sqrt(1 + math.log(stretch) / math.log(original)))
-            for length in ("long", "short"):
-                writer.add_tensor(f"rope_factors_{length}.weight",
-                                  np.array(rope[f"{length}_factor"], np.float32))
-    n = config.vocab_size
-    add_metadata(writer, {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": PIECES[:n],
-        "tokenizer.ggml.scores": [0.0] * n, "tokenizer.ggml.token_type": [1] * n,
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2})
-    for name, tensor in state.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        part = name.split(".")[-2]
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        if reordered and part in heads:
-            rows = tensor.unflatten(0, (heads[part], 2, -1))
-            tensor = rows.transpose(1, 2).reshape(tensor.shape)
-        name, suffix = name.rsplit(".", 1)
-        writer.add_tensor(f"{names.get_name(name)}.{suffix}", tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def same(checkpoint, tensors):
-    found = dict(checkpoint.tensors)
-    assert found.keys() == tensors.keys()
-    return all(torch.equal(found[name].float(), tensor.float())
-               for name, tensor in tensors.items())
-
-
-def refused(path, *words):
-    """Opening `path` is refused, soon, in one sentence that holds the words."""
-    start = time.monotonic()
-    with pytest.raises(CheckpointError) as error:
-        checkpoint.load(path)
-    assert time.monotonic() - start < 5
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 800
-    for word in words:
-        assert word in message, message
-
-
-@pytest.fixture(scope="session")
-def default():
-    return open_checkpoint()
 
 
 # ---- the default model -------------------------------------------------------------------------

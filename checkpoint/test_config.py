@@ -9,14 +9,12 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from checkpoint.config import FAMILIES, parse_config
+from checkpoint.conftest import CASES, LLAMA, ROPE, SMALL
 from checkpoint.known_models import KNOWN_MODELS
 from checkpoint.rope import yarn_factor
 from checkpoint.tensors import put, tensor_shapes
 from checkpoint.unify import granite_factors
 from model import Model
-from test_model import CASES, ROPE, SMALL
-
-LLAMA = SMALL | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 @pytest.mark.parametrize("name", ["llama-3", "linear rope", "mistral", "qwen2", "llama-2"])

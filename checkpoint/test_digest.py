@@ -10,18 +10,17 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from benchmark import random_model
 from checkpoint.digest import Digest, weights_digest
-from conftest import tiny
+from conftest import tiny_model
 from model import Config
-from test_generate import tiny as tiny_folder  # noqa: F401, a fixture
 
 BIASED = Config(64, 32, 48, 2, 4, 2, 8, qkv_bias=True)
 
 
 @pytest.fixture
-def save(tiny_folder, tmp_path):  # noqa: F811
+def save(tiny, tmp_path):
     """A function of changes {tensor name: function} and a dtype -> a changed copy's folder."""
     def save(name, changes, dtype=torch.float32):
-        folder = shutil.copytree(tiny_folder, tmp_path / name)
+        folder = shutil.copytree(tiny, tmp_path / name)
         tensors = load_file(folder / "model.safetensors")
         for tensor_name, change in changes.items():
             tensors[tensor_name] = change(tensors[tensor_name]).contiguous()
@@ -30,12 +29,12 @@ def save(tiny_folder, tmp_path):  # noqa: F811
     return save
 
 
-def test_dtype_quantize_and_place_do_not_matter(tiny_folder, save):  # noqa: F811
-    expected = checkpoint.load(tiny_folder)[0].digest
+def test_dtype_quantize_and_place_do_not_matter(tiny, save):
+    expected = checkpoint.load(tiny)[0].digest
     assert len(expected) == 16 and int(expected, 16)
     for options in ({"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"quantize": "int8"},
                     {"context": 9}):
-        assert weights_digest(checkpoint.load(tiny_folder, **options)[0]) == expected
+        assert weights_digest(checkpoint.load(tiny, **options)[0]) == expected
     copy = save("copy", {})
     model = checkpoint.load(copy)[0]
     assert model.digest == expected and model.folder == copy
@@ -45,15 +44,15 @@ def test_dtype_quantize_and_place_do_not_matter(tiny_folder, save):  # noqa: F81
     assert checkpoint.load(copy)[0].digest == expected
 
 
-def test_every_tensor_matters(tiny_folder, save):  # noqa: F811
+def test_every_tensor_matters(tiny, save):
     """A low-rank change of one matrix, a norm, the head: each makes another model."""
     def low_rank(w):
         generator = torch.Generator().manual_seed(0)
         b, a = (torch.randn(n, 1, generator=generator) for n in w.shape)
         return w + 0.05 * b @ a.T
 
-    digests = {checkpoint.load(tiny_folder)[0].digest}
-    names = checkpoint.open_checkpoint(tiny_folder).shapes
+    digests = {checkpoint.load(tiny)[0].digest}
+    names = checkpoint.open_checkpoint(tiny).shapes
     for i, name in enumerate(names):
         change = (lambda w: w * 2) if "norm" in name else low_rank
         digests.add(checkpoint.load(save(str(i), {name: change}))[0].digest)
@@ -61,7 +60,8 @@ def test_every_tensor_matters(tiny_folder, save):  # noqa: F811
 
 
 def test_a_model_made_by_hand_is_known_by_what_it_holds():
-    assert weights_digest(tiny()) == weights_digest(tiny()) != weights_digest(tiny(seed=1))
+    one, same, other = (weights_digest(tiny_model(seed)) for seed in (0, 0, 1))
+    assert one == same != other
     for quantize in (None, "int8"):
         model = random_model(BIASED, torch.float32, "cpu", quantize)
         for matrix in model.linears():

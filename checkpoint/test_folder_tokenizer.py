@@ -8,8 +8,8 @@ import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from checkpoint import CheckpointError, open_checkpoint
+from checkpoint.conftest import CONFIG, spm_tokenizer, write_folder
 from checkpoint.folder_tokenizer import LEFT_OUT
-from checkpoint.test_checkpoint import CONFIG, spm_tokenizer, write_folder
 from checkpoint.tokenizer import TextStream, Tokenizer, recommended, text_pieces
 
 TEXT = "hi<|im_start|>user\nyo <|im_end|>\n<tool> <x><img></s><|pad|>the end"

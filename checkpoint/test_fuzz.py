@@ -29,14 +29,13 @@ from safetensors.torch import save_file
 from calibrations.thresholds import FORMAT, GRID, Calibration, CalibrationError, fingerprint
 from checkpoint import CheckpointError, load, open_checkpoint
 from checkpoint.config import parse_config
+from checkpoint.conftest import CASES, CONFIG, ROPE, SMALL, weights, write_folder, write_gguf
 from checkpoint.gguf_file import hf_name
 from checkpoint.tensors import put
-from checkpoint.test_checkpoint import CONFIG, weights, write_folder, write_gguf
 from checkpoint.tokenizer import TextStream, Tokenizer, TokenizerError
 from cli import quantize_folder
 from model import Linear, Model
 from quantize import Int8Linear, int4_linear
-from test_model import CASES, ROPE, SMALL
 
 SECONDS, MEMORY = 5, 1 << 30
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content | trim }}"

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 import checkpoint
 from checkpoint import memory
 from checkpoint.config import parse_config
+from checkpoint.conftest import CONFIG, write_folder
 from checkpoint.tensors import tensor_shapes
-from checkpoint.test_checkpoint import CONFIG, write_folder
 from cli import quantize_folder
 
 G = 1 << 30
@@ -72,8 +71,8 @@ def test_too_much_is_refused(monkeypatch):
 # In a process of its own: quantize (or load the quantized folder) and print bytes.
 MEASURE = """
 import sys, torch, checkpoint, quantize
-from checkpoint.test_memory import resident
-from test_quantize import as_on_a_gpu
+from checkpoint.conftest import resident
+from conftest import as_on_a_gpu
 torch.set_num_threads(1)
 tiny, source, kind, place = sys.argv[1:]
 quantize.PIECE = 1 << 14  # weights at a time: as small, beside this model, as in use
@@ -90,11 +89,6 @@ print(resident("VmHWM") - before, sum(m.w_t.nbytes + m.scale.nbytes for m in hel
 
 # By default, glibc keeps freed blocks of up to 32 MB: little beside a model, but much beside this.
 ENV = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-
-
-def resident(field):
-    """Bytes of this process in memory: now, "VmRSS", or at its peak, "VmHWM"."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 
 @pytest.fixture(scope="module")

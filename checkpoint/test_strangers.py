@@ -10,18 +10,18 @@ from tokenizers import pre_tokenizers
 
 import checkpoint
 from checkpoint import CheckpointError, open_checkpoint
-from checkpoint.gguf_container import read_parts
-from checkpoint.test_checkpoint import (
+from checkpoint.conftest import (
     CONFIG,
     PIECES,
     convert_to_gguf,
+    pair,
     refused,
     same,
     weights,
     write_folder,
     write_gguf,
 )
-from test_model import pair
+from checkpoint.gguf_container import read_parts
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>")

@@ -11,13 +11,11 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from checkpoint import open_checkpoint
 from checkpoint.config import parse_config
-from checkpoint.test_checkpoint import spm_tokenizer
-from checkpoint.test_config import LLAMA
+from checkpoint.conftest import CASES, LLAMA, ROPE, SMALL, spm_tokenizer
 from checkpoint.unify import unify
 from cli.quantize_folder import write_folder
 from session import Session
 from tensor_parallel import Ranks
-from test_model import CASES, ROPE, SMALL
 
 NAMES = ["granite", "granite, odd heads, tied, biases", "granite 4", "phi-3",
          "phi-3, odd heads, tied", "phi-4-mini, short text", "ministral3",

@@ -14,8 +14,8 @@ import torch
 
 from checkpoint.tokenizer import TokenizerError
 from cli.chat import Chat
+from conftest import CONFIGS, command, random_model, run
 from session import Session
-from test_generate import command, run, tiny  # noqa: F401  (tiny is a fixture)
 
 
 def own_terminal():
@@ -75,7 +75,7 @@ PROMPT = r"\n(\x1b\[\?2004h)?> "
 
 
 @pytest.fixture
-def terminal(tiny):  # noqa: F811
+def terminal(tiny):
     terminals = []
 
     def open_terminal(*arguments):
@@ -166,7 +166,7 @@ def test_ctrl_c_stops_an_answer(smollm):
     assert code == 0 and "MB read per token" in text and "Traceback" not in text
 
 
-def test_piped_lines(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_piped_lines(tiny, tmp_path, monkeypatch):
     """Every line is answered; the numbers are those of each sparsity."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = run("--model", tiny, "--chat", "--max-new-tokens", "6", "--temperature", "0",
@@ -179,7 +179,7 @@ def test_piped_lines(tiny, tmp_path, monkeypatch):  # noqa: F811
     assert 20 < share < 80
 
 
-def test_errors_leave_a_piped_conversation_alive(tiny):  # noqa: F811
+def test_errors_leave_a_piped_conversation_alive(tiny):
     done = run("--model", tiny, "--chat", "--max-new-tokens", "6", "--temperature", "0",
                "--calibration", "no-such-file", stdin="Hi\n/sparsity 0.5\nHo\n")
     assert done.returncode == 0 and b"new 12 tokens" in done.stderr
@@ -202,8 +202,6 @@ class Letters:
 
 def conversation(context=64, thresholds=lambda sparsity: None, respond=None, **options):
     """A Chat over a small random model, and the list of the prompts that it gives."""
-    from conftest import CONFIGS, random_model
-
     session, prompts = Session(random_model(next(iter(CONFIGS.values()))), context=context), []
 
     def answer(ids, sparsity):

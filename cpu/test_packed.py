@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import checkpoint
+from checkpoint.conftest import write_gguf
 from checkpoint.files import cache_folder
 from checkpoint.gguf_file import GROUPED, groups_of, to_float
-from checkpoint.test_checkpoint import write_gguf
 from cpu import compiler, step
+from cpu.conftest import fill
 from cpu.packed import Packed, PackedLinear
 from cpu.step import CStep
-from cpu.test_step import fill
 from generate import generate_tokens
 from model import Config, KVCache, Model
 from session import Session, block_bytes, other_bytes, tensors

@@ -11,6 +11,7 @@ import torch
 
 from checkpoint.files import cache_folder
 from cpu import compiler, step
+from cpu.conftest import fill
 from cpu.step import CStep
 from model import Config, KVCache, Linear, Model, masked
 from quantize import Int8Linear
@@ -27,26 +28,6 @@ CONFIGS = {
     "wide": Config(130, 70, 4200, 1, 2, 1, 6, context=40, qkv_bias=True, o_bias=True),
     "olmo": Config(67, 36, 130, 2, 3, 3, 12, context=40, qk_norm="all", norms_behind=True),
 }
-
-
-def fill(model, scale=1.0):
-    """Random weights, biases and norms, the same for equal configs."""
-    draw = torch.Generator().manual_seed(0)
-    for linear in [*model.linears(), model.lm_head]:
-        for i, width in enumerate(linear.widths):
-            weight = torch.randn(width, linear.in_features, generator=draw)
-            linear.load_weight(i, (weight * scale / linear.in_features ** 0.5).to(model.dtype))
-        if linear.bias is not None:
-            linear.bias.copy_(torch.randn(linear.bias.shape, generator=draw) / 4)
-    for block in model.blocks:
-        for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"):
-            if hasattr(block, name):
-                norm = getattr(block, name)
-                norm.copy_(1 + torch.rand(norm.shape, generator=draw) / 4)
-    model.norm.fill_(1)
-    if model.embedding is not None:
-        model.embedding.copy_(torch.randn(model.embedding.shape, generator=draw))
-    return model
 
 
 class RoundedCache(KVCache):

@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from conftest import DEVICE, needs_kernels
+from conftest import DEVICE, HEAD_SIZES, HEADS, NAN, check_head, make_head, needs_kernels
 from gpu import head
 from gpu.head import Head
 from gpu.token_kernels import likeliest
@@ -15,7 +15,6 @@ from lm_head import bounds, likely_rows
 from model import rms_norm
 from sampling import penalize
 from sparse_gemv import INTERPRETED
-from test_lm_head import CASES, NAN, SIZES, check, make
 
 pytestmark = pytest.mark.usefixtures("seed", "any_head")
 
@@ -27,15 +26,15 @@ def logits_of(head, x):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_choice_is_that_of_the_whole_head(name, dtype):
-    change, finite = CASES[name]
-    for v, k, top in SIZES:
-        x, linear, norm = make(v, k, dtype, change)
+    change, finite = HEADS[name]
+    for v, k, top in HEAD_SIZES:
+        x, linear, norm = make_head(v, k, dtype, change)
         head = Head(linear, norm, top)
         whole, some = logits_of(Head(linear, norm), x), logits_of(head, x)
-        check(whole, some, head.rows_read.item(), top, likeliest)
+        check_head(whole, some, head.rows_read.item(), top, likeliest)
         if finite is not None and dtype != torch.float16:
             assert (likeliest(whole).item() >= 0) == finite
 
@@ -45,7 +44,7 @@ def test_few_rows_are_read():
     """As many as the bounds in plain PyTorch leave, or a few more where the k-th largest is meant:
     the kernels take it from groups of rows."""
     for dtype, top in ((torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 6)):
-        x, linear, norm = make(1500, 180, dtype, CASES["random"][0])
+        x, linear, norm = make_head(1500, 180, dtype, HEADS["random"][0])
         head = Head(linear, norm, top)
         logits_of(head, x)
         h = rms_norm(x.float(), norm[0].float(), norm[1])
@@ -58,7 +57,7 @@ def test_few_rows_are_read():
 @pytest.mark.parametrize("penalty", [1.3, 100.0])
 def test_the_largest_after_a_repetition_penalty(penalty):
     for sign in (1, -1):  # of the largest logits
-        x, linear, norm = make(500, 64, torch.bfloat16, CASES["random"][0])
+        x, linear, norm = make_head(500, 64, torch.bfloat16, HEADS["random"][0])
         if sign < 0:
             linear.w_t.copy_((-x[:, None] / 8 + 0.1 * linear.w_t))
         whole = logits_of(Head(linear, norm), x)

@@ -5,7 +5,7 @@ import torch
 
 import checkpoint
 import quantize
-from checkpoint.test_checkpoint import CONFIG, weights, write_folder
+from checkpoint.conftest import CONFIG, weights, write_folder
 from conftest import DEVICE
 from gpu.four_bits import GROUP
 from model import dense

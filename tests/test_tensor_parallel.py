@@ -24,6 +24,7 @@ import tensor_parallel
 from checkpoint.config import parse_config
 from checkpoint.tensors import tensor_shapes
 from cli import quantize_folder
+from conftest import write_llama
 from session import Session
 
 HERE = Path(__file__).resolve().parents[1]
@@ -33,29 +34,10 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model with 8 query heads, 4 key heads and biases, whose text is bytes."""
-    import tokenizers
-    import transformers
-
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {c: i for i, c in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=128,
-        attention_bias=True, bos_token_id=None, eos_token_id=None, initializer_range=0.2,
-        architectures=["LlamaForCausalLM"])
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    torch.manual_seed(0)
-    weights = transformers.LlamaForCausalLM(config).state_dict()
-    for name in weights:
-        if name.endswith("bias"):
-            weights[name].normal_(0, 0.2)
-    save_file({name: t.clone() for name, t in weights.items()}, folder / "model.safetensors")
-    return folder
+    return write_llama(
+        tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=96,
+        num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, eos_token_id=None,
+        max_position_embeddings=128, attention_bias=True, initializer_range=0.2)
 
 
 def results(folder, device, quantize=None):

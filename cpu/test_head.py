@@ -5,82 +5,25 @@ import torch
 
 import lm_head
 from checkpoint.files import cache_folder
-from conftest import DEVICE, INTERPRETED, random_model
+from conftest import (
+    HEAD_SIZES,
+    HEADS,
+    INTERPRETED,
+    check_head,
+    make_head,
+    random_model,
+)
 from cpu.step import CStep
-from lm_head import bounds, certificate_for, certify, likely_rows, limits, logits_needed
+from lm_head import bounds, certificate_for, certify, likely_rows, logits_needed
 from model import Config, KVCache, Linear, rms_norm
 from sampling import likeliest, penalize
-
-NAN, INF = float("nan"), float("inf")
-
 
 pytestmark = pytest.mark.usefixtures("seed", "any_head")
 
 
-def scaled_rows(w, x, low, high):
-    w *= 10 ** (torch.rand(len(w), 1) * (high - low) + low)
-
-
-def near_ties(w, x):
-    """Many rows close to the best, by less than any bound tells, and two that are equal."""
-    best = (w @ x).argmax()
-    w[::3] = w[best] * (1 + 1e-6 * torch.randn(len(w[::3]), 1))
-    w[7] = w[-2]
-
-
-def close_to_the_end(w, x):
-    """The largest logit is beyond float16, the others far below."""
-    w[5] = x / x.norm() ** 2 * 70000
-
-
-CASES = {  # changes W [V, K] and x [K] in place; whether the largest logits are finite
-    "random": (lambda w, x: None, True),
-    "near ties": (near_ties, True),
-    "all rows equal": (lambda w, x: w.copy_(w[3].clone()), True),
-    "a row of zeros": (lambda w, x: w[11].zero_(), True),
-    "zeros": (lambda w, x: w.zero_(), True),
-    "negative logits": (lambda w, x: w.copy_(-x + 0.1 * w), True),
-    "rows of all sizes": (lambda w, x: scaled_rows(w, x, -3, 2), True),
-    "huge and tiny rows": (lambda w, x: scaled_rows(w, x, -44, 36), None),
-    "tiny rows": (lambda w, x: scaled_rows(w, x, -44, -38), True),
-    "an outlier in x": (lambda w, x: x[3].fill_(1000.0), True),
-    "an outlier in W": (lambda w, x: w[9, 3].fill_(1000.0), True),
-    "x is zero": (lambda w, x: x.zero_(), True),
-    "NaN in W": (lambda w, x: w[2, 5].fill_(NAN), False),
-    "infinity in W": (lambda w, x: w[2, 5].fill_(INF), False),
-    "NaN in x": (lambda w, x: x[1].fill_(NAN), False),
-    "infinity in x": (lambda w, x: x[1].fill_(-INF), False),
-    "close to the end of float16": (close_to_the_end, None),
-}
-
-
-SIZES = ((600, 64, 1), (403, 100, 3), (130, 576, 1))  # V, K, how many logits matter
-
-
-def make(v, k, dtype, change, device=DEVICE):
-    """(x [K], LM head, norm): the case that `change` makes."""
-    w, x = torch.randn(v, k) * k ** -0.5, torch.randn(k)
-    change(w, x)
-    head = Linear(None, "lm_head", k, (v,), False, dtype, device)
-    head.load_weight(0, w.to(device))
-    norm = (torch.rand(k, device=device) + 0.5).to(dtype)
-    return x.to(device, dtype), head, (norm, 1e-5)
-
-
-def check(whole, some, n_read, top, choose):
-    """What is read has the whole head's bits, and the `top` largest are read, and all that tie."""
-    read = some != limits(some.dtype)[1]  # true for a NaN
-    assert torch.equal(whole[read].nan_to_num(nan=7), some[read].nan_to_num(nan=7))
-    assert n_read == read.sum() > 0
-    assert choose(some).tolist() == choose(whole).tolist()
-    if whole.isfinite().all():
-        assert torch.equal(whole.float().topk(top).values, some.float().topk(top).values)
-        assert read[whole >= whole.float().topk(top).values[-1]].all()
-
-
 def make_steps(v, k, dtype, change, *heads):
     """(x, head, norm, steps in C): of a model whose hidden state is x, one for each of `heads`."""
-    x, head, norm = make(v, k, dtype, change, "cpu")
+    x, head, norm = make_head(v, k, dtype, change, "cpu")
     config = Config(v, k, 32, 1, 2, 1, 16, context=8)
     model = random_model(config, device="cpu")
     model.lm_head, model.norm, model.embedding[5] = head, norm[0], x
@@ -92,14 +35,14 @@ def make_steps(v, k, dtype, change, *heads):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs no C")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_step_in_c_chooses_as_with_the_whole_head(name, dtype):
-    for v, k, top in SIZES:
-        *_, (whole, some) = make_steps(v, k, dtype, CASES[name][0], {}, {"top": top})
+    for v, k, top in HEAD_SIZES:
+        *_, (whole, some) = make_steps(v, k, dtype, HEADS[name][0], {}, {"top": top})
         assert whole.bounds is None
         for _ in range(2):  # the second time finds its memory as the first left it
-            check(whole(5, 0), some(5, 0), some.head_rows.sum().item(), top, likeliest)
+            check_head(whole(5, 0), some(5, 0), some.head_rows.sum().item(), top, likeliest)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs no C")
@@ -108,9 +51,9 @@ def test_the_step_in_c_reads_few_rows(top):
     """As many as the bounds in plain PyTorch leave; or more where the 6th largest is meant, which
     is found among the largest of groups. A repetition penalty counts."""
     x, head, norm, (whole, some) = make_steps(
-        3000, 192, torch.bfloat16, CASES["random"][0], {}, {"top": top})
+        3000, 192, torch.bfloat16, HEADS["random"][0], {}, {"top": top})
     logits = whole(5, 0)
-    check(logits, some(5, 0), some.head_rows.sum().item(), top, likeliest)
+    check_head(logits, some(5, 0), some.head_rows.sum().item(), top, likeliest)
     h = rms_norm(x.float(), norm[0].float(), norm[1])
     expected = likely_rows(*bounds(h, head.certificate), top, torch.float32).sum().item()
     assert top <= expected < 100
@@ -127,11 +70,11 @@ def test_the_step_in_c_reads_few_rows(top):
         assert torch.equal(*largest) and some.head_rows.sum() < 2000
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", HEADS)
 def test_bounds_hold(name):
     """The norms of a certificate and the bounds of plain PyTorch, against float64."""
     for dtype in (torch.float32, torch.bfloat16):
-        x, linear, _ = make(300, 100, dtype, CASES[name][0])
+        x, linear, _ = make_head(300, 100, dtype, HEADS[name][0])
         w, x = linear.w_t.T.double(), x.float()
         certificate = certify(linear.w_t.T)
         scale, error, norm = certificate.rows.double()
