@@ -229,8 +229,8 @@ class Head:
         Call it once before capturing a CUDA graph. The kernel before must not write weights.
         """
         if self.linear.scale is not None:
-            return product(x, self.linear.w_t, None, logits, scale=self.linear.scale,
-                           norm=self.norm)
+            product(x, self.linear.w_t, None, logits, scale=self.linear.scale, norm=self.norm)
+            return logits
         w, (norm, eps) = self.linear.w_t.T, self.norm
         (v, k), (limit, fill) = w.shape, limits(logits.dtype)
         k_padded, upper, lower, rows, programs = triton.next_power_of_2(k), None, None, None, 0

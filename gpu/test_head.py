@@ -7,7 +7,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from conftest import DEVICE, HEAD_SIZES, HEADS, NAN, check_head, make_head, needs_kernels
+from conftest import (
+    DEVICE,
+    HEAD_SIZES,
+    HEADS,
+    NAN,
+    check_head,
+    error,
+    make_head,
+    needs_kernels,
+    reference,
+)
 from gpu import head
 from gpu.head import Head
 from gpu.token_kernels import likeliest
@@ -51,6 +61,17 @@ def test_few_rows_are_read():
         expected = likely_rows(*bounds(h, linear.certificate), top, dtype).sum().item()
         assert top <= expected < 60 and head.bounds is linear.certificate
         assert expected * 0.8 - 1 <= head.rows_read.item() <= expected * 4 + 1
+
+
+@needs_kernels
+def test_a_head_in_int8():
+    """One product, with the RMSNorm: W^T as a GPU keeps it."""
+    x, linear, norm = make_head(96, 64, torch.float32, HEADS["random"][0])
+    linear.w_t = torch.randint(-127, 128, (64, 96), dtype=torch.int8, device=DEVICE)
+    linear.scale = torch.rand(96, device=DEVICE) / 100
+    y = logits_of(Head(linear, norm, 1), x)
+    expected = reference(x, linear.w_t, None, scale=linear.scale, norm=norm)
+    assert Head(linear, norm, 1).bounds is None and error(y, expected) <= 1e-5
 
 
 @needs_kernels
