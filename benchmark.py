@@ -55,7 +55,7 @@ def process_seconds():
 def read_bandwidth(device):
     """Bytes a second at which a torch.device reads its memory, with all of a CPU's threads."""
     if device.type == "cuda":
-        return gpu.read_bandwidth()
+        return gpu.gpu_bandwidth()
     x, times = torch.ones(1 << 27), []  # 512 MiB, more than any cache holds
     for _ in range(10):
         start = time.perf_counter()

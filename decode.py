@@ -19,12 +19,13 @@ from model import PROJECTIONS, masked
 
 
 @torch.inference_mode()
-def prefill(model, cache, tokens):
-    """Add a prompt, ids int64 [T], to a KV cache -> the logits of the token after it, [V].
+def prefill(model, cache, chunks):
+    """Add a prompt, chunks of ids int64 [T], to a KV cache -> the logits of the next token, [V].
 
     Every weight is read once for all T tokens, so time is arithmetic, not memory: it runs dense.
     """
-    hidden = model.forward(tokens, cache)  # [T, hidden_size]
+    for tokens in chunks:
+        hidden = model.forward(tokens, cache)  # [T, hidden_size]
     return model.logits(hidden[-1:])[0]
 
 

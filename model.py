@@ -48,7 +48,7 @@ class Config:
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     full_layers: tuple = ()  # layers that see all tokens, when others have the window
     qk_norm: str | None = None  # RMSNorm of q and k: each "head" by itself, or "all" together
-    norms_behind: bool = False  # RMSNorm after attention and MLP, not before them (OLMo 2)
+    norms_after: bool = False  # RMSNorm after attention and MLP, not before them (OLMo 2)
     qkv_bias: bool = False
     o_bias: bool = False
 
@@ -264,7 +264,7 @@ class Model:
     def __init__(self, config, dtype=torch.float32, device="cpu", linear=Linear):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.ranks = None  # the processes that share the model, if several do (tensor_parallel.py)
-        block = PostNormBlock if config.norms_behind else Block
+        block = PostNormBlock if config.norms_after else Block
         self.blocks = [block(i, config, dtype, device, linear) for i in range(config.n_layers)]
         v, h = config.vocab_size, config.hidden_size
         self.norm = torch.empty(h, dtype=dtype, device=device)

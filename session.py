@@ -121,11 +121,15 @@ class Session:
     def read_prompt(self, tokens):
         """Run a list of ids through the model, dense, and return the id that follows them."""
         start, device = self.cache.length, self.model.device
-        with Progress("reading the prompt", len(tokens), delay=2, kept=True) as progress:
+
+        def chunks():
             for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK[device.type]):
-                logits = prefill(self.model, self.cache, chunk)
+                yield chunk  # prefill comes back for the next one when this one is read
                 self.tokens += tokens[len(self.tokens) - start:][:len(chunk)]
                 progress.update(len(chunk))
+
+        with Progress("reading the prompt", len(tokens), delay=2, kept=True) as progress:
+            logits = prefill(self.model, self.cache, chunks())
         token = self.choose(logits).item()
         if token < 0:
             self.diagnose(tokens, start, dense)

@@ -114,7 +114,7 @@ class Ranks:
 
     def slim(self, config):
         """The Config of a rank. Raises ValueError if heads or channels do not divide."""
-        if config.qk_norm == "all" or config.norms_behind:
+        if config.qk_norm == "all" or config.norms_after:
             raise ValueError("ranks cannot share a model with norms over all heads or after the "
                              "block (OLMo); run it in one process")
         names = ("n_kv_heads", "n_heads", "intermediate_size")

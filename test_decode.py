@@ -38,7 +38,7 @@ def test_the_decoder_captures_replays_and_records_on_its_device(guard, monkeypat
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(
         *size, **options))
     model = random_model(CONFIGS["llama"], device="cpu")
-    decoder = GpuDecoder(model, KVCache(model.config, 160), token_kernels.likeliest)
+    decoder = GpuDecoder(model, KVCache(model.config, 160), token_kernels.likeliest_on_gpu)
     decoder.start(5, 0)
     list(decoder.tokens(3))
     decoder.set_thresholds(torch.full((2, 7), 0.3))
@@ -81,7 +81,8 @@ def test_sparse_products_take_one_kernel_or_two(guard, int8):
     model = random_model(Config(101, 64, 6208, 1, 4, 2, 32, context=160), device="cpu")
     for linear in model.linears() if int8 else ():
         linear.w_t, linear.scale = linear.w_t.to(torch.int8), torch.ones(linear.ends[-1])
-    decoder = GpuDecoder(model, KVCache(model.config, 160), token_kernels.likeliest, graph=False)
+    decoder = GpuDecoder(model, KVCache(model.config, 160), token_kernels.likeliest_on_gpu,
+                         graph=False)
     dense, one = ["one_kernel._every_row_kernel"], ["one_kernel._kept_rows_kernel"]
     two = ["lists._fused_select_kernel", "lists._fused_sum_kernel"]
     for t in (-1.0, 0.3):

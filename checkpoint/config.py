@@ -108,7 +108,7 @@ def parse_config(config, context=None):
         no_rope_layers=no_rope,
         qk_norm={"qwen3": "head", "qwen3_vl_text": "head", "olmo2": "all",
                  "olmo3": "all"}.get(model_type),
-        norms_behind=model_type in ("olmo2", "olmo3"),
+        norms_after=model_type in ("olmo2", "olmo3"),
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias and model_type not in (
             "mistral", "ministral", "ministral3", "qwen2"),

@@ -28,7 +28,7 @@ def is_quantized(name):
 def norm_places(config):
     """{name in a Hugging Face block: attribute of `Block`} of a block's norms."""
     places = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
-    if config.norms_behind:
+    if config.norms_after:
         places = {"post_attention_layernorm": "attn_norm",
                   "post_feedforward_layernorm": "mlp_norm"}
     if config.qk_norm:

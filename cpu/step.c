@@ -94,7 +94,7 @@ typedef struct Team Team;
 
 typedef struct {
     int32_t n_layers, hidden, inter, heads, kv_heads, head_dim, vocab, context;
-    int32_t cache_dtype, embedding_dtype, qk_norm, norms_behind, n_ropes;
+    int32_t cache_dtype, embedding_dtype, qk_norm, norms_after, n_ropes;
     int32_t largest;          // K of all matrices
     int32_t n_shares;         // into which every stage is cut
     float eps;                // of RMSNorm
@@ -740,7 +740,7 @@ static void add_to_stream(const Model *m, const Matrix *a, const float *norm, in
     } else {
         finish(m, a, m->sums[1], 0, m->hidden, y);
     }
-    if (m->norms_behind) rms_norm(y, y, norm, m->hidden, m->eps);
+    if (m->norms_after) rms_norm(y, y, norm, m->hidden, m->eps);
     for (int i = 0; i < m->hidden; i++) x[i] += y[i];
 }
 
@@ -866,8 +866,8 @@ static void decode(const Model *m, int worker) {
     turn(m, turns);
     for (const Layer *layer = m->layers; layer < m->layers + m->n_layers; layer++) {
         // Attention reads the stream through a norm ...
-        const float *in = m->norms_behind ? x : h;
-        if (!m->norms_behind) rms_norm(h, x, layer->attn_norm, hidden, m->eps);
+        const float *in = m->norms_after ? x : h;
+        if (!m->norms_after) rms_norm(h, x, layer->attn_norm, hidden, m->eps);
         FOR_SHARES product(m, &layer->qkv, in, worker, share, m->sums[0]);
         barrier(team);
         prepare_heads(m, layer, turns, qkv);
@@ -877,7 +877,7 @@ static void decode(const Model *m, int worker) {
         barrier(team);
         add_to_stream(m, &layer->o, layer->attn_norm, worker, x, y);  // ... and adds to it.
         // So does the MLP.
-        if (!m->norms_behind) rms_norm(h, x, layer->mlp_norm, hidden, m->eps);
+        if (!m->norms_after) rms_norm(h, x, layer->mlp_norm, hidden, m->eps);
         FOR_SHARES product(m, &layer->gate_up, in, worker, share, m->sums[0]);
         barrier(team);
         FOR_SHARES swiglu(m, &layer->gate_up, up, share);

@@ -58,7 +58,7 @@ class Rope(ctypes.Structure):
 class CModel(ctypes.Structure):
     _fields_ = [*((name, c_int32) for name in (
                     "n_layers", "hidden", "inter", "heads", "kv_heads", "head_dim", "vocab",
-                    "context", "cache_dtype", "embedding_dtype", "qk_norm", "norms_behind",
+                    "context", "cache_dtype", "embedding_dtype", "qk_norm", "norms_after",
                     "n_ropes", "largest", "n_shares")),
                 ("eps", c_float), ("growth", c_float), ("growth_at", c_float),
                 ("layers", POINTER(Layer)), ("ropes", POINTER(Rope)), ("head", Matrix),
@@ -129,7 +129,7 @@ class CStep:
             vocab=config.vocab_size, context=cache.context, cache_dtype=DTYPES[cache.k.dtype],
             embedding_dtype=DTYPES[torch.int8 if packed else table.dtype],
             qk_norm=QK_NORMS[config.qk_norm],
-            norms_behind=config.norms_behind, n_ropes=len(kinds),
+            norms_after=config.norms_after, n_ropes=len(kinds),
             largest=max(linear.in_features for linear in model.linears()), n_shares=n_shares,
             eps=config.norm_eps, growth=growth, growth_at=growth_at, layers=layers, ropes=ropes,
             embedding=None if packed else self.at(table), norm=self.floats(model.norm),

@@ -26,7 +26,7 @@ CONFIGS = {
     "odd": ODD,
     "one of each": Config(3, 2, 1, 1, 1, 1, 2, context=40),
     "wide": Config(130, 70, 4200, 1, 2, 1, 6, context=40, qkv_bias=True, o_bias=True),
-    "olmo": Config(67, 36, 130, 2, 3, 3, 12, context=40, qk_norm="all", norms_behind=True),
+    "olmo": Config(67, 36, 130, 2, 3, 3, 12, context=40, qk_norm="all", norms_after=True),
 }
 
 

@@ -123,8 +123,8 @@ class NanoTEAL(TemplateLM):
                                     self.project)
         logits = self.model.logits(hidden).float().log_softmax(-1)
         expected = torch.tensor(continuation, device=device)
-        likeliest = bool((logits.argmax(-1) == expected).all())
-        return logits.gather(1, expected[:, None]).sum().item(), likeliest
+        greedy = bool((logits.argmax(-1) == expected).all())
+        return logits.gather(1, expected[:, None]).sum().item(), greedy
 
     def project(self, x, linear):
         if self.thresholds is None:

@@ -44,7 +44,7 @@ def test_mcnemar():
 
 
 @pytest.mark.parametrize("kind", [
-    {}, {"qk_norm": "head", "sliding_window": 8}, {"norms_behind": True, "qkv_bias": True}])
+    {}, {"qk_norm": "head", "sliding_window": 8}, {"norms_after": True, "qkv_bias": True}])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_many_texts_are_written_as_each_alone(kind, sparse):
     config = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4,

@@ -52,7 +52,7 @@ def read_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     tl.store(out_ptr + tl.program_id(0), tl.sum(total))
 
 
-def read_bandwidth():
+def gpu_bandwidth():
     """Bytes a second at which a kernel reads 4 GiB: the best of three launch shapes."""
     x = torch.ones(1 << 30, device="cuda")
     out = torch.empty(1 << 20, device="cuda")
@@ -187,7 +187,7 @@ def products(config):
 def kernels(configs, sparsities):
     """Print every product of the configs (name -> Config), with bfloat16, int8 and int4 weights,
     against the bandwidth and cuBLAS; returns the rows."""
-    bandwidth = read_bandwidth()
+    bandwidth = gpu_bandwidth()
     print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth / 1e12:.2f} TB/s; torch "
           f"{torch.__version__}, triton {triton.__version__}")
     print(f"{'product':>20} {'K x N':>12} {'dtype':>5} {'sparsity':>8} {'us':>8} {'TB/s':>6} "

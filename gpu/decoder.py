@@ -93,7 +93,7 @@ class GpuDecoder:
 
     def add(self, inputs, linear, norm, **fused):
         """Add a product to the residual stream, after a norm where the model has it there."""
-        if self.model.config.norms_behind:
+        if self.model.config.norms_after:
             self.project(inputs, linear, self.y, **fused)
             self.x += rms_norm(self.y, norm, self.model.config.norm_eps)
         else:
@@ -109,7 +109,7 @@ class GpuDecoder:
         x, eps = self.x, config.norm_eps
         embed(model, self.token, self.position, x)  # and one position on
         for block in model.blocks:
-            front = None if config.norms_behind else (block.attn_norm, eps)
+            front = None if config.norms_after else (block.attn_norm, eps)
             self.project(x, block.qkv, self.qkv, norm=front)
             if config.qk_norm == "all":
                 q, k, _ = self.qkv.split(block.qkv.widths)
@@ -121,7 +121,7 @@ class GpuDecoder:
                              self.workspace, self.attention, config.window(block.i), norms,
                              launch_options(model.device)["PDL"])
             self.add(self.attention, block.o, block.attn_norm)
-            front = None if config.norms_behind else (block.mlp_norm, eps)
+            front = None if config.norms_after else (block.mlp_norm, eps)
             self.project(x, block.gate_up, self.gate_up, norm=front)
             self.add(self.gate_up, block.down, block.mlp_norm, swiglu=True)
         self.token.copy_(self.choose(self.head(x, self.logits)))

@@ -21,7 +21,7 @@ from conftest import CONFIGS, random_model
 from gpu import decode_attention, four_bits, head, lists, one_kernel, tensor_cores, token_kernels
 from gpu.compile_ahead import compile_together
 from gpu.decoder import GpuDecoder
-from gpu.token_kernels import likeliest
+from gpu.token_kernels import likeliest_on_gpu
 from model import Config, KVCache, Linear
 from quantize import Int4Linear
 
@@ -175,7 +175,7 @@ def int4_linear(layer, *arguments):
 def make_decoder(n_layers=2, linear=Linear, sparse=False):
     config = Config(96, 64, 96, n_layers, 4, 2, 16, context=160, tie_embeddings=False)
     model = random_model(config, linear, "cpu")
-    decoder = GpuDecoder(model, KVCache(config, 160), likeliest, top=int(sparse))
+    decoder = GpuDecoder(model, KVCache(config, 160), likeliest_on_gpu, top=int(sparse))
     decoder.sparse = sparse
     return decoder
 
@@ -248,7 +248,7 @@ def test_compiled_together_or_one_by_one_they_choose_the_same_tokens(monkeypatch
             for kernel in KERNELS - known:
                 kernel.device_caches.clear()
             cache = KVCache(model.config, 160, torch.float32, "cuda")
-            decoder, chosen = GpuDecoder(model, cache, likeliest), []
+            decoder, chosen = GpuDecoder(model, cache, likeliest_on_gpu), []
             for threshold in (-1.0, 0.3):
                 decoder.set_thresholds(torch.full((2, 7), threshold))
                 decoder.start(5, len(chosen))

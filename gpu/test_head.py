@@ -20,7 +20,7 @@ from conftest import (
 )
 from gpu import head
 from gpu.head import Head
-from gpu.token_kernels import likeliest
+from gpu.token_kernels import likeliest_on_gpu
 from lm_head import bounds, likely_rows
 from model import rms_norm
 from sampling import penalize
@@ -44,9 +44,9 @@ def test_the_choice_is_that_of_the_whole_head(name, dtype):
         x, linear, norm = make_head(v, k, dtype, change)
         head = Head(linear, norm, top)
         whole, some = logits_of(Head(linear, norm), x), logits_of(head, x)
-        check_head(whole, some, head.rows_read.item(), top, likeliest)
+        check_head(whole, some, head.rows_read.item(), top, likeliest_on_gpu)
         if finite is not None and dtype != torch.float16:
-            assert (likeliest(whole).item() >= 0) == finite
+            assert (likeliest_on_gpu(whole).item() >= 0) == finite
 
 
 @needs_kernels

@@ -16,7 +16,7 @@ from gpu.tensor_cores import product_on_tensor_cores
 from gpu.token_kernels import embed
 from sparse_gemv import sparse_gemv
 
-likeliest = (token_kernels if KERNELS else sampling).likeliest
+likeliest = token_kernels.likeliest_on_gpu if KERNELS else sampling.likeliest
 pytestmark = pytest.mark.usefixtures("seed", "poisoned")
 
 
@@ -95,7 +95,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(guard):
             one.long(), Workspace(1, 1, 16, "cpu"), out[:16]),
         "head": lambda: Head(model.lm_head, (model.norm, 1e-5), 1)(x[:48], torch.empty(101)),
         "token_kernels": lambda: (embed(model, one.long(), one.long(), x),
-                                  token_kernels.likeliest(x)),
+                                  token_kernels.likeliest_on_gpu(x)),
     }
     for module, call in calls.items():
         call()

@@ -68,8 +68,8 @@ def _likeliest_kernel(logits_ptr, token_ptr, best_ptr, place_ptr, finished_ptr,
         tl.store(finished_ptr, 0)  # for the next launch
 
 
-def likeliest(logits):
-    """What `sampling.likeliest` is on a GPU."""
+def likeliest_on_gpu(logits):
+    """`sampling.likeliest` on a GPU."""
     n_chunks = triton.cdiv(logits.numel(), LOGITS)
     token = torch.empty(1, dtype=torch.int64, device=logits.device)
     # The programs leave their largest logits and the places of these for the last one.
