@@ -10,9 +10,9 @@ import torch
 def likeliest(logits):
     """Logits [V] -> the likeliest id, int64 [1]: of equals the first; -1 if not all are finite."""
     if logits.is_cuda:
-        from gpu.token_kernels import likeliest  # Triton is not everywhere
+        from gpu.token_kernels import likeliest_on_gpu  # Triton is not everywhere
 
-        return likeliest(logits)
+        return likeliest_on_gpu(logits)
     finite = torch.stack(logits.aminmax()).isfinite().all()  # NaN if one of them is
     # NumPy's argmax takes a tenth of PyTorch's time.
     return torch.tensor([logits.float().numpy().argmax() if finite else -1])
@@ -24,6 +24,18 @@ def penalize(logits, seen, penalty):
     transformers)."""
     logits = logits.float()
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def largest(logits, k):
+    """The k largest of float32 logits [V], the largest first, and their ids; of equals the first
+    come first. torch.topk leaves open which of equals it takes, and in which order."""
+    bits, last = logits.view(torch.int32), len(logits) - 1
+    # As integers, floats keep their order if the bits of negative ones are inverted. The id follows
+    # in the lower half.
+    keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).long()
+    keys.bitwise_left_shift_(32).add_(torch.arange(last, -1, -1, device=logits.device))
+    ids = last - (keys.topk(k).values & 0xFFFFFFFF)
+    return logits[ids], ids
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
@@ -38,7 +50,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=Non
         return logits.argmax(-1, keepdim=True)
     logits, ids = logits.float(), None
     if top_k:
-        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # likeliest first
+        logits, ids = largest(logits, min(top_k, len(logits)))
     elif top_p < 1:
         logits, ids = logits.sort(descending=True, stable=True)
     # Subtract the maximum so that a tiny temperature cannot overflow. Many tiny probabilities need

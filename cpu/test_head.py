@@ -6,6 +6,7 @@ import torch
 import lm_head
 from checkpoint.files import cache_folder
 from conftest import (
+    DEVICE,
     HEAD_SIZES,
     HEADS,
     INTERPRETED,
@@ -14,9 +15,9 @@ from conftest import (
     random_model,
 )
 from cpu.step import CStep
-from lm_head import bounds, certificate_for, certify, likely_rows, logits_needed
+from lm_head import bounds, certificate_for, certify, likely_rows, limits, logits_needed
 from model import Config, KVCache, Linear, rms_norm
-from sampling import likeliest, penalize
+from sampling import largest, likeliest, penalize, sample
 
 pytestmark = pytest.mark.usefixtures("seed", "any_head")
 
@@ -90,6 +91,21 @@ def test_bounds_hold(name):
         if x.isfinite().all():
             width = (upper - lower)[tight & sound] / (w.norm(dim=1) * x.norm())[tight & sound]
             assert (width < 0.1).all()
+
+
+def test_ties_are_drawn_as_from_the_whole_head():
+    """16-bit logits tie often, also at the k-th place: of equals, the first ids are the likeliest,
+    whether smaller logits are there or not."""
+    for v, k, step in ((100, 20, 1.0), (5000, 50, 0.125), (40, 40, 0.5)):
+        logits = (torch.randn(v, device=DEVICE) / step).round() * step + 0.0  # no -0
+        values, ids = logits.sort(descending=True, stable=True)
+        some = torch.where(logits < values[k - 1], limits(torch.bfloat16)[1], logits)
+        for y in (logits, some):
+            assert [part.tolist() for part in largest(y, k)] == [
+                values[:k].tolist(), ids[:k].tolist()]
+        a, b = ([sample(y, 0.9, k, 0.95, generator=torch.Generator(DEVICE).manual_seed(i)).item()
+                 for i in range(20)] for y in (logits, some))
+        assert a == b
 
 
 def test_when_bounds_are_read(monkeypatch):
