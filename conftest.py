@@ -1,17 +1,22 @@
 """Settings, options and fixtures of the tests, and the one reference of all products."""
 
+import collections
 import contextlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import random
-import subprocess
+import signal
 import sys
 import types
 from pathlib import Path
 
 # As in generate.py, before anything imports PyTorch.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -44,8 +49,8 @@ SEED = random.SystemRandom().randrange(2**32)
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=2500,
                      help="mutated files in test_fuzz.py (default: %(default)s)")
-    parser.addoption("--processes", type=int, default=3,
-                     help="processes in a row that must agree (default: %(default)s)")
+    parser.addoption("--processes", type=int, default=1,
+                     help="processes that must write the same text (default: %(default)s)")
 
 
 @pytest.fixture(scope="session")
@@ -330,25 +335,62 @@ class Letters:
         return [ord(letter) % CONFIG.vocab_size for letter in text]
 
 
-def command(*arguments):
-    return [sys.executable, str(HERE / "generate.py"), *map(str, arguments)]
+Ended = collections.namedtuple("Ended", "code out err")
 
 
-def run(*arguments, stdin=""):
-    return subprocess.run(
-        command(*arguments), input=stdin if isinstance(stdin, bytes) else stdin.encode(),
-        capture_output=True, timeout=120)
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """A function that runs a script's main() in this process as if it were started with these
+    words and this standard input -> Ended: exit code, standard output, standard error."""
+    def run(main, *words, stdin="", name=None):
+        name = name or Path(main.__code__.co_filename).name
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        stdin = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        n_threads, code = torch.get_num_threads(), 0
+        try:
+            run_script(main)
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            torch.set_num_threads(n_threads)
+        return Ended(code, *capfd.readouterr())
+
+    return run
 
 
-def run_in_process(main, arguments, monkeypatch, capsys):
-    """Run a script's main() with these arguments -> (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-    try:
-        run_script(main)
-        code = 0
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
+# Processes of scripts are forked from one that has imported all: an import takes seconds.
+SERVER = multiprocessing.get_context("forkserver" if DEVICE == "cpu" else "spawn")
+SERVER.set_forkserver_preload(["benchmark", "generate", "conftest"])
+
+
+def start(main, *words, streams, **environment):
+    """A process that runs a script's main(), as from a shell.
+
+    streams: paths of standard input, output and error; None for one that is closed
+    """
+    words = [Path(main.__code__.co_filename).name, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    process = SERVER.Process(target=in_process, daemon=True, args=(
+        main, words, [path and str(path) for path in streams], dict(environment)))
+    process.start()
+    return process
+
+
+def in_process(main, words, streams, environment):
+    """What a process of `start` does."""
+    os.environ.update(environment)
+    os.setsid()  # so that the first terminal that it opens is its own
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for i, path in enumerate(streams):
+        os.close(i)
+        if path is not None:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if i else os.O_RDONLY), i)
+    sys.argv = words
+    for i, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        setattr(sys, name, None if streams[i] is None else open(i, mode, closefd=False))
+    torch.set_num_threads(1)
+    run_script(main)
 
 
 PROMPTS = [
@@ -362,32 +404,3 @@ PROMPTS = [
 
 def ask(tokenizer, question):
     return tokenizer.chat([{"role": "user", "content": question}])
-
-
-# ---- kernels in Triton's interpreter: on one core, while the other runs the rest ----------------
-
-INTERPRETER_TEST = "test_triton_code_in_the_interpreter"
-
-
-@pytest.hookimpl(trylast=True)  # after -k has left tests out
-def pytest_collection_modifyitems(config, items):
-    """The test that waits for the interpreter comes last, and its process starts first."""
-    items.sort(key=lambda item: item.name == INTERPRETER_TEST)
-    waits = bool(items) and items[-1].name == INTERPRETER_TEST
-    if waits and not INTERPRETED and DEVICE == "cpu" and not config.option.collectonly:
-        config.interpreter = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-             "test_sparse_gemv.py", "test_decode.py", "gpu/test_kernels.py",
-             "gpu/test_products.py", "gpu/test_head.py"], cwd=Path(__file__).parent, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-
-
-def pytest_unconfigure(config):
-    if hasattr(config, "interpreter"):
-        config.interpreter.kill()  # where the tests were cut short
-
-
-@pytest.fixture
-def interpreter(request):
-    return request.config.interpreter

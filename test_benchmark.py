@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ import torch
 import benchmark
 import checkpoint.memory
 from cli import transformers_speed
-from cli.command_line import run_script
 from decode import CpuDecoder
 from model import PROJECTIONS, SITES, Config, KVCache
 from quantize import Int8Linear
@@ -22,20 +21,12 @@ TIED = Config(320, 64, 96, 2, 4, 2, 16, context=512, tie_embeddings=True, slidin
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
-    """A function that runs the command line on a CPU -> (exit code, stdout, stderr)."""
+def benchmarked(run, monkeypatch):
+    """Runs benchmark.py on a CPU, with tiny models to name."""
     monkeypatch.setattr(benchmark, "KNOWN_MODELS", {"tiny": TINY, "tied": TIED})
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 1e9)
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu", *arguments])
-        code = 0
-        try:
-            run_script(benchmark.main)
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capfd.readouterr()
-    return run
+    return partial(run, benchmark.main, "--device", "cpu")
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -114,9 +105,9 @@ def test_the_speed_of_transformers_leaves_prefill_out(monkeypatch):
     assert asked == [(25, 11)] * 5 + [(25, 1)] * 3
 
 
-def test_the_first_token_is_timed_without_the_weights(run, measured, monkeypatch):
+def test_the_first_token_is_timed_without_the_weights(benchmarked, measured, monkeypatch):
     monkeypatch.setattr(benchmark, "process_seconds", iter([1, 5, 9]).__next__)
-    code, out, err = run("--config", "tiny", "--sparsity", "0")
+    code, out, err = benchmarked("--config", "tiny", "--sparsity", "0")
     assert code == 0 and "first token 5.0 s after the process started" in out, err
 
 
@@ -153,10 +144,10 @@ def test_the_median_of_the_runs_is_told(monkeypatch):
 # ---- command line ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["bfloat16", "int8"])
-def test_random_weights_on_a_cpu(run, tmp_path, quantize):
+def test_random_weights_on_a_cpu(benchmarked, tmp_path, quantize):
     file = tmp_path / "new" / "speed.json"
-    code, out, err = run("--config", "tiny", "--sparsity", "0", "0.5", "--context", "80", "100",
-                         *quantize, "--json", str(file), "--compare", "transformers")
+    code, out, err = benchmarked("--config", "tiny", "--sparsity", 0, 0.5, "--context", 80, 100,
+                                 *quantize, "--json", file, "--compare", "transformers")
     assert code == 0, err
     assert "uniform from random tokens" in out and "read bandwidth 1 GB/s" in out
     *rows, theirs = json.loads(file.read_text())
@@ -179,72 +170,30 @@ def measured(monkeypatch):
         (10.0, 1e6, 0.5) for _ in thresholds])
 
 
-def test_a_dense_run_needs_no_calibration(run, measured, monkeypatch):
+def test_a_dense_run_needs_no_calibration(benchmarked, measured, monkeypatch):
     for module, name in ((benchmark.calibrate, "calibrate"), (benchmark, "find")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("calibrates"))
     for model in (["--config", "tied"], []):  # the default model
-        code, out, err = run(*model, "--sparsity", "0")
+        code, out, err = benchmarked(*model, "--sparsity", "0")
         assert code == 0 and "no thresholds" in out, err
 
 
-def test_the_default_model_uses_its_calibration(run, measured):
-    code, out, err = run("--sparsity", "0.5")
+def test_the_default_model_uses_its_calibration(benchmarked, measured):
+    code, out, err = benchmarked("--sparsity", "0.5")
     assert code == 0 and out.startswith("SmolLM2-135M-Instruct bfloat16 on CPU"), err
     assert "fisher from self-written" in out and "10.0    0.001    1000       1%" in out
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--kernels"], "--kernels needs a GPU, and cpu is not a GPU"),
-    (["--timeline"], "--timeline needs a GPU, and cpu is not a GPU"),
-    (["--model", "m", "--config", "tiny"], "name two models"),
-    (["--sparsity", "0", "0.96"], "'0.96' is not a number from 0 to 0.95"),
-    (["--context", "0"], "'0' is not a whole number from 1"),
-    (["--config", "tiny", "--context", "9", "513"], "--context 513 is longer than this model's"),
-    (["--context", "8193"], "--context 8193 is longer than this model's text of at most 8192"),
-    (["--config", "huge"], "invalid choice: 'huge'"),
-    (["--config", "tiny", "--json", "FOLDER"], "it is a folder"),
-    (["--config", "tiny", "--json", "FOLDER/file/speed.json"], "name another file with --json"),
-    (["--config", "tiny", "--json", "/proc/a.json"], "cannot write /proc/a.json"),
-    (["--model", "/no/such/model"], "/no/such/model does not exist"),
-])
-def test_what_cannot_be_done_is_refused_at_once(run, monkeypatch, tmp_path, arguments, words):
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: pytest.fail("measures"))
-    (tmp_path / "file").write_text("")
-    code, out, err = run(*[text.replace("FOLDER", str(tmp_path)) for text in arguments])
-    assert code == 2 and out == "" and words in err, err
-    assert err.startswith("benchmark.py: error: ") and err.count("\n") == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_large_model_meets_no_cpu_by_accident(monkeypatch, capfd):
-    for arguments, words in ((["--config", "llama-2-7b"], "no GPU"), (["--kernels"], "not a GPU")):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-        with pytest.raises(SystemExit, match="2"):
-            benchmark.parse_args()
-        err = capfd.readouterr().err
-        assert words in err and err.count("\n") == 1
-
-
-def test_what_timing_kernels_leaves_out_is_refused(monkeypatch, capfd):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for flag, value in (("model", "m"), ("compare", "transformers"), ("dtype", "float16"),
-                        ("quantize", "int8"), ("context", "300")):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", "--kernels", f"--{flag}", value])
-        with pytest.raises(SystemExit, match="2"):
-            benchmark.parse_args()
-        assert f"leave out --{flag}" in capfd.readouterr().err
-
-
-def test_too_little_memory(run, monkeypatch):
+def test_too_little_memory(benchmarked, monkeypatch):
     monkeypatch.setattr(checkpoint.memory, "free_memory", lambda device: 1000)
-    code, _, err = run("--config", "tiny")
+    code, _, err = benchmarked("--config", "tiny")
     assert code == 2 and err.count("\n") == 1
     assert "tiny in bfloat16 needs" in err and "--quantize int8 or a smaller --config" in err
 
 
-def test_interrupt(run, monkeypatch, tmp_path):
+def test_interrupt(benchmarked, monkeypatch, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(benchmark, "decode_speeds", interrupt)
-    code, _, err = run("--config", "tiny", "--sparsity", "0", "--json", str(tmp_path / "a.json"))
+    code, _, err = benchmarked("--config", "tiny", "--sparsity", 0, "--json", tmp_path / "a.json")
     assert code == 130 and err == "" and list(tmp_path.iterdir()) == []

@@ -4,11 +4,9 @@ and int4. All on tiny random models and the CPU."""
 import json
 import math
 import os
+import resource
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from checkpoint.config import parse_config
 from checkpoint.conftest import CONFIG, strings, weights, write_folder, write_gguf
 from checkpoint.tensors import is_quantized, put, tensor_shapes
 from cli import quantize_folder
-from cli.command_line import load_model, run_script
+from cli.command_line import load_model
 from conftest import as_on_a_gpu
 from generate import generate_tokens
 from model import PROJECTIONS, Linear, Model, dense, masked
@@ -42,17 +40,12 @@ def source(request, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def quantized(run):
     """A function that runs quantize.py's command line -> (exit code, stderr)."""
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, args)])
-        code = 0
-        try:
-            run_script(quantize_folder.main)
-        except SystemExit as error:
-            code = error.code
-        return code, capfd.readouterr().err
-    return run
+    def quantized(*words):
+        code, _, err = run(quantize_folder.main, *words)
+        return code, err
+    return quantized
 
 
 # ---- the arithmetic ----------------------------------------------------------------------------
@@ -85,7 +78,7 @@ def test_rows_of_zeros_tiny_and_huge_numbers():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(value, run, tmp_path):
+def test_weights_that_are_not_finite_are_refused_by_name(value, quantized, tmp_path):
     tensors = weights()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     folder = write_folder(tmp_path / "source", tensors=tensors)
@@ -93,7 +86,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, run, tmp_path):
         with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight") as raised:
             checkpoint.load(folder, quantize=kind)
         assert "\n" not in str(raised.value)
-        code, error = run("--model", folder, "--out", tmp_path / "out", "--quantize", kind)
+        code, error = quantized("--model", folder, "--out", tmp_path / "out", "--quantize", kind)
         assert code == 2 and error.count("\n") == 1
         assert "model.layers.1.mlp.up_proj.weight" in error
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -207,9 +200,9 @@ def test_a_folder_is_the_same_model_as_quantizing_while_loading(
     assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50))
 
 
-def test_a_gguf_file_becomes_a_folder(run, tmp_path):
+def test_a_gguf_file_becomes_a_folder(quantized, tmp_path):
     write_gguf(tmp_path / "m.gguf")
-    code, error = run("--model", tmp_path / "m.gguf", "--out", tmp_path / "new" / "out")
+    code, error = quantized("--model", tmp_path / "m.gguf", "--out", tmp_path / "new" / "out")
     assert code == 0 and error == ""
     model, tokenizer = checkpoint.load(tmp_path / "new" / "out")
     wanted, theirs = checkpoint.load(tmp_path / "m.gguf", quantize="int8")
@@ -239,34 +232,29 @@ def test_files_hold_what_the_config_promises_and_nothing_twice(source, tmp_path,
     assert len(modes) == 1
 
 
-def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path):
+def test_what_is_no_new_folder_is_refused(quantized, tmp_path):
     source = write_folder(tmp_path / "source")
     quantize_folder.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int8")
-    (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     before = sorted(os.listdir(tmp_path))
-    for model, out, words in (
-            (source, "int8", "exists already"), (source, "file", "exists already"),
-            (source, "file/out", "cannot write"),
-            (tmp_path / "int8", "twice", "quantized already"),
-            (tmp_path / "nowhere", "out", "does not exist")):
-        code, error = run("--model", model, "--out", tmp_path / out)
-        assert code == 2 and error.count("\n") == 1 and words in error, error
-        assert sorted(os.listdir(tmp_path)) == before
-    assert run("--model", source, "--out", tmp_path / "empty") == (0, "")
+    code, error = quantized("--model", tmp_path / "int8", "--out", tmp_path / "twice")
+    assert code == 2 and "quantized already" in error and sorted(os.listdir(tmp_path)) == before
+    assert quantized("--model", source, "--out", tmp_path / "empty") == (0, "")
     checkpoint.load(tmp_path / "empty")
 
 
-def test_a_full_disk(tmp_path):
-    source = write_folder(tmp_path / "source")
-    for kib in (0, 30):  # no file can grow beyond: config.json fails, the weights fail
-        command = (f"ulimit -f {kib}; exec '{sys.executable}' -B quantize.py --model '{source}' "
-                   f"--out '{tmp_path}/out'")
-        done = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parent,
-                              capture_output=True, text=True)
-        assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1
-        assert os.listdir(tmp_path) == ["source"]
+@pytest.mark.parametrize("size", [0, 30 << 10])
+def test_a_full_disk(tmp_path, size):
+    """No file can grow beyond: config.json fails, or the weights do."""
+    source = checkpoint.open_checkpoint(write_folder(tmp_path / "source"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot write"):
+            quantize_folder.write_folder(source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_damaged_folders_are_refused(tmp_path):
@@ -336,11 +324,12 @@ def test_a_folder_cannot_become_something_else(tmp_path):
             checkpoint.load(tmp_path / kind, quantize=other)
 
 
-def test_what_int4_does_not_cover_is_said(run, tmp_path, monkeypatch, capfd):
+def test_what_int4_does_not_cover_is_said(quantized, tmp_path, monkeypatch, capfd):
     """By quantize.py, and by whoever loads: a line each."""
     folder = write_folder(tmp_path / "source")
     left = "q, k, v are int8: int4 needs columns in multiples of 32\n"
-    assert run("--model", folder, "--out", tmp_path / "out", "--quantize", "int4") == (0, left)
+    words = "--model", folder, "--out", tmp_path / "out", "--quantize", "int4"
+    assert quantized(*words) == (0, left)
     on_cpu = "int4 runs on a GPU; on this CPU the int4-rounded weights run as int8\n"
     for model, kind, wanted in ((folder, "int4", on_cpu + left), (folder, "int8", ""),
                                 (tmp_path / "out", None, on_cpu + left)):

@@ -1,19 +1,18 @@
 """The sparse product against float64. The same tests run three times: on the CPU's own route here;
-with the Triton code in Triton's interpreter, in a process of its own (the last test starts it, for
-all kernels); and with the compiled kernels on a GPU."""
+with the Triton code in Triton's interpreter, in a process of its own (the last test starts one
+for every file of kernels); and with the compiled kernels on a GPU."""
 
 import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import triton
 
-from conftest import DEVICE, TOLERANCE, error, needs_kernels, reference
+from conftest import DEVICE, HERE, TOLERANCE, error, needs_kernels, reference
 from sparse_gemv import INTERPRETED, definition, naive_gemv, sparse_gemv
 
 pytestmark = pytest.mark.usefixtures("seed", "poisoned")
@@ -168,7 +167,7 @@ def test_a_cpu_needs_no_triton(tmp_path):
     """The file alone, where Triton cannot be imported, as on macOS."""
     (tmp_path / "triton.py").write_text("raise ImportError('no Triton here')")
     (tmp_path / "sparse_gemv.py").write_text(
-        (Path(__file__).parent / "sparse_gemv.py").read_text())
+        (HERE / "sparse_gemv.py").read_text())
     program = ("import torch; from sparse_gemv import sparse_gemv, definition\n"
                "x, w_t = torch.randn(8), torch.randn(8, 6)\n"
                "torch.testing.assert_close(sparse_gemv(x, w_t, 0.5), definition(x, w_t, 0.5))")
@@ -186,7 +185,12 @@ def version(package):
 @pytest.mark.skipif(
     version(triton) < [3, 7] and version(numpy) >= [2, 4],
     reason="this Triton's interpreter fails with this NumPy on loops up to a number from memory")
-def test_triton_code_in_the_interpreter(interpreter):
-    """All kernels' own code, on the CPU."""
-    output, _ = interpreter.communicate()
-    assert interpreter.returncode == 0, output
+@pytest.mark.parametrize("file", ["test_sparse_gemv.py", "test_decode.py", "gpu/test_kernels.py",
+                                  "gpu/test_products.py", "gpu/test_head.py"])
+def test_triton_code_in_the_interpreter(file):
+    """The kernels' own code, on the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout

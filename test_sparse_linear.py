@@ -2,9 +2,7 @@
 one."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
+import runpy
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import transformers
 from torch import nn
 
 from calibrate import CalibrationError, calibrate_module
+from conftest import HERE
 from sparse_linear import SparseLinear, replace_linears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -214,14 +213,20 @@ def test_bad_calibrations_are_named():
         calibrate_module(model, [text(1, 16)])
 
 
-def run_example(*command):
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True,
-                          text=True, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run_example(run, monkeypatch):
+    """Runs python -m NAME in this process -> its output."""
+    monkeypatch.chdir(HERE)
+
+    def run_example(name, *words):
+        code, out, err = run(lambda: runpy.run_module(name, run_name="__main__"), *words)
+        assert code == 0, err
+        return out
+
+    return run_example
 
 
-def test_the_transformers_example(tmp_path):
+def test_the_transformers_example(run_example, tmp_path):
     random_model("Llama").save_pretrained(tmp_path)
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"[UNK]": 0, "the": 1, "model": 2}
@@ -232,9 +237,9 @@ def test_the_transformers_example(tmp_path):
     assert "sparsity 0: " in printed and "sparsity 0.5: " in printed
 
 
-def test_the_idea_example(tmp_path):
+def test_the_idea_example(run_example, tmp_path):
     short = tmp_path / "text"
-    short.write_text(Path(__file__).with_name("README.md").read_text()[:1500])
+    short.write_text((HERE / "README.md").read_text()[:1500])
     lines = run_example("examples.idea", short).splitlines()
     perplexities = [float(line.split()[1]) for line in lines[1:]]
     assert len(perplexities) == 7 and perplexities[-1] > 1.5 * perplexities[0] > 1

@@ -27,7 +27,7 @@ from calibrations.thresholds import (
     places,
 )
 from checkpoint.files import cache_folder, one_line, write_whole
-from conftest import CONFIG, run_in_process, tiny_model
+from conftest import CONFIG, tiny_model
 from model import SITES, Config
 
 
@@ -268,9 +268,9 @@ def test_the_shipped_calibrations_are_those_of_the_shipped_tables(tmp_path):
                 assert torch.equal(made.get_tensor(name), shipped.get_tensor(name)), path.name
 
 
-def test_asking_the_converter_for_help_writes_nothing(monkeypatch, capsys):
+def test_asking_the_converter_for_help_writes_nothing(run, monkeypatch):
     monkeypatch.setattr(convert, "convert_all", None)
-    code, out, err = run_in_process(convert.main, ["convert.py", "--help"], monkeypatch, capsys)
+    code, out, err = run(convert.main, "--help")
     assert code == 0 and "python -m calibrations.convert" in out and not err
 
 

@@ -4,24 +4,19 @@ import os
 import pty
 import re
 import select
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import generate
+from calibrate import calibrate
+from checkpoint import load
 from checkpoint.tokenizer import TokenizerError
 from cli.chat import Chat
-from conftest import CONFIGS, command, random_model, run
+from conftest import CONFIGS, random_model, start
 from session import Session
-
-
-def own_terminal():
-    """Let Ctrl-C reach this process, even if it was started by a background job."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.open(os.ttyname(0), os.O_RDWR)
 
 
 class Terminal:
@@ -29,10 +24,9 @@ class Terminal:
 
     def __init__(self, *arguments):
         self.keyboard, side = pty.openpty()
-        self.process = subprocess.Popen(
-            command(*arguments), stdin=side, stdout=side, stderr=side, start_new_session=True,
-            preexec_fn=own_terminal, env=os.environ | {"TERM": "xterm"})
-        os.close(side)
+        self.process = start(generate.main, "--chat", "--temperature", 0, *arguments,
+                             streams=[os.ttyname(side)] * 3, TERM="xterm")
+        self.side = side  # open until the program has opened it, too
         self.screen = ""
 
     def type(self, text):
@@ -57,6 +51,9 @@ class Terminal:
             except OSError:  # the program has ended
                 raise AssertionError(f"{pattern!r} did not come: {self.screen!r}") from None
         text, self.screen = self.screen[:found.end()], self.screen[found.end():]
+        if self.side is not None:
+            os.close(self.side)
+            self.side = None
         return text
 
     def exit_code(self):
@@ -68,31 +65,16 @@ class Terminal:
         except OSError:
             pass
         os.close(self.keyboard)
-        return self.process.wait(120), text
+        self.process.join(120)
+        return self.process.exitcode, text
 
 
 PROMPT = r"\n(\x1b\[\?2004h)?> "
 
 
-@pytest.fixture
-def terminal(tiny):
-    terminals = []
-
-    def open_terminal(*arguments):
-        terminals.append(Terminal("--model", tiny, "--chat", "--temperature", "0", *arguments))
-        return terminals[-1]
-
-    yield open_terminal
-    for one in terminals:
-        one.process.kill()
-
-
-def test_commands(terminal):
-    chat = terminal("--max-new-tokens", "5", "--sparsity", "0.5", "--calibration", "no-such-file")
-    code, text = chat.exit_code()
-    assert code == 2 and "no-such-file" in text
-
-    chat = terminal("--max-new-tokens", "5")
+def test_a_conversation_at_a_terminal(tiny):
+    """Commands, pasted lines, the history, and Ctrl-C at the prompt."""
+    chat = Terminal("--model", tiny, "--max-new-tokens", 5)
     banner = chat.wait_for(PROMPT)
     assert "sparsity 0, context 64 tokens" in banner and banner.count("\n") == 2
     for line, answer in (
@@ -102,89 +84,68 @@ def test_commands(terminal):
             ("/nonsense 1", "there is no command /nonsense"),
             ("/system Be brief.", "from now on"), ("/system", "no system prompt"),
             ("/clear", "forgotten"), ("hi", r"\(cut at 5 tokens"),
-            ("/stats", r"last answer: prompt 4 tokens.*new 5 tokens.*all at 0: prompt 4 tokens")):
+            ("/stats", r"last answer: prompt 4 tokens.*new 5 tokens.*all at 0: prompt 4 tokens"),
+            ("/clear", "forgotten"),
+            ("\x1b[200~one\ntwo\nthree\nfour\nfive\x1b[201~", "cut at 5 tokens"),
+            # with the template's brackets, of which the cache holds the first
+            ("/stats", "last answer: prompt 24 tokens"), ("/clear", "forgotten"),
+            ("\x1b[A\x1b[A\x1b[A", "cut at 5 tokens"),  # three lines up is the paste
+            ("/stats", "last answer: prompt 1 tokens"), ("/clear", "forgotten")):
         chat.type(line + "\n")
         chat.wait_for(answer)
         chat.wait_for(PROMPT)
-    chat.type("/exit\n")
-    code, text = chat.exit_code()
-    assert code == 0 and "new 5 tokens" in text
-
-
-def test_a_paste_is_one_message(terminal):
-    chat = terminal("--max-new-tokens", "5")
-    chat.wait_for(PROMPT)
-    chat.type("\x1b[200~one\ntwo\nthree\nfour\nfive\x1b[201~\n")
-    chat.wait_for("cut at 5 tokens")
-    chat.wait_for(PROMPT)
-    chat.type("/stats\n")
-    chat.wait_for("last answer: prompt 25 tokens")  # with the template's brackets
-    chat.wait_for(PROMPT)
-    chat.type("\x1b[A\x1b[A\n")  # the history: two lines up is the paste
-    chat.wait_for("cut at 5 tokens")
-
-
-def test_ctrl_c(terminal):
-    chat = terminal("--max-new-tokens", "5")
-    chat.wait_for(PROMPT)
     chat.type("half a line")
     chat.wait_for("half a line")
     chat.type_ctrl_c()
     chat.wait_for("Ctrl-C again or Ctrl-D leaves")
     chat.wait_for(PROMPT)
-    chat.type("hi\n")  # the line was cleared
-    chat.wait_for("cut at 5 tokens")
-    chat.wait_for(PROMPT)
-    chat.type("/stats\n")
-    chat.wait_for("last answer: prompt 4 tokens")
-    chat.wait_for(PROMPT)
+    for line, answer in (("hi", "cut at 5 tokens"),  # the line was cleared
+                         ("/stats", "last answer: prompt 3 tokens")):
+        chat.type(line + "\n")
+        chat.wait_for(answer)
+        chat.wait_for(PROMPT)
     chat.type_ctrl_c()
     chat.wait_for("again")
     chat.wait_for(PROMPT)
     chat.type_ctrl_c()
     code, text = chat.exit_code()
-    assert code == 0 and "new 5 tokens" in text and "Traceback" not in text
+    assert code == 0 and "new 20 tokens" in text and "Traceback" not in text
 
 
-def test_ctrl_d(terminal):
-    chat = terminal()
-    chat.wait_for(PROMPT)
-    chat.type("\x04")
-    assert chat.exit_code()[0] == 0
-
-
-def test_ctrl_c_stops_an_answer(smollm):
-    chat = Terminal("--chat", "--temperature", "0", "--max-new-tokens", "4000")
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves():
+    chat = Terminal("--max-new-tokens", 4000)
     chat.wait_for(PROMPT)
     chat.type("Write a long story about a city.\n")
     chat.wait_for("Write a long story about a city.")
     chat.wait_for(r"\w+ \w+ \w+")
     chat.type("\x03")
     chat.wait_for(PROMPT)
-    chat.type("/exit\n")
+    chat.type("\x04")
     code, text = chat.exit_code()
     assert code == 0 and "MB read per token" in text and "Traceback" not in text
 
 
-def test_piped_lines(tiny, tmp_path, monkeypatch):
+def test_piped_lines(run, tiny, tmp_path):
     """Every line is answered; the numbers are those of each sparsity."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = run("--model", tiny, "--chat", "--max-new-tokens", "6", "--temperature", "0",
-               stdin="Hi\n\n/sparsity 0.5\nHo\n/sparsity 0\nHe\n")
-    assert done.returncode == 0, done.stderr
-    dense, sparse = done.stderr.decode().splitlines()[-2:]
+    calibration = calibrate(load(tiny)[0], torch.arange(256).flip(0), 64, "uniform")
+    calibration.save(tmp_path / "c")
+    done = run(generate.main, "--model", tiny, "--chat", "--max-new-tokens", 6, "--temperature", 0,
+               "--calibration", tmp_path / "c",
+               stdin="Hi\n\n/sparsity 0.5\nHo\n/sparsity 0\nHe\n/exit\nHu\n")
+    assert done.code == 0, done.err
+    dense, sparse = done.err.splitlines()[-2:]
     assert "new 12 tokens" in dense and "unread" not in dense and "asked" not in dense
     assert "new 6 tokens" in sparse and "of the blocks' 0.0 MB unread (50% asked)" in sparse
     share = float(re.search(r"([\d.]+)% of the blocks", sparse)[1])
     assert 20 < share < 80
 
 
-def test_errors_leave_a_piped_conversation_alive(tiny):
-    done = run("--model", tiny, "--chat", "--max-new-tokens", "6", "--temperature", "0",
-               "--calibration", "no-such-file", stdin="Hi\n/sparsity 0.5\nHo\n")
-    assert done.returncode == 0 and b"new 12 tokens" in done.stderr
-    assert b"no-such-file: No such file" in done.stderr
-    assert b"; the sparsity stays 0\n" in done.stderr
+def test_errors_leave_a_piped_conversation_alive(run, tiny):
+    words = ["--model", tiny, "--chat", "--max-new-tokens", 6, "--calibration", "no-such-file"]
+    done = run(generate.main, *words, stdin="Hi\n/sparsity 0.5\nHo\n")
+    assert done.code == 0 and "new 12 tokens" in done.err
+    assert "no-such-file: No such file" in done.err
+    assert "; the sparsity stays 0\n" in done.err
 
 
 # ---- the conversation, without a model that means anything -------------------------------------

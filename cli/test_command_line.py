@@ -1,32 +1,27 @@
 """Tests of what all scripts share: numbers, flags, and how a script ends."""
 
 import argparse
+import functools
+import io
+import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint.files import read_input
 from cli.command_line import add_model_flags, make_parser, number, run_script
+from conftest import HERE, start
 
-HERE = Path(__file__).resolve().parents[1]
 DOC = "What it does.\n\nWhy.\n\n    python script.py --model M"
 
 
 @pytest.fixture
-def ends(monkeypatch, capfd):
-    """A function: how a script called script.py ends -> (exit code, stdout, stderr)."""
-    def ends(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["/some/where/script.py", *arguments])
-        code = 0
-        try:
-            run_script(main)
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capfd.readouterr()
-    return ends
+def ends(run):
+    """A function: how a script called script.py ends."""
+    return functools.partial(run, name="/some/where/script.py")
 
 
 def test_numbers():
@@ -121,38 +116,36 @@ def test_the_memory_of_the_device_that_is_full(ends, monkeypatch):
         assert code == 2 and words in err
 
 
-def script(tmp_path, line):
-    """The command of a script that is one line long."""
-    path = tmp_path / "script.py"
-    path.write_text(f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\n"
-                    f"from cli.command_line import run_script\nrun_script(lambda: {line})\n")
-    return [sys.executable, str(path)]
+def endless():
+    for i in itertools.count():
+        print(i)
 
 
-def test_a_reader_that_leaves_and_a_full_disk(tmp_path):
-    process = subprocess.Popen(script(tmp_path, "[print(i) for i in range(10**6)]"),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.wait(60) == 0 and process.stderr.read() == b""
-    for line in ("print(1)", "print(1, flush=True)"):
-        with open("/dev/full", "wb") as full:
-            done = subprocess.run(script(tmp_path, line), stdout=full, stderr=subprocess.PIPE)
-        assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
-        assert b"No space left" in done.stderr
-    done = subprocess.run(["bash", "-c", '"$@" >&-', "-", *script(tmp_path, "print(1)")])
-    assert done.returncode == 0
+def test_a_reader_that_leaves(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    process = start(endless, streams=["/dev/null", tmp_path / "pipe", tmp_path / "err"])
+    with open(tmp_path / "pipe") as pipe:
+        pipe.read(1)
+    process.join(60)
+    assert process.exitcode == 0 and (tmp_path / "err").read_text() == ""
+
+
+def test_a_full_disk():
+    program = "from cli.command_line import run_script; run_script(lambda: print(1))"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=full,
+                              stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert b"No space left" in done.stderr
 
 
 @pytest.mark.parametrize("encoding, answer", [("utf-8", "日 é\nx\nA"), ("latin-1", "? é\nx\nA"),
                                               ("ascii", "? ?\nx\nA")])
-def test_streams_of_any_encoding(encoding, answer):
+def test_streams_of_any_encoding(encoding, answer, monkeypatch):
     """What standard output lacks is replaced; a byte order mark and CRLF are no text."""
-    script = ("import sys; from checkpoint.files import read_input; import cli.command_line as c; "
-              "c.run_script(lambda: print('日 é', read_input(sys.stdin.read), sep='\\n'))")
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=b"\xef\xbb\xbfx\r\nA", capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": f"{encoding}:surrogateescape" if encoding == "ascii"
-                          else encoding, "PYTHONUTF8": "0"})
+    errors, out = "surrogateescape" if encoding == "ascii" else "strict", io.BytesIO()
+    for name, stream in ("stdin", io.BytesIO(b"\xef\xbb\xbfx\r\nA")), ("stdout", out):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding, errors))
+    run_script(lambda: print("日 é", read_input(sys.stdin.read), sep="\n"))
     expected = answer.replace("\nx", "\nï»¿x") if encoding == "latin-1" else answer
-    assert done.stdout.decode(encoding).rstrip("\n") == expected and done.returncode == 0
+    assert out.getvalue().decode(encoding).rstrip("\n") == expected

@@ -64,10 +64,18 @@ def test_a_linear_for_any_model_copies_with_the_kernel():
     assert GRAPH["sparse_linear"] == {"sparse_gemv"}
 
 
-def test_nothing_but_tests_imports_tests():
+def test_nobody_imports_a_test():
     for name, found in GRAPH.items():
-        if ".test_" not in f".{name}":
-            assert not any(".test_" in f".{other}" for other in found), name
+        assert not any(".test_" in f".{other}" for other in found), name
+
+
+def test_the_top_level_is_small():
+    if not (HERE / ".git").exists():
+        pytest.skip("the tree may hold more than the project")
+    listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout
+    top = {line.partition("/")[0] for line in listed.split("\n") if line}
+    assert sum(name.startswith("test_") for name in top) <= 10 and len(top) <= 42
+    assert sum(f"{name}.py" in top for name in MODULES if "test_" not in name) <= 14
 
 
 def test_the_command_line_alone_knows_of_torchrun():

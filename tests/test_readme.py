@@ -1,70 +1,49 @@
 """Every command and example of README.md works, on the default model and shortened where it is
 long; so does the example of calibrations/thresholds.py."""
 
-import os
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmark
 import calibrations.thresholds
 
 HERE = Path(__file__).resolve().parents[1]
-# Lines of code are indented by four; a line that does not start a command or an example is left
-# out.
-CODE = [
-    line[4:]
-    for line in (HERE / "README.md").read_text().splitlines()
-    if line.startswith("    ") or not line
-]
-COMMANDS = sorted(
-    {
-        line.partition("   #")[0].partition("&& ")[2] or line.partition("   #")[0]
-        for line in CODE
-        if line.startswith(("python ", "pip install -r requirements.txt &&"))
-    }
-)
+# Lines of code are indented by four. A line that begins neither a command nor an example is none.
+CODE = [line[4:] for line in (HERE / "README.md").read_text().splitlines()
+        if line.startswith("    ") or not line]
+COMMANDS = sorted({
+    line.partition("   #")[0].rpartition("&& ")[2] for line in CODE
+    if line.startswith(("python ", "pip install -r requirements.txt &&"))})
 PYTHON = "\n".join(line for line in CODE if not line.startswith(("python ", "pip ")))
 EXAMPLES = [block for block in re.split(r"\n{3,}", PYTHON) if "import" in block]
-DOCUMENTED = re.findall(r"(?m)^    (.*)", calibrations.thresholds.__doc__)
-EXAMPLES.append("\n".join(DOCUMENTED))
+EXAMPLES.append("\n".join(re.findall(r"(?m)^    (.*)", calibrations.thresholds.__doc__)))
 CHAINED, ON_A_GPU = r"/tmp/.*\.safetensors|smollm2-int8", r"benchmark\.py --(config|kernels)"
+SHORTER = {  # added to a command: of an option that is given twice, the last one counts
+    "generate.py": "--max-new-tokens 4 --seed 1", "calibrate.py": "--tokens 64 --window 32",
+    "evaluate.py": "--text README.md --window 64 --windows 1 --offset 0 --sparsity 0 0.5 "
+                   "--json /tmp/e.json --plot /tmp/e.png",
+    "benchmark.py": "--sparsity 0.5", "quantize.py": ""}
 
 
 def shortened(command, folder):
-    """The command's arguments, its files in `folder`, with less to do."""
-    words = [word.replace("/tmp/", f"{folder}/") for word in shlex.split(command)]
-    if words[1] == "generate.py" and "--help" not in words:
-        words += ["--max-new-tokens", "4", "--seed", "1"]
-    if words[1] == "benchmark.py" and "cpu" in words:
-        words[words.index("--sparsity") :] = ["--sparsity", "0.5"]
-    if words[1] == "calibrate.py":
-        words += ["--tokens", "64", "--window", "32"]
-    if words[1] == "evaluate.py":
-        for option, value in (
-            ("--text", "README.md"),
-            ("--window", "64"),
-            ("--windows", "1"),
-            ("--offset", "0"),
-            ("--sparsity", "0.5"),
-            ("--json", f"{folder}/e.json"),
-            ("--plot", f"{folder}/e.png"),
-        ):
-            if option in words:
-                at = words.index(option) + 1
-                end = next(
-                    (i for i in range(at, len(words)) if words[i].startswith("--")), len(words)
-                )
-                words[at:end] = [value]
-    return [sys.executable] + [word.replace("figures/", f"{folder}/") for word in words[1:]]
+    """The command's words after "python", its files in `folder`, with less to do."""
+    _, script, *words = shlex.split(command)
+    words += shlex.split(SHORTER[script]) if "--help" not in words else []
+    return [script, *(word.replace("/tmp/", f"{folder}/") for word in words)]
 
 
 def test_the_readme_shows_something():
     assert len(COMMANDS) >= 8 and len(EXAMPLES) == 3, (COMMANDS, EXAMPLES)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    monkeypatch.chdir(HERE)
 
 
 @pytest.fixture(scope="module")
@@ -72,42 +51,37 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("readme")
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if not re.search(f"{CHAINED}|{ON_A_GPU}", c)]
-)
-def test_command(command, folder):
-    run(command, folder)
+@pytest.mark.parametrize("command", [
+    c for c in COMMANDS if not re.search(f"{CHAINED}|{ON_A_GPU}", c)])
+def test_command(run, command, folder):
+    check(run, command, folder)
 
 
 @pytest.mark.parametrize("pattern", CHAINED.split("|"))
-def test_commands_that_follow_each_other(pattern, folder):
+def test_commands_that_follow_each_other(run, pattern, folder):
     """The first writes what the second reads: calibrate or quantize, then generate."""
-    commands = sorted(
-        (c for c in COMMANDS if re.search(pattern, c)), key=lambda c: "generate.py" in c
-    )
+    commands = sorted((c for c in COMMANDS if re.search(pattern, c)),
+                      key=lambda c: "generate.py" in c)
     assert len(commands) == 2
     for command in commands:
-        run(command, folder)
+        check(run, command, folder)
 
 
-def run(command, folder):
+def check(run, command, folder):
+    """The command works, in this process, and prints what it should."""
     words = shortened(command, folder)
-    done = subprocess.run(
-        words,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        input="Hi\n",  # for --chat
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    out, err = printed(words)
-    assert re.search(out, done.stdout) and re.search(err, done.stderr), (command, done)
+
+    def main():
+        runpy.run_path(words[0], run_name="__main__")
+
+    code, out, err = run(main, *words[1:], stdin="Hi\n", name=words[0])  # a line for --chat
+    expected = printed(words)
+    assert code == 0 and re.search(expected[0], out) and re.search(expected[1], err), (out, err)
 
 
 def printed(words):
     """Patterns of what a command prints: on standard output, and on standard error."""
-    script = words[1]
+    script = words[0]
     if "--help" in words:
         return rf"^usage: {script} ", "^$"
     if script == "quantize.py":
@@ -129,14 +103,13 @@ def printed(words):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(ON_A_GPU, c)])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes where there is a GPU")
-def test_benchmark_says_that_it_needs_a_gpu(command, folder):
-    done = subprocess.run(shortened(command, folder), cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and "no GPU" in done.stderr and "Traceback" not in done.stderr
+def test_benchmark_says_that_it_needs_a_gpu(run, command):
+    code, _, err = run(benchmark.main, *shlex.split(command)[2:])
+    assert code == 2 and "no GPU" in err
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_example(example, monkeypatch, capsys):
-    monkeypatch.chdir(HERE)
+def test_example(example, capsys):
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     if "import generate" in example:

@@ -1,8 +1,6 @@
 """Tensor parallel: two and four processes give the logits and tokens of one.
 
 On CPUs with gloo; on a machine with as many GPUs as processes, there with NCCL.
-
-The tests start torchrun with this very file, whose `main` is what a rank does.
 """
 
 import json
@@ -10,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,12 +19,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import benchmark
 import checkpoint
+import generate
 import tensor_parallel
 from checkpoint.config import parse_config
 from checkpoint.tensors import tensor_shapes
 from cli import quantize_folder
-from conftest import write_llama
+from conftest import Ended, start, write_llama
 from session import Session
 
 HERE = Path(__file__).resolve().parents[1]
@@ -71,30 +73,49 @@ def int4_folder(folder, tmp_path):
     return tmp_path / "int4"
 
 
-def main(folder, out, device, quantize):
+def main():
     """What one rank does: the first one writes the results."""
+    folder, out, device, quantize = sys.argv[1:]
     found = results(Path(folder), device, quantize or None)
     if tensor_parallel.rank() == 0:
         Path(out).write_text(json.dumps(found))
-    tensor_parallel.stop()
+
+
+def ranks(n, main, *words):
+    """Run a script's main() on n ranks, as torchrun would -> Ended, output and errors of all."""
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        port = listening.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(f"{folder}/out{i}", f"{folder}/err{i}") for i in range(n)]
+        started = [start(main, *words, streams=["/dev/null", *files[i]], RANK=str(i),
+                         LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR="localhost",
+                         MASTER_PORT=str(port)) for i in range(n)]
+        deadline = time.monotonic() + 120
+        while any(process.is_alive() for process in started) and time.monotonic() < deadline:
+            if any(process.exitcode for process in started):
+                break
+            time.sleep(0.02)
+        for process in started:  # as torchrun does once one has failed
+            process.terminate()
+            process.join()
+        out, err = ("".join(Path(file).read_text() for file in kind) for kind in zip(*files))
+        return Ended(next((p.exitcode for p in started if p.exitcode), 0), out, err)
 
 
 def torchrun(n, *words):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
-            *map(str, words)]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            *map(str, (n, *words))]
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("n, quantize", [("2", ""), ("4", ""), ("2", "int8")])
+@pytest.mark.parametrize("n, quantize", [(2, ""), (4, ""), (2, "int8")])
 def test_ranks_give_what_one_process_gives(n, quantize, folder, tmp_path):
-    out, device = tmp_path / "out.json", "cpu"
-    if torch.cuda.device_count() >= int(n):
-        device = "cuda"
-    done = subprocess.run(torchrun(n, __file__, folder, out, device, quantize), cwd=HERE, env=ENV,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    out, device = tmp_path / "out.json", "cuda" if torch.cuda.device_count() >= n else "cpu"
+    done = ranks(n, main, folder, out, device, quantize)
+    assert done.code == 0, done.err
     ours, expected = json.loads(out.read_text()), results(folder, device, quantize or None)
     # int8 rounds o and down by their slices, which have scales of their own
     off = (torch.tensor(ours["logits"]) - torch.tensor(expected["logits"])).abs().max()
@@ -111,82 +132,73 @@ def test_ranks_give_what_one_process_gives(n, quantize, folder, tmp_path):
 
 def test_ranks_share_an_int4_folder(int4_folder, tmp_path):
     out = tmp_path / "out.json"
-    done = subprocess.run(torchrun("2", __file__, int4_folder, out, "cpu", ""), cwd=HERE, env=ENV,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = ranks(2, main, int4_folder, out, "cpu", "")
+    assert done.code == 0, done.err
     ours, expected = json.loads(out.read_text()), results(int4_folder, "cpu")
     off = torch.tensor(ours["logits"]) - torch.tensor(expected["logits"])
     assert off.norm() <= 0.02 * torch.tensor(expected["logits"]).norm()  # int8, by their slices
     assert ours["digest"] == expected["digest"]
     assert ours["sparse"][1] == pytest.approx(expected["sparse"][1], abs=0.02)
     # Four ranks would have 16 columns of k and of v each.
-    done = subprocess.run(
-        torchrun("4", "generate.py", "--model", int4_folder, "--prompt", "x", "--device", "cpu"),
-        cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert done.stderr.count("generate.py: error: 4 ranks cannot share tensor model.layers.0.self_"
-                             "attn.q_proj.weight: int4 is cut at multiples of 32 columns") == 1
+    done = ranks(4, generate.main, "--model", int4_folder, "--prompt", "x", "--device", "cpu")
+    assert done.code == 2
+    assert done.err.count("generate.py: error: 4 ranks cannot share tensor model.layers.0.self_"
+                          "attn.q_proj.weight: int4 is cut at multiples of 32 columns") == 1
 
 
-def test_generate_prints_once(folder):
+def test_generate_prints_once(run, folder):
     """And its numbers are those of both ranks, which is said: only the LM head is read twice."""
-    words = ["generate.py", "--model", folder, "--raw", "--prompt", "-", "--dtype", "float32",
-             "--device", "cpu", "--max-new-tokens", "20", "--temperature", "0.8"]
-    two = subprocess.run(torchrun("2", *words), cwd=HERE, input="abc", env=ENV,
+    words = ["--model", folder, "--raw", "--prompt", "-", "--dtype", "float32", "--device", "cpu",
+             "--max-new-tokens", 20, "--temperature", 0.8]
+    two = subprocess.run(torchrun(2, "generate.py", *words), cwd=HERE, input="abc", env=ENV,
                          capture_output=True, text=True, timeout=300)
     seed = re.search(r"\| seed (\d+)", two.stderr)[1]  # the first rank's, for all
-    words += ["--seed", seed]
-    one = subprocess.run([sys.executable, *map(str, words)], cwd=HERE, input="abc", env=ENV,
-                         capture_output=True, text=True, timeout=300)
-    assert one.returncode == two.returncode == 0, two.stderr
-    assert two.stdout == one.stdout
+    one = run(generate.main, *words, "--seed", seed, stdin="abc")
+    assert one.code == two.returncode == 0, two.stderr
+    assert two.stdout == one.out
     assert two.stderr.count("new 20 tokens") == 1
-    read = [float(re.search(r"([\d.]+) MB read per token" + ranks, done.stderr)[1])
-            for done, ranks in ((one, r"\n"), (two, " by 2 ranks"))]
+    read = [float(re.search(r"([\d.]+) MB read per token" + ranks, text)[1])
+            for text, ranks in ((one.err, r"\n"), (two.stderr, " by 2 ranks"))]
     assert read[1] == pytest.approx(read[0] + 64 * 256 * 4 / 1e6, abs=0.1)
 
 
-def test_benchmark_counts_a_rank(folder):
+def quick_benchmark():
+    """benchmark.py, which need not know this machine; in a process of its own."""
+    benchmark.read_bandwidth = lambda device: 1e9
+    benchmark.main()
+
+
+def test_benchmark_counts_a_rank(run, folder, monkeypatch):
     """The bytes of one of two ranks: half of the blocks and the cache; the whole LM head, norms,
     biases of o and embedding row."""
-    words = ["benchmark.py", "--model", folder, "--device", "cpu", "--sparsity", "0", "0.5",
-             "--context", "70", "--dtype", "float32", "--json"]
-    rows = []
-    for command in ([sys.executable, *words], torchrun("2", *words)):
-        file = folder / f"{len(rows)}.json"
-        done = subprocess.run([*map(str, command), str(file)], cwd=HERE, env=ENV,
-                              capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        rows.append(json.loads(file.read_text()))
-    assert "2 ranks, bytes and limit of each" in done.stdout and "us per layer" in done.stdout
+    words = ["--model", folder, "--device", "cpu", "--sparsity", 0, 0.5, "--context", 70, "--dtype",
+             "float32", "--json"]
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 1e9)
+    one = run(benchmark.main, *words, folder / "1.json")
+    two = ranks(2, quick_benchmark, *words, folder / "2.json")
+    assert one.code == two.code == 0, two.err
+    assert "2 ranks, bytes and limit of each" in two.out and "us per layer" in two.out
+    rows = [json.loads((folder / f"{n}.json").read_text()) for n in (1, 2)]
     whole = (64 * 256 + (7 + 3 + 1) * 64) * 4
     one, two = (row[0]["bytes_per_token"] for row in rows)
     assert two == pytest.approx((one - whole) / 2 + whole)
     assert rows[1][1]["realised_sparsity"] == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("n, words", [
-    ("8", "8 ranks cannot share the model's 4 n_kv_heads; start a number of processes"),
-    ("3", "3 ranks cannot share the model's 4 n_kv_heads")])
-def test_heads_that_do_not_divide_are_refused(n, words, folder):
-    done = subprocess.run(
-        torchrun(n, "generate.py", "--model", folder, "--prompt", "x", "--device", "cpu"),
-        cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert done.stderr.count(f"generate.py: error: {words}") == 1
-
-
-def test_no_calibration_is_refused(folder, tmp_path):
-    done = subprocess.run(
-        torchrun("2", "generate.py", "--model", folder, "--raw", "--prompt", "x", "--sparsity",
-                 "0.5", "--device", "cpu"), cwd=HERE,
-        env=ENV | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "takes one process; run it without torchrun first" in done.stderr
+@pytest.mark.parametrize("n, words, message", [
+    (8, [], "8 ranks cannot share the model's 4 n_kv_heads; start a number of processes"),
+    (3, [], "3 ranks cannot share the model's 4 n_kv_heads"),
+    (2, ["--sparsity", 0.5], "the calibration of a new model takes one process; run it without "
+     "torchrun first")])
+def test_what_ranks_cannot_do_is_refused(n, words, message, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = ranks(n, generate.main, "--model", folder, "--raw", "--prompt", "x", "--device", "cpu",
+                 *words)
+    assert done.code == 2 and done.err.count(f"generate.py: error: {message}") == 1
 
 
 def test_a_rank_that_dies_ends_the_others(folder):
-    words = torchrun("2", "generate.py", "--model", folder, "--chat", "--device", "cpu")
+    words = torchrun(2, "generate.py", "--model", folder, "--chat", "--device", "cpu")
     ranks = subprocess.Popen(words, cwd=HERE, env=ENV, stdin=subprocess.PIPE,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -203,7 +215,3 @@ def test_a_rank_that_dies_ends_the_others(folder):
         assert ranks.returncode != 0 and time.time() - start < 10
     finally:
         ranks.kill()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
