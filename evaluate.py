@@ -179,7 +179,6 @@ def plot(path, rows):
     start = [row for row in rows if row["sparsity"] == 0]
     for allocation in dict.fromkeys(row["allocation"] for row in rows if row["sparsity"] > 0):
         line = start + [row for row in rows if row["allocation"] == allocation]
-        line.sort(key=lambda row: row["realised_sparsity"])
         x, y = zip(*[(row["realised_sparsity"], row["perplexity"]) for row in line])
         axes.plot(x, y, marker="o", label=allocation)
     for row in start:

@@ -16,8 +16,9 @@ from model import PROJECTIONS, SITES, Config, KVCache
 from quantize import Int8Linear
 from session import block_bytes, other_bytes
 
-TINY = Config(320, 64, 96, 2, 4, 2, 16, context=512)
-TIED = Config(320, 64, 96, 2, 4, 2, 16, context=512, tie_embeddings=True, sliding_window=8)
+TINY = Config(320, 64, 96, 2, 4, 2, 16, context=512, norm_eps=0.1)
+TIED = Config(320, 64, 96, 2, 4, 2, 16, context=512, tie_embeddings=True, sliding_window=8,
+              rope_theta=100.0)
 
 
 @pytest.fixture
@@ -53,6 +54,8 @@ def test_transformers_gets_the_same_weights(config, quantize):
     model = benchmark.random_model(config, torch.float32, "cpu", quantize)
     if model.embedding is not None and config.tie_embeddings:  # int8 rounded the head alone
         model.embedding = model.lm_head.weight(0, config.vocab_size).T
+    for block in model.blocks:
+        block.attn_norm.normal_(), block.mlp_norm.normal_()
     tokens = benchmark.random_tokens(model, 7)  # within the sliding window
     theirs = transformers_speed.to_transformers(model)(tokens[None]).logits[0]
     torch.testing.assert_close(
@@ -112,7 +115,7 @@ def test_the_first_token_is_timed_without_the_weights(benchmarked, measured, mon
 
 
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["own head", "tied"])
-def test_bytes_and_sparsity_are_counted(config):
+def test_bytes_and_sparsity_are_counted(config, monkeypatch):
     model = benchmark.random_model(config, torch.bfloat16, "cpu", None)
     decoder = CpuDecoder(model, KVCache(config, 64, torch.bfloat16), lambda x: x.argmax()[None])
     shape = config.n_layers, len(PROJECTIONS)
@@ -128,6 +131,12 @@ def test_bytes_and_sparsity_are_counted(config):
     assert none[1] == rest and dense[1] == rest + block_bytes(model)
     assert some[1] == pytest.approx(rest + (1 - some[2]) * block_bytes(model))
     assert decoder.n_steps == 3 * 3 * 10 and decoder.position == 25 + 10
+    monkeypatch.setattr("lm_head.LEAST_WEIGHTS", 0)  # of the head, only what can matter
+    decoder = CpuDecoder(model, decoder.cache, lambda x: x.argmax()[None], top=1)
+    once, again = (benchmark.decode_speeds(
+        decoder, thresholds[:1], torch.arange(5), context=30, n_tokens=10, runs=1)[0][1]
+        for _ in range(2))
+    assert once == again < dense[1]
 
 
 def test_the_median_of_the_runs_is_told(monkeypatch):
@@ -141,14 +150,28 @@ def test_the_median_of_the_runs_is_told(monkeypatch):
     assert speed == 10 / 4
 
 
+def test_a_layer_has_two_all_reduces(monkeypatch):
+    calls = []
+    ranks = types.SimpleNamespace(empty=lambda *_: torch.empty(4), all_reduce=calls.append)
+    model = types.SimpleNamespace(ranks=ranks, dtype=None, device=None, config=TINY)
+    clock(monkeypatch, 0, 6)
+    assert benchmark.reduce_seconds(types.SimpleNamespace(model=model), repeats=3) == 2
+    assert len(calls) == 6
+
+
 # ---- command line ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["bfloat16", "int8"])
-def test_random_weights_on_a_cpu(benchmarked, tmp_path, quantize):
+def test_random_weights_on_a_cpu(benchmarked, tmp_path, quantize, monkeypatch):
     file = tmp_path / "new" / "speed.json"
+    made, head = [], "whole" if quantize else "auto"
+    monkeypatch.setattr(benchmark, "new_decoder", lambda *a, new=benchmark.new_decoder, **options: (
+        made.append(options) or new(*a, **options)))
+    monkeypatch.setattr(benchmark, "transformers_speed", lambda model, context, n_tokens: context)
     code, out, err = benchmarked("--config", "tiny", "--sparsity", 0, 0.5, "--context", 80, 100,
-                                 *quantize, "--json", file, "--compare", "transformers")
-    assert code == 0, err
+                                 *quantize, "--head", head, "--json", file,
+                                 "--compare", "transformers")
+    assert code == 0 and made == [{"top": int(head == "auto")}], err
     assert "uniform from random tokens" in out and "read bandwidth 1 GB/s" in out
     *rows, theirs = json.loads(file.read_text())
     assert [(row["context"], row["sparsity"]) for row in rows] == [
@@ -159,7 +182,7 @@ def test_random_weights_on_a_cpu(benchmarked, tmp_path, quantize):
         assert abs(row["realised_sparsity"] - row["sparsity"]) < 0.15
         share = row["tokens_per_second"] * row["bytes_per_token"] / row["read_bandwidth"]
         assert row["share_of_limit"] == pytest.approx(share)
-    assert theirs["engine"] == "transformers" and theirs["tokens_per_second"] > 0
+    assert theirs["engine"] == "transformers" and theirs["tokens_per_second"] == 80
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 

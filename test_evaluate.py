@@ -62,6 +62,7 @@ def test_sparse_scores_are_those_of_decoding_token_by_token(
     assert result["nll"] == pytest.approx(F.cross_entropy(logits, tokens[33:]).item(), rel=1e-4)
     divergence = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
     assert result["kl"] == pytest.approx(divergence.item(), rel=1e-3)
+    assert abs(result["sparsity"].mean() - 0.4) < 0.05  # of the second half alone
     same = reference.argmax(-1) == logits.argmax(-1)
     assert result["top1"] == pytest.approx(same.float().mean().item())
 
@@ -81,6 +82,14 @@ def test_cut():
     for arguments in ((41,), (8, 4, 2), (8, 5), (8, -1, 2), (8, 0, 0)):
         with pytest.raises(ValueError, match="windows"):
             cut(tokens, *arguments)
+
+
+def test_the_best_calibration_of_each_allocation(model, calibration, monkeypatch):
+    found = [Calibration(calibration.table, calibration.sparsities, {"allocation": name})
+             for name in ("fisher", "uniform", "fisher")]
+    monkeypatch.setattr(evaluate, "candidates", lambda model: found)
+    assert evaluate.find_calibrations(model, [], None) == {"fisher": found[0], "uniform": found[1]}
+    assert evaluate.find_calibrations(model, [], ["uniform"]) == {"uniform": found[1]}
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -162,7 +171,7 @@ def test_measurements_are_known_by_their_content(evaluated, tmp_path, calibratio
     file, other = tmp_path / "r.json", tmp_path / "other"
     other.mkdir()
     (other / "text").write_text("Another text of that name. " * 20)
-    (other / "same").write_text((tmp_path / "text").read_text())
+    (other / "same").write_text("\ufeff" + (tmp_path / "text").read_text())
     changed = Calibration(calibration.table * 1.1, calibration.sparsities, calibration.metadata)
     changed.save(other / "uniform.safetensors")
 

@@ -23,7 +23,8 @@ from checkpoint.tensors import weight_bytes
 from cli.report import report, summary, warn_of_broken_text
 from conftest import PROMPTS, ask, start
 from model import Config, Model
-from session import Session
+from quantize import Int8Linear
+from session import Session, block_bytes, other_bytes
 
 GREEDY = ["--temperature", 0]
 
@@ -80,8 +81,9 @@ def test_the_python_api_ends_where_the_model_or_a_stop_text_does(tiny):
     assert "".join(short) == text[:text.index(text[2])]
     asked, encode = [], tokenizer.encode
     tokenizer.encode = lambda *a, **o: asked.append((a, o)) or encode(*a, **o)
-    next(generate.generate(model, tokenizer, "abc", 2))
-    assert asked == [(("abc",), {})]
+    with mock.patch.object(generate, "text_pieces", return_value=[""]) as pieces:
+        next(generate.generate(model, tokenizer, "abc", 2))
+    assert asked == [(("abc",), {})] and pieces.call_args.args[2:] == ((), encode("abc"))
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -194,6 +196,7 @@ def test_what_ended_the_text(run, tiny, monkeypatch):
     assert "(cut: the context of 64 tokens is full)" in full and "new 61 tokens" in full
 
     def interrupted(ids, tokenizer, stop, prompt):
+        assert prompt == tokenizer.encode("abc")  # which the text continues
         yield tokenizer.decode([next(ids)])
         raise KeyboardInterrupt
 
@@ -241,13 +244,16 @@ def test_what_the_command_line_passes_on(run, tiny, monkeypatch):
             return 0.123
 
     monkeypatch.setattr(generate, "Session", Watched)
-    sampling = {"top_k": 7, "top_p": 0.6, "min_p": 0.2, "repetition_penalty": 1.3,
+    threads = mock.Mock()
+    monkeypatch.setattr(torch, "set_num_threads", threads)
+    sampling = {"head": "whole", "top_k": 7, "top_p": 0.6, "min_p": 0.2, "repetition_penalty": 1.3,
                 "temperature": 0.9, "seed": 11}
     flags = [word for name, value in sampling.items()
              for word in (f"--{name.replace('_', '-')}", value)]
     done = run(generate.main, "--model", tiny, "--prompt", "abc", "--max-new-tokens", 5, "--json",
-               *flags)
+               "--threads", 3, *flags)
     assert made[0].items() >= (sampling | {"stop": {255}}).items()
+    assert mock.call(3) in threads.mock_calls
     assert '"realised_sparsity": 0.123' in done.err
 
 
@@ -395,12 +401,23 @@ def test_too_little_memory(tiny, monkeypatch):
         checkpoint.load(tiny)
     expected = 4 * (2 * 2 + 2 + 2 * 2 + 4 * 4 + 3 * 6)
     assert weight_bytes(Config(1, 2, 3, 1, 1, 1, 2), torch.float32) == expected
+    tied = Config(64, 32, 48, 1, 4, 2, 8, tie_embeddings=True)  # int8 has an embedding of its own
+    model = Model(tied, linear=Int8Linear)
+    assert weight_bytes(tied, torch.float32, "int8") == pytest.approx(
+        block_bytes(model) + other_bytes(model) + 63 * 32 * 4, rel=0.02)
+    with pytest.raises(ValueError, match="try --dtype bfloat16 or a smaller model"):
+        checkpoint.load(tiny, quantize="int8")
     for dtype, words in ((torch.float32, "a context of 9999999 tokens needs 1.3 GB .* try a "
                           "shorter one with --context or --dtype bfloat16"),
                          (torch.bfloat16, "with --context$")):
         with pytest.raises(ValueError, match=words):
             model = Model(Config(64, 32, 48, 1, 4, 2, 8, context=9_999_999), dtype)
             generate.open_session(model, context=9_999_999)
+    # where the LM head's certificate does not fit beside the context, all of the head is read
+    monkeypatch.setattr("lm_head.LEAST_WEIGHTS", 0)
+    for free, whole in (20 * 64 + 64 * 44 - 1, True), (20 * 64 + 64 * 44, False):
+        monkeypatch.setattr(generate, "free_memory", lambda device, free=free: free)
+        assert (generate.open_session(model, context=20).decoder.bounds is None) == whole
 
 
 def test_chat_context_that_fits(run, tiny, tmp_path, monkeypatch):

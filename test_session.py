@@ -128,6 +128,7 @@ def test_generator(smollm):
     session = Session(model, context=len(ids) + 3)
     assert list(session.generate(ids, 12)) == whole[:3] and session.ended == "context"
     assert list(session.generate(ids, 3)) == whole[:3] and session.ended == "length"
+    assert next(session.generate(ids, 3)) == whole[0] and session.ended is None
     with pytest.raises(
         ValueError, match=f"has {len(ids) + 4} tokens, more than the context of {len(ids) + 3}"
     ):
@@ -269,6 +270,9 @@ def test_infinite_numbers_are_not_drawn_from():
     model = overflowing(torch.float32, lambda model: model.lm_head.w_t[:, 7].fill_(math.inf))
     with pytest.raises(ValueError, match="the output of the LM head is infinite or NaN"):
         list(Session(model, temperature=1.0).generate([1, 2, 3], 4))
+    session = Session(model, temperature=1.0)
+    for value in math.inf, -math.inf, math.nan:
+        assert session.choose(torch.tensor([0.0, value, 1.0])).tolist() == [-1]
 
 
 def test_infinite_numbers_while_decoding():
@@ -447,6 +451,12 @@ def test_the_watch_looks_at_64_tokens_at_a_time():
         assert not warnings
         list(watch.watch(session.steps(200, reached), 0.5))
         assert warnings == [(0.5, pytest.approx(share, abs=0.01)) for share in warned]
+    session, warnings = Reading(), []
+    watch = SparsityWatch(session, lambda *found: warnings.append(found))
+    for asked in 0.5, 0.2:  # another sparsity begins anew
+        list(watch.watch(session.steps(40, asked), asked))
+    list(watch.watch(session.steps(200, 0.2), 0.2))
+    assert not warnings
 
 
 def test_prompts_one_after_the_other():
@@ -456,7 +466,7 @@ def test_prompts_one_after_the_other():
     prompts = [torch.randint(0, 101, (40,)).tolist() for _ in range(2)]
     for penalty in (1.0, 2.0):
         session = Session(model, repetition_penalty=penalty)
-        for prompt in (prompts[0], prompts[0], prompts[1]):
+        for prompt in (prompts[0], prompts[0], prompts[1], prompts[0]):
             fresh = Session(model, repetition_penalty=penalty)
             assert list(session.generate(prompt, 24)) == list(fresh.generate(prompt, 24))
 
@@ -530,6 +540,7 @@ def test_ids_of_all_kinds():
         for tokens in Session(model).generate(ids, 4), generate_tokens(model, ids, 4):
             assert list(tokens) == list(Session(model).generate([1, 2, 3], 4))
     assert list(generate_tokens(model, [1], 0)) == []
+    assert len(list(generate_tokens(model, [1], 99))) == 31  # the context is 32
     with pytest.raises(ValueError, match="max_new_tokens is -1"):
         next(generate_tokens(model, [1], -1))
 

@@ -128,7 +128,7 @@ def odd():
 
 @pytest.mark.parametrize("make, threshold, message", [
     (lambda: nn.Linear(4, 5, device="meta"), -1, "meta device"), (quantized, -1, "quantized"),
-    (odd, -1, "shape"), (linear, float("nan"), "NaN")])
+    (odd, -1, "shape"), (lambda: linear(0), -1, "not empty"), (linear, float("nan"), "NaN")])
 def test_bad_linears_are_named(make, threshold, message):
     with pytest.raises(ValueError, match=message):
         SparseLinear.from_linear(make(), threshold)

@@ -61,6 +61,8 @@ def test_a_file_gives_back_what_was_saved(calibration, tmp_path):
     file = tmp_path / "new" / "c.safetensors"
     calibration.save(file)
     loaded = Calibration.load(file, CONFIG)
+    with open(file, "r+b") as opened:  # what becomes of it later changes nothing
+        opened.write(bytes(file.stat().st_size))
     assert torch.equal(loaded.table, calibration.table)
     assert torch.equal(loaded.sparsities, calibration.sparsities)
     assert loaded.metadata == calibration.metadata and loaded.metadata["allocation"] == "fisher"
@@ -78,7 +80,7 @@ def test_a_file_has_the_usual_permissions(calibration, tmp_path):
 
 def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypatch):
     """The file is there whole or not at all."""
-    file = tmp_path / "c.safetensors"
+    file, opened = tmp_path / "c[1].safetensors", len(os.listdir("/proc/self/fd"))
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -102,6 +104,7 @@ def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypa
         calibration.save(file)
         assert temporary.exists()
     assert list(tmp_path.iterdir()) == [file] and file.read_text() == "of a living process"
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def damaged(calibration, **changes):

@@ -240,8 +240,9 @@ def write_folder(folder, config=CONFIG, tensors=None, tokenizer=None, **files):
     return folder
 
 
-def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
-    """A GGUF file with the hand-made vocabulary, Llama's q and k in llama.cpp's order."""
+def write_gguf(file, tensors=None, arch="llama", quant=None, whole=None, **metadata):
+    """A GGUF file with the hand-made vocabulary, Llama's q and k in llama.cpp's order. Matrices are
+    of type `quant`, if any, but for those named `whole`."""
     writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -275,7 +276,7 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, **metadata):
             rows = array.reshape(heads, 2, 4, *array.shape[1:])
             array = rows.swapaxes(1, 2).reshape(array.shape)
         array = np.ascontiguousarray(array)
-        if quant is not None and array.ndim == 2:
+        if quant is not None and array.ndim == 2 and module.split(".")[-1] != whole:
             writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}",
                               gguf.quants.quantize(array, quant),
                               raw_dtype=quant)

@@ -40,6 +40,7 @@ from checkpoint.conftest import (
     write_folder,
     write_gguf,
 )
+from checkpoint.folder_tokenizer import NAMES
 from checkpoint.gguf_file import CHUNK, GGUFFile, to_float
 from checkpoint.tokenizer import TextStream, Tokenizer, TokenizerError, text_pieces
 
@@ -268,8 +269,8 @@ def test_what_is_downloaded_from_the_hub(tmp_path, monkeypatch):
     for name, wanted in {
             **dict.fromkeys(("config.json", "generation_config.json", "tokenizer.json",
                              "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
-                             "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
-                            True),
+                             "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+                             "adapter_config.json", *NAMES), True),
             **dict.fromkeys(("pytorch_model.bin", "modeling.py", "consolidated.safetensors",
                              "original/params.json"), False)}.items():
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns) == wanted, name
@@ -440,8 +441,13 @@ def test_gguf_quantized(tmp_path, quant):
                                                        kind))
 
     expected = {name: w if w.ndim == 1 else rounded(w) for name, w in weights().items()}
-    found = open_checkpoint(write_gguf(tmp_path / "m.gguf", quant=kind))
-    assert same(found, expected) and found.few_bits == (quant not in ("F16", "BF16"))
+    found, many = open_checkpoint(write_gguf(tmp_path / "m.gguf", quant=kind)), "16" in quant
+    assert same(found, expected) and found.few_bits == (not many)
+    assert (found.groups is None) == many
+    # A matrix of many bits among those of few; a family whose weights are multiplied while reading
+    assert not open_checkpoint(write_gguf(tmp_path / "n.gguf", quant=kind, whole="ffn_up")).few_bits
+    assert open_checkpoint(write_gguf(tmp_path / "g.gguf", None, "granite", kind, **{
+        "granite.attention.scale": 0.1})).groups is None
 
 
 @pytest.mark.parametrize("quant", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
@@ -613,6 +619,8 @@ def test_text_cut_within_a_character(default, kind):
             stream = TextStream(t)
             first = "".join(map(stream.push, ids[:n])) + stream.flush()
             assert first == text[:1] * (n > 0) + text[1:] * (n == len(ids))
+            behind = TextStream(t, ids[:n])  # of a prompt that ends there
+            assert "".join(map(behind.push, ids[n:])) + behind.flush() == text[len(first):]
             assert first + "".join(map(stream.push, ids[n:])) + stream.flush() == text
     for text in b"x\xff", b"x\x80", b"x\xef\xbf\xbd", b"x\xc3\xc3\x80\x80":
         assert "".join(text_pieces(ids_of(text), t)) == t.decode(ids_of(text))
@@ -855,6 +863,8 @@ def test_bad_gguf_bytes(tmp_path):
     for size in 0, 3, 4, 20, 200, 3000, 12000, len(good) // 2, len(good) - 50:
         bad.write_bytes(good[:size])
         refused(bad, "bad.gguf")
+    bad.write_bytes(good + bytes(64))
+    refused(bad, "its tensors end at byte")
     bad.write_bytes(good[:8] + struct.pack("<QQ", 1 << 60, 1 << 60) + good[24:])
     refused(bad, "claims")
     refused(write_gguf(bad, arch="mamba"), "mamba", "llama, qwen2")

@@ -37,7 +37,7 @@ DECODER = {"257": entry("<|im_start|>", rstrip=True), "256": entry("<|im_end|>",
 
 @pytest.mark.parametrize("files", [
     {"tokenizer_config": {"added_tokens_decoder": DECODER}},
-    {"tokenizer_config": {"added_tokens_decoder": DECODER | {"900": entry("<x>", special=False)},
+    {"tokenizer_config": {"added_tokens_decoder": DECODER | {"1000": entry("<x>", special=False)},
                           "eos_token": "</s>", "pad_token": "<|pad|>"},
      "special_tokens_map": {"eos_token": "<tool>"}, "added_tokens": {"<img>": 256}},
     {"tokenizer_config": {"eos_token": "<|im_end|>", "image_token": "<img>"},

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from checkpoint.files import read_input
-from cli.command_line import add_model_flags, make_parser, number, run_script
+from cli import command_line
+from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
 from conftest import HERE, start
 
 DOC = "What it does.\n\nWhy.\n\n    python script.py --model M"
@@ -82,6 +83,21 @@ def test_how_long_threads_spin(name, given):
     done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=environment,
                           capture_output=True, text=True)
     assert done.stdout.strip() == (given or "2000"), done.stderr
+
+
+@pytest.mark.parametrize("few_bits, groups, ranks, dtype, quantize", [
+    (True, True, 1, None, "gguf"), (True, True, 2, None, "int8"), (True, None, 1, None, "int8"),
+    (True, True, 1, "float32", None), (False, None, 1, None, None)])
+def test_few_bits_stay_where_one_cpu_multiplies_them(
+        monkeypatch, few_bits, groups, ranks, dtype, quantize):
+    """Several ranks would cut groups; what the user names wins."""
+    opened, asked = argparse.Namespace(few_bits=few_bits, groups=groups), []
+    monkeypatch.setattr(command_line, "open_checkpoint", lambda _: opened)
+    monkeypatch.setattr(command_line, "world_size", lambda: ranks)
+    monkeypatch.setattr(command_line, "load", lambda _, **options: asked.append(
+        options["quantize"]) or (argparse.Namespace(linears=list), None))
+    load_model(argparse.Namespace(model=None, dtype=dtype, device="cpu", quantize="auto"))
+    assert asked == [quantize]
 
 
 def raising(error):

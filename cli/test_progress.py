@@ -40,6 +40,16 @@ def test_lines_without_a_terminal(clock, capsys):
         "waiting: 61%, about 39 s left", "waiting: 91%, about 9 s left"]
 
 
+def test_a_terminal_has_a_bar_instead_of_lines(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress("waiting", 100) as bar:
+        for _ in range(100):
+            clock.now += 1
+            bar.update(1)
+    assert "waiting: takes about 99 s\n" in sys.stderr.getvalue()
+    assert " left\n" not in sys.stderr.getvalue()
+
+
 def test_short_work_is_silent(clock, capsys):
     with Progress("waiting", 20) as bar:
         for _ in range(20):

@@ -102,14 +102,13 @@ class Packed:
         # The largest scale or minimum becomes 2^14 to 2^15, so that none that matters is denormal.
         both = [x for x in (groups.scale, groups.minimum) if x is not None]
         _, exponent = torch.frexp(max(x.abs().max() for x in both))
-        self.unit = 2.0 ** (exponent.item() - 15) if exponent else 2.0 ** -15
+        self.unit = 2.0 ** (exponent.item() - 15)
         self.scale, self.minimum = (None if x is None else self.halves(x)
                                     for x in (groups.scale, groups.minimum))
 
     def halves(self, x):
         """Scales [N, groups] -> float16 [groups, columns] in units of `unit`."""
-        x = F.pad((x / self.unit).half(), (0, 0, 0, self.columns - self.n)).T.contiguous()
-        return x.masked_fill_(x.abs() < 2.0 ** -14, 0)  # denormals, which step.c does not read
+        return F.pad((x / self.unit).half(), (0, 0, 0, self.columns - self.n)).T.contiguous()
 
     def weight(self, start, end):
         """Columns start ... end - 1 of W transposed as float32, [K, end - start]."""

@@ -91,6 +91,10 @@ def test_bounds_hold(name):
         if x.isfinite().all():
             width = (upper - lower)[tight & sound] / (w.norm(dim=1) * x.norm())[tight & sound]
             assert (width < 0.1).all()
+        for rounded in (torch.float32, torch.bfloat16, torch.float16):
+            logits = y.to(rounded)  # none of the largest is left out
+            best = logits >= logits.topk(5).values[-1]
+            assert (likely_rows(lower, upper, 5, rounded) | ~best).all()
 
 
 def test_ties_are_drawn_as_from_the_whole_head():

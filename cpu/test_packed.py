@@ -41,9 +41,10 @@ def random_tensor(name, n, k, seed=0, size=1e-2):
 
 
 @pytest.mark.parametrize("name", GROUPED)
-@pytest.mark.parametrize("n, size", [(1, 1e-2), (70, 1e-2), (300, 1e-6)])
+@pytest.mark.parametrize("n, size", [(1, 1e-2), (70, 1e3), (300, 1e-6)])
 def test_the_numbers_are_those_of_gguf(name, n, size, monkeypatch):
-    """Exactly, but for scales that are products: they have 11 bits. Sizes: a denormal float16."""
+    """Exactly, but for scales that are products: they have 11 bits. Sizes: beyond float16 for
+    products, and a denormal float16."""
     monkeypatch.setattr("cpu.packed.PIECE", 70 * 512)  # several pieces
     weight, groups = random_tensor(name, n, 512, size=size)
     packed = Packed(weight, groups)
@@ -187,7 +188,7 @@ def test_numbers_that_are_no_numbers():
 
 @pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gguf_file_runs_as_it_is(tmp_path, quant, dtype):
+def test_a_gguf_file_runs_as_it_is(tmp_path, quant, dtype, monkeypatch):
     """Prefill and steps; every byte that the model holds is counted."""
     file = write_gguf(tmp_path / "m.gguf", quant=gguf.GGMLQuantizationType[quant])
     model, _ = checkpoint.load(file, dtype=dtype, quantize="gguf")
@@ -209,3 +210,6 @@ def test_a_gguf_file_runs_as_it_is(tmp_path, quant, dtype):
     held = [*model.linears(), model.lm_head, *model.blocks]
     total = sum(tensor.nbytes for thing in held for tensor in tensors(thing)) + model.norm.nbytes
     assert block_bytes(model) + other_bytes(model) == pytest.approx(total + 32 * dtype.itemsize)
+    monkeypatch.setattr(checkpoint.memory, "free_memory", lambda device: file.stat().st_size)
+    with pytest.raises(ValueError, match="the model in gguf needs"):
+        checkpoint.load(file, dtype=dtype, quantize="gguf")

@@ -1,8 +1,10 @@
 """Tests of step.c against the plain forward pass in float32. test_decode.py compares every family;
 here are sizes that divide by nothing, dtypes, threads, and numbers that are no numbers."""
 
+import ctypes
 import functools
 import math
+import os
 import time
 from pathlib import Path
 
@@ -106,6 +108,22 @@ def test_the_same_bits_every_time():
     for n_shares in (2, 7):
         first, again = (steps(model, thresholds, n_shares)[0] for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again))
+    before = len(os.listdir("/proc/self/task"))  # threads
+    run = CStep(model, KVCache(ODD, 40), thresholds, torch.zeros(2, 7).long(), cache_folder(), 300)
+    assert run.m.n_shares == 64 and len(os.listdir("/proc/self/task")) == before + 63
+    del run
+    assert len(os.listdir("/proc/self/task")) == before
+
+
+def test_exponentials(tmp_path):
+    """Against float64, from one end to the other and beyond."""
+    source = tmp_path / "exponential.c"
+    source.write_text(f'#include "{step.SOURCE}"\n'
+                      "void all(float *x, int n) { while (n--) x[n] = exponential(x[n]); }")
+    x = torch.cat((torch.linspace(-87, 88, 20_001), torch.tensor([-1e9, 1e9, math.nan])))
+    y, expected = x.clone(), x.double().clamp(-87, 88).exp()
+    compiler.load(source, tmp_path).all(ctypes.c_void_p(y.data_ptr()), len(y))
+    torch.testing.assert_close(y.double(), expected, rtol=2.5e-7, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -167,7 +185,8 @@ def test_the_cache_rounds_as_pytorch_does(dtype):
     kept = torch.zeros(1, 7, dtype=torch.int64)
     CStep(model, cache, torch.full((1, 7), -1.0), kept, cache_folder(), 2)(1, 0)
     assert torch.equal(cache.v[0, 0, 0], numbers.to(dtype))
-    model.blocks[0].qkv.bias[2 * d:] = math.nan
+    last = torch.tensor(0x7fffffff, dtype=torch.int32).view(torch.float32)  # of all NaN
+    model.blocks[0].qkv.bias[2 * d:] = last
     CStep(model, cache, torch.full((1, 7), -1.0), kept, cache_folder(), 2)(1, 0)
     assert cache.v[0, 0, 0].isnan().all()
 
@@ -187,3 +206,4 @@ def test_denormals_change_no_speed():
             times.append(time.perf_counter() - start)
         seconds[scale] = min(times)
     assert seconds[1e-38] <= 5 * seconds[1.0], seconds
+    assert torch.tensor(1e-310, dtype=torch.float64) * 0.5 > 0  # elsewhere they are numbers

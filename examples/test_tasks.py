@@ -1,10 +1,13 @@
 """Tests of tasks.py and many_texts.py: offline, without their packages of problems."""
 
+import types
+
 import pytest
 import torch
 
+from conftest import tiny_model
 from examples.many_texts import read, write
-from examples.tasks import is_right, mcnemar, passes_tests
+from examples.tasks import Problem, interval, is_right, mcnemar, passes_tests, solve
 from model import Config, KVCache, Model, dense, masked
 
 PROBLEM = {"prompt": "from typing import List\n\ndef f(x: int) -> int:\n    '''Return x + 1.'''\n",
@@ -41,6 +44,23 @@ def test_mcnemar():
     assert mcnemar("1100", "1100") == (0, 0, 1)
     assert mcnemar("11111111", "00000000") == (8, 0, 2 / 2**8)
     assert mcnemar("110", "011") == (1, 1, 1)
+    assert interval([True] * 8 + [False] * 2) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+def test_problems_are_solved_in_parts(monkeypatch):
+    """Three, two at a time: the answers of each alone, the sparsity of all."""
+    monkeypatch.setattr("examples.tasks.N_TOKENS", 6)
+    model, tables = tiny_model(), [None, torch.full((2, 7), 0.1)]
+    tokenizer = types.SimpleNamespace(
+        eos_ids=(), chat=lambda messages: [ord(c) % 64 for c in messages[0]["content"]],
+        encode=lambda text, bos: [len(text)], decode=lambda ids: "".join(chr(64 + i) for i in ids))
+    problems = [Problem(question, "ab", "", lambda answer: answer > "`") for question in "xyz"]
+    right, unread = solve(model, tokenizer, problems, tables, 2)
+    for table, found, reached in zip(tables, right, unread):
+        alone = [write(model, read(model, [[ord(c) % 64, 2]], 6), table, 6, (), None)
+                 for c in "xyz"]
+        assert found == [tokenizer.decode(ids) > "`" for (ids,), _ in alone]
+        assert reached == pytest.approx(sum(share for _, share in alone) / 3)
 
 
 @pytest.mark.parametrize("kind", [

@@ -30,7 +30,7 @@ def test_chunks_of_attention_are_a_power_of_two():
 @needs_kernels
 @pytest.mark.parametrize(
     "n_heads, n_kv_heads, head_dim, context, window",
-    [(4, 2, 16, 300, None), (3, 3, 24, 700, None), (8, 2, 64, 600, 100), (6, 1, 128, 700, None),
+    [(4, 2, 16, 300, None), (3, 3, 80, 700, None), (8, 2, 64, 600, 100), (6, 1, 128, 700, None),
      (2, 1, 16, 4100, None)],  # as many chunks as there can be
 )
 def test_attention(n_heads, n_kv_heads, head_dim, context, window):

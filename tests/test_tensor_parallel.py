@@ -3,6 +3,7 @@
 On CPUs with gloo; on a machine with as many GPUs as processes, there with NCCL.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import tensor_parallel
 from checkpoint.config import parse_config
 from checkpoint.tensors import tensor_shapes
 from cli import quantize_folder
-from conftest import Ended, start, write_llama
+from conftest import CONFIGS, Ended, start, write_llama
 from session import Session
 
 HERE = Path(__file__).resolve().parents[1]
@@ -183,6 +184,13 @@ def test_benchmark_counts_a_rank(run, folder, monkeypatch):
     one, two = (row[0]["bytes_per_token"] for row in rows)
     assert two == pytest.approx((one - whole) / 2 + whole)
     assert rows[1][1]["realised_sparsity"] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("change", [{"qk_norm": "all"}, {"norms_after": True}])
+def test_norms_over_all_heads_are_refused(change):
+    config = dataclasses.replace(CONFIGS["llama"], **change)
+    with pytest.raises(ValueError, match="norms over all heads or after the block"):
+        tensor_parallel.Ranks(0, 2).slim(config)
 
 
 @pytest.mark.parametrize("n, words, message", [
