@@ -13,12 +13,13 @@ read: a handful of a hundred thousand. Their logits have the bits that reading a
 the choice is the same, for every input, ties included.
 
 **Rounding.** q . v is exact: integers of 32 bits, with t so large that it cannot overflow. Any
-order of a float32 sum is off by at most about K 2**-24 |w| |h|. The radius of the bounds allows
-twice that, another 2**-19 |w| |h| for the rounding of h, t, s and the norms, 1/256 of itself, and
-1e-28 for numbers so small that float32 loses them. Both bounds are rounded to the logits' dtype
-before they are compared. Rounding keeps order, so a row that is left out is smaller than the k-th
-largest after rounding, too, and cannot tie with it. NaN, infinities and logits near the end of
-the dtype's range prove nothing: then all rows are read.
+order of a float32 sum is off by at most about K 2**-24 |w| |h|; the h of two kernels, which each
+take its RMSNorm, differ by no more. The radius of the bounds allows both, another 2**-19 |w| |h|
+for the rounding of h, t, s and the norms, 1/256 of itself, and 1e-28 for numbers so small that
+float32 loses them; |w - s q| counts weights below 2**-126 as lost. Both bounds are rounded to the
+logits' dtype before they are compared. Rounding keeps order, so a row that is left out is smaller
+than the k-th largest after rounding, too, and cannot tie with it. NaN, infinities and logits near
+the end of the dtype's range prove nothing: then all rows are read.
 
 gpu/head.py and cpu/step.c compute `bounds` and `likely_rows` fast. This file needs only torch.
 """
@@ -53,18 +54,19 @@ def certify(w):
     """
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     rows = torch.empty(3, w.shape[0], device=w.device)
-    n = max(1, PIECE // w.shape[1])
+    n, tiny = max(1, PIECE // w.shape[1]), torch.finfo(torch.float32).tiny
+    flushed = tiny * w.shape[1] ** 0.5  # where denormal weights count as zeros
     for w_piece, q_piece, (scale, error, norm) in zip(w.split(n), q.split(n),
                                                       rows.split(n, dim=1)):
         w_piece = w_piece.float()
         torch.div(w_piece.abs().amax(1), 127, out=scale)
-        scale.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros: 0 / tiny is 0
+        scale.clamp_(min=tiny)  # a row of zeros: 0 / tiny is 0
         # In units of the scale, so that no square can overflow or vanish.
         exact = w_piece / scale[:, None]
         rounded = exact.round()
         # `exact` itself is rounded: by 2**-24 of at most 127 each.
         slack = 127 * 2.0 ** -23 * w.shape[1] ** 0.5
-        error.copy_(((exact - rounded).norm(dim=1) + slack) * scale * (1 + 2 ** -10))
+        error.copy_(((exact - rounded).norm(dim=1) + slack) * scale * (1 + 2 ** -10) + flushed)
         norm.copy_(rounded.norm(dim=1) * scale * (1 + 2 ** -10) + error)
         q_piece.copy_(rounded.nan_to_num_(0, 0, 0))
     return Certificate(q, rows)

@@ -1,10 +1,10 @@
-"""The Llama forward pass in plain PyTorch, and the idea of TEAL: skip the weights that hardly
-matter.
+"""The Llama forward pass in plain PyTorch, and TEAL's idea: skip the weights that hardly matter.
 
 Llama, Mistral, Qwen, SmolLM, OLMo and many others are one stack of equal blocks; only the
 numbers in `Config` differ. Every product with weights goes through one function, `project(x,
-linear)`: `dense` reads every weight, `masked` first drops the small entries of x. While decoding,
-a kernel that computes the same as `masked` skips the rows of the weights that belong to them
+linear)`: `dense` reads every weight, `masked` first drops the entries of x up to a threshold.
+Prefill, which reads a prompt at once, is dense. While decoding, which adds one token at a time, a
+kernel that computes the same as `masked` skips the weights that belong to dropped entries
 (`sparse_gemv.py`). The engine runs one text at a time, so no tensor has a batch dimension: T is
 the number of new tokens, S the number of tokens that attention sees.
 
@@ -14,6 +14,7 @@ arXiv:2104.09864); Ainslie et al., "GQA" (arXiv:2305.13245); Shazeer, "GLU Varia
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,10 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers that tell one model of the family from another."""
+    """The numbers in which models differ."""
 
     vocab_size: int
-    hidden_size: int  # channels of the residual stream
+    hidden_size: int  # channels of the residual stream, to which every block adds
     intermediate_size: int  # channels inside the MLP
     n_layers: int
     n_heads: int  # of queries
@@ -40,7 +41,7 @@ class Config:
     tie_embeddings: bool = False  # the LM head is the embedding
 
     # What Llama 2 does not have, and later releases and other families set. Skip it at first.
-    rope_divisors: tuple = ()  # slow RoPE down for long texts, one per channel pair; () is 1
+    rope_divisors: tuple = ()  # stretch RoPE's wavelengths, one per pair of channels; () is 1
     rope_factor: float = 1.0  # multiplies what RoPE rotated: scores by its square (YaRN, Granite)
     plain_rope_layers: tuple = ()  # layers whose RoPE both of these leave alone (OLMo 3)
     no_rope_layers: tuple = ()  # layers without RoPE (SmolLM3)
@@ -58,10 +59,8 @@ class Config:
 
     def rope_kind(self, i):
         """What RoPE does in layer i: "plain", "none", or "scaled" by divisors and factor."""
-        if i in self.no_rope_layers:
-            return "none"
-        scaled = self.rope_divisors or self.rope_factor != 1
-        return "scaled" if scaled and i not in self.plain_rope_layers else "plain"
+        scaled = (self.rope_divisors or self.rope_factor != 1) and i not in self.plain_rope_layers
+        return "none" if i in self.no_rope_layers else "scaled" if scaled else "plain"
 
     def linear_shape(self, site):
         """(in_features, out_features of each projection) of the matrices at a site."""
@@ -71,8 +70,6 @@ class Config:
                 "gate_up": (h, (mlp, mlp)), "down": (mlp, (h,))}[site]
 
 
-# ---- two products, and the idea of TEAL --------------------------------------------------------
-
 def dense(x, linear):
     """x [T, K] -> [T, N], reading every weight."""
     return linear(x)
@@ -81,7 +78,7 @@ def dense(x, linear):
 def masked(x, linear, thresholds):
     """TEAL: x [T, K] without its nearly zero entries -> [T, N]; one threshold per projection.
 
-    Where |x[k]| <= threshold, row k of w_t is multiplied by zero, so a kernel need not read it.
+    Where |x[k]| <= threshold, column k of W is multiplied by zero, so a kernel need not read it.
     """
     y = []
     for threshold, start, end in zip(thresholds, linear.starts, linear.ends):
@@ -91,8 +88,6 @@ def masked(x, linear, thresholds):
     return y if linear.bias is None else y + linear.bias
 
 
-# ---- the block ---------------------------------------------------------------------------------
-
 class Block:
     """One transformer block: attention, then the MLP, each added to the residual stream."""
 
@@ -100,10 +95,8 @@ class Block:
         def make(site, has_bias=False):
             return linear(i, site, *config.linear_shape(site), has_bias, dtype, device)
 
-        def norm(size):
-            return torch.empty(size, dtype=dtype, device=device)
-
         self.i, self.config = i, config
+        norm = partial(torch.empty, dtype=dtype, device=device)
         self.attn_norm, self.mlp_norm = norm(config.hidden_size), norm(config.hidden_size)
         if config.qk_norm:
             n_q, n_k = {"head": (1, 1), "all": (config.n_heads, config.n_kv_heads)}[config.qk_norm]
@@ -113,7 +106,7 @@ class Block:
 
     def attention(self, x, ropes, cache, project):
         """Causal attention of the T new tokens over all S tokens so far."""
-        config, n_tokens = self.config, x.shape[0]
+        config = self.config
         q, k, v = project(x, self.qkv).split(self.qkv.widths, dim=-1)
         if config.qk_norm:
             q = rms_norm(q, self.q_norm, config.norm_eps)
@@ -121,10 +114,10 @@ class Block:
         q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in (q, k, v))  # [T, heads, ...]
         cos, sin, growth = ropes[config.rope_kind(self.i)]  # growth is 1 in all but Ministral 3
         q, k = apply_rope(q, cos * growth, sin * growth), apply_rope(k, cos, sin)
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [heads, T, head_dim]
+        q, k, v = (y.transpose(0, 1) for y in (q, k, v))  # [heads, T, head_dim]
         if cache is not None:
             k, v = cache.append(self.i, k, v)  # [n_kv_heads, S, head_dim]
-        mask = causal_mask(n_tokens, k.shape[1], config.window(self.i), x.device)  # [T, S]
+        mask = causal_mask(len(x), k.shape[1], config.window(self.i), x.device)  # [T, S]
         # enable_gqa: each key head serves n_heads / n_kv_heads query heads
         y = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask,
                                            is_causal=mask is None, enable_gqa=True)[0]
@@ -161,22 +154,20 @@ def causal_mask(n_tokens, n_keys, window, device):
 
 
 def rms_norm(x, weight, eps):
-    """Scale each n channels of x [..., C] to a root mean square of 1, times weight [n]."""
+    """Scale every n channels of x [..., C] to a root mean square of 1, times weight [n]."""
     return F.rms_norm(x.unflatten(-1, (-1, len(weight))), weight.shape, weight, eps).flatten(-2)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the pairs (j, j + head_dim / 2) of x [T, heads, head_dim], in float32, as cos is."""
+    """Rotate the pairs of channels (j, j + head_dim / 2) of x [T, heads, head_dim], in float32."""
     a, b = x.chunk(2, dim=-1)
     rotated = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     return torch.cat([half.to(x.dtype) for half in rotated], dim=-1)
 
 
-# ---- weights, KV cache and model ---------------------------------------------------------------
-
 def cpu_dtype(dtype):
-    """The dtype in which this CPU multiplies matrices of floats of `dtype` fast. 16 bits take 40
-    times as long as 32 where it has no instructions for them."""
+    """The dtype in which this CPU multiplies matrices of `dtype` fast: without instructions for 16
+    bits, they take 40 times as long as 32."""
     fast = dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return dtype if fast else torch.float32
 
@@ -192,8 +183,9 @@ def multiply(x, w):
 class Linear:
     """The projections of one site in one matrix: y = x @ w_t + bias, their outputs side by side.
 
-    A weight [N, K] is stored transposed, as w_t [K, N]: input channel k owns row k, contiguous in
-    memory. If x[k] is dropped, its row is skipped.
+    W [N, K] is stored transposed, as w_t [K, N]: what x[k] multiplies is row k, contiguous in
+    memory. If x[k] is dropped, the row is skipped. `places` are those of the projections in
+    PROJECTIONS, the order of thresholds and counts.
     """
 
     scale = None  # float32 [N], multiplies the sums of int8 weights (quantize.py)
@@ -204,12 +196,12 @@ class Linear:
         self.ends = tuple(sum(widths[:i + 1]) for i in range(len(widths)))  # last column + 1
         self.starts = (0, *self.ends[:-1])
         first = 0 if layer is None else PROJECTIONS.index(SITES[site][0])
-        self.places = slice(first, first + len(widths))  # of its projections in PROJECTIONS
+        self.places = slice(first, first + len(widths))
         self.bias = torch.zeros(self.ends[-1], dtype=dtype, device=device) if has_bias else None
         self.allocate(device)
 
     def allocate(self, device, dtype=None):
-        """Make w_t. LM heads, but a GPU's in int8, are kept as W [N, K]: a logit reads one row."""
+        """Make w_t. An LM head, unless in int8 on a GPU, lies as W [N, K]: a logit is one row."""
         by_logit = self.site == "lm_head" and (dtype is None or torch.device(device).type == "cpu")
         shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
         w = torch.empty(shape, dtype=dtype or self.dtype, device=device)
@@ -241,12 +233,11 @@ class KVCache:
         self.context, self.length = context, 0  # tokens: room for, held
 
     def append(self, layer, k, v):
-        """Store new k, v [n_kv_heads, T, head_dim]; returns all of them, [n_kv_heads, S, ...]."""
+        """Store new k, v [n_kv_heads, T, head_dim] -> all so far, [n_kv_heads, S, head_dim]."""
         end = self.length + k.shape[1]
         if end > self.context:
             raise ValueError(f"{end} tokens do not fit into a KV cache of {self.context}")
-        self.k[layer, :, self.length:end] = k
-        self.v[layer, :, self.length:end] = v
+        self.k[layer, :, self.length:end], self.v[layer, :, self.length:end] = k, v
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
 
@@ -298,12 +289,11 @@ class Model:
         With a cache, the tokens follow those that it holds and are added to it: T > 1 is prefill,
         T = 1 is decoding. Raises ValueError if they do not fit.
         """
-        start, n_tokens = (0 if cache is None else cache.length), tokens.shape[0]
-        x, ropes = self.embed(tokens), self.rope(start, n_tokens)
+        x, ropes = self.embed(tokens), self.rope(cache.length if cache else 0, len(tokens))
         for block in self.blocks:
             x = block(x, ropes, cache, project)
         if cache is not None:
-            cache.length += n_tokens
+            cache.length += len(tokens)
         return rms_norm(x, self.norm, self.config.norm_eps)
 
     def logits(self, hidden):
