@@ -8,7 +8,6 @@ several times over, and the medians are compared: a machine that slows down mean
 all of them.
 
     python benchmark.py --config llama-3-8b --sparsity 0 0.25 0.4 0.5 0.65 --json speed.json
-    python benchmark.py --kernels
     python benchmark.py --device cpu --sparsity 0 0.4 0.5 --compare transformers
 """
 
@@ -285,8 +284,6 @@ def parse_args():
     add("--head", choices=("auto", "whole"), default="auto", help="see generate.py")
     add("--compare", choices=["transformers"],
         help="also time this engine on the same weights, dense")
-    add("--kernels", action="store_true",
-        help="on a GPU: the products of --config, or of all, one by one, instead of a model")
     add("--timeline", action="store_true",
         help="on a GPU: also print the kernels of a layer, their times and gaps")
     add("--json", metavar="FILE", help="write the results there as well")
@@ -297,17 +294,13 @@ def parse_args():
         args.device = "cpu"
     args.device = args.device or "cuda"
     on_gpu = args.device.startswith("cuda")
-    for flag in ("kernels", "timeline"):
-        if getattr(args, flag) and not on_gpu:
-            parser.error(f"--{flag} needs a GPU, and {args.device} is not a GPU; leave it out")
+    if args.timeline and not on_gpu:
+        parser.error(f"--timeline needs a GPU, and {args.device} is not a GPU; leave it out")
     if args.model and args.config:
         parser.error("--model and --config name two models; give one of them")
-    for flag in ("model", "compare", "timeline", "dtype", "quantize", "context"):
-        if args.kernels and getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--kernels measures no model; leave out --{flag}")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         parser.error(f"--compare {args.compare} needs that package; pip install {args.compare}")
-    if on_gpu and not (args.model or args.config or args.kernels):
+    if on_gpu and not (args.model or args.config):
         args.config = "llama-3-8b"
     return args
 
@@ -318,11 +311,7 @@ def main():
         args.json = None  # the first rank writes it
     if args.json:  # now, so that no measurement is lost
         require_writable(args.json, "--json")
-    if args.kernels:
-        names = [args.config] if args.config else KNOWN_MODELS
-        rows = gpu.kernels({name: KNOWN_MODELS[name] for name in names}, args.sparsity)
-    else:
-        rows = run(args)
+    rows = run(args)
     if args.json:
         with write_whole(args.json) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")

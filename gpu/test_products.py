@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from conftest import DEVICE, TOLERANCE, error, needs_kernels, reference
-from gpu import benchmark_gpu, four_bits, tensor_cores
+from gpu import four_bits, tensor_cores
 from gpu import product as choice
 from gpu.four_bits import product_of_four_bits
 from gpu.lists import product_by_lists
@@ -160,21 +160,6 @@ def test_a_nan_in_x_stays_visible(kind):
     x[150] = float("nan")
     out = torch.zeros(96, dtype=dtype, device=DEVICE)
     assert KINDS[kind][0](x, w_t, None, out, **scale).isnan().all()
-
-
-@needs_kernels
-def test_a_product_that_benchmark_times(monkeypatch):
-    monkeypatch.setattr(benchmark_gpu, "COPIES_BYTES", 0)
-    with torch.device(DEVICE):
-        timed = benchmark_gpu.Product("o", 200, (96,), "int4")
-    assert timed.bytes == sum(part.nbytes for part in timed.weights[-1])
-    timed.thresholds = timed.x.float().abs().sort().values[99:100]
-    timed.run()
-    kept = torch.zeros_like(timed.kept)
-    expected = reference(timed.x, dequantize(*timed.weights[-1]), timed.thresholds, kept=kept,
-                         residual=timed.options["residual"])
-    assert 80 < kept.item() <= 100 and torch.equal(timed.kept, kept * len(timed.weights))
-    assert error(timed.options["out"], expected) <= 1e-2
 
 
 def test_4_bits_that_do_not_fit_are_refused():

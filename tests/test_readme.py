@@ -22,7 +22,7 @@ COMMANDS = sorted({
 PYTHON = "\n".join(line for line in CODE if not line.startswith(("python ", "pip ")))
 EXAMPLES = [block for block in re.split(r"\n{3,}", PYTHON) if "import" in block]
 EXAMPLES.append("\n".join(re.findall(r"(?m)^    (.*)", calibrations.thresholds.__doc__)))
-CHAINED, ON_A_GPU = r"/tmp/.*\.safetensors|smollm2-int8", r"benchmark\.py --(config|kernels)"
+CHAINED, ON_A_GPU = r"/tmp/.*\.safetensors|smollm2-int8", r"benchmark\.py --config"
 SHORTER = {  # added to a command: of an option that is given twice, the last one counts
     "generate.py": "--max-new-tokens 4 --seed 1", "calibrate.py": "--tokens 64 --window 32",
     "evaluate.py": "--text README.md --window 64 --windows 1 --offset 0 --sparsity 0 0.5 "
