@@ -6,9 +6,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from conftest import DEVICE, TOLERANCE, error, needs_kernels, reference
 from gpu import four_bits, tensor_cores
@@ -18,7 +15,6 @@ from gpu.lists import product_by_lists
 from gpu.one_kernel import one_kernel_pays, product_in_one_kernel
 from gpu.tensor_cores import product_on_tensor_cores
 from quantize import dequantize, quantize_int4, split_groups
-from sparse_gemv import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("seed", "poisoned")
 FLOATS = torch.float32, torch.float16, torch.bfloat16
@@ -240,28 +236,3 @@ def test_every_program_on_tensor_cores_has_rows(k, n, int4, monkeypatch):
     ((tiles, splits), options), = launches
     assert tiles * options["BLOCK_N"] >= n and splits == options["SPLITS"]
     assert (splits - 1) * options["CHUNK"] < k <= splits * options["CHUNK"]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("int4", [False, True])
-def test_weights_are_loaded_before_x_and_x_is_not(int4):
-    """Compiled for a Hopper GPU, a dense product on tensor cores has its first weights on their way
-    to shared memory when it waits for the kernel before. What x depends on comes after."""
-    kernel = four_bits._four_bit_kernel if int4 else tensor_cores._tensor_core_kernel
-    types = {"x_ptr": "*bf16", "norm_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16",
-             "sums_ptr": "*fp32", "finished_ptr": "*i32", "residual_ptr": "*bf16", "eps": "fp32"}
-    if int4:
-        types |= {"w_ptr": "*i32", "groups_ptr": "*i32"}
-    constants = {"K": 4096, "N": 4096, "END0": 4096, "END1": 4096, "MATRICES": 1, "CHUNK": 512,
-                 "SPLITS": 8, "SWIGLU": False, "PARTS": 2, "BLOCK_N": 256 if int4 else 128,
-                 "BLOCK_K": 64, "STAGES": 3, "PDL": True}
-    constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-               for name in types if name != "eps"}
-    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
-                              target=GPUTarget("cuda", 90, 32),
-                              options={"num_warps": 4, "launch_pdl": True})
-    before, _, after = compiled.asm["ptx"].partition("griddepcontrol.wait")
-    assert "cp.async.cg" in before and "cp.async.commit_group" in before
-    assert "ld.global" not in before and "ld.global" in after and "mma.sync" in after
