@@ -127,20 +127,24 @@ class Ranks:
         return dataclasses.replace(config, **slim)
 
     def cut(self, name, shape):
-        """What this rank keeps of the tensor of this name and shape, [out_features, in_features] or
-        [out_features], as slices."""
-        dim = split_dim(name)
-        if dim is None:
-            return (slice(None),) * len(shape)
-        width = shape[dim] // self.size
-        mine = slice(self.rank * width, (self.rank + 1) * width)
-        return tuple(mine if d == dim else slice(None) for d in range(len(shape)))
+        """What this rank keeps of the tensor of this Hugging Face name and shape, [out_features,
+        in_features] or [out_features], as slices."""
+        module, _, kind = name.rpartition(".")
+        part, slices = module.rpartition(".")[2], [slice(None)] * len(shape)
+        by_output = part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        if by_output or part in ("o_proj", "down_proj") and kind == "weight":
+            dim = 0 if by_output else 1
+            width = shape[dim] // self.size
+            slices[dim] = slice(self.rank * width, (self.rank + 1) * width)
+        return tuple(slices)
 
     def connect(self, model):
         """Let a rank's Model add up o and down over all ranks."""
         model.ranks = self
         for block in model.blocks:
-            block.attention, block.mlp = added_up(block.attention), added_up(block.mlp)
+            for name in ("attention", "mlp"):
+                part = getattr(block, name)
+                setattr(block, name, lambda *inputs, part=part: all_reduce(part(*inputs)))
             for linear in (block.o, block.down):
                 if linear.bias is not None and self.rank > 0:
                     linear.bias.zero_()  # the first rank adds it
@@ -162,17 +166,3 @@ class Ranks:
 def ranks():
     """The Ranks that torchrun started; None without torchrun."""
     return Ranks(rank(), world_size()) if world_size() > 1 else None
-
-
-def split_dim(name):
-    """Along which dimension the tensor of this Hugging Face name is split; None if it is whole."""
-    module, _, kind = name.rpartition(".")
-    part = module.rpartition(".")[2]
-    if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-        return 0
-    return 1 if part in ("o_proj", "down_proj") and kind == "weight" else None
-
-
-def added_up(part):
-    """A block's attention or MLP, whose output [T, hidden_size] is added up over all ranks."""
-    return lambda *inputs: all_reduce(part(*inputs))

@@ -187,17 +187,6 @@ def _rows_kernel(x_ptr, norm_ptr, w_ptr, upper_ptr, lower_ptr, list_ptr, read_pt
             gdc_launch_dependents()
 
 
-def _launch_shape(v, k):
-    """(warps, bytes of weights that a program loads at once, programs, rows of one that computes
-    logits) for W [v, k].
-
-    Chosen by timing five heads on an H200. Eight or four programs fit on each of 132
-    multiprocessors. The same warps and bytes with and without bounds, for the same bits.
-    """
-    warps, tile, programs = (2, 8192, 1056) if k <= 2048 else (4, 16384, 528)
-    return warps, tile, programs, min(256, max(64, triton.next_power_of_2(v // programs)))
-
-
 class Head:
     """The LM head of a GPU's decode steps, with the RMSNorm before it.
 
@@ -214,11 +203,16 @@ class Head:
         self.linear, self.norm, self.top = linear, norm, top
         self.seen, self.penalty = seen if penalty != 1 else None, penalty
         v, k, device = linear.ends[-1], linear.in_features, linear.w_t.device
-        self.rows_read = torch.zeros(1, dtype=torch.int64, device=device)
-        _, tile, programs, _ = _launch_shape(v, k)
-        self.rows = max(1, tile // triton.next_power_of_2(k))  # of integers, loaded at once
+        # Chosen by timing five heads on an H200; eight or four programs fit on each of 132
+        # multiprocessors. A program loads so many bytes at once, with and without bounds, for the
+        # same bits.
+        self.warps, self.bytes, programs = (2, 8192, 1056) if k <= 2048 else (4, 16384, 528)
+        self.block = min(256, max(64, triton.next_power_of_2(v // programs)))
+        self.rows = max(1, self.bytes // triton.next_power_of_2(k))  # of integers, loaded at once
         self.programs = min(programs, triton.cdiv(v, self.rows))
+        self.rows_read = torch.zeros(1, dtype=torch.int64, device=device)
         self.bounds = certificate_for(linear, top)
+        self.upper = self.lower = self.list = None
         if self.bounds is not None:
             self.upper, self.lower = (torch.empty(n, device=device) for n in (v, self.programs))
             self.list = torch.empty(v, dtype=torch.int32, device=device)
@@ -231,21 +225,20 @@ class Head:
         if self.linear.scale is not None:
             product(x, self.linear.w_t, None, logits, scale=self.linear.scale, norm=self.norm)
             return logits
-        w, (norm, eps) = self.linear.w_t.T, self.norm
+        w, (norm, eps), groups = self.linear.w_t.T, self.norm, 0
         (v, k), (limit, fill) = w.shape, limits(logits.dtype)
-        k_padded, upper, lower, rows, programs = triton.next_power_of_2(k), None, None, None, 0
-        warps, tile, _, block = _launch_shape(v, k)
-        launch = {"num_warps": warps} | launch_options(x.device)
+        k_padded = triton.next_power_of_2(k)
+        rows = max(1, self.bytes // w.element_size() // k_padded)
+        launch = {"num_warps": self.warps} | launch_options(x.device)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             if self.bounds is not None:
-                upper, lower, rows, programs = self.upper, self.lower, self.list, self.programs
-                _bounds_kernel[(programs,)](
+                groups = self.programs
+                _bounds_kernel[(groups,)](
                     x, norm, self.bounds.q.view(torch.int32), self.bounds.rows, self.seen, logits,
-                    upper, lower, eps, self.penalty, K=k, V=v, LIMIT=limit, LARGEST=LARGEST_V,
-                    ROWS=self.rows, WORDS=k_padded // 4, **launch)
-            _rows_kernel[(triton.cdiv(v, block),)](
-                x, norm, w, upper, lower, rows, self.rows_read, logits, eps, K=k, V=v,
-                GROUPS=programs, GROUPS_PADDED=triton.next_power_of_2(programs), TOP=self.top,
-                FILL=fill, BLOCK=block, ROWS=max(1, tile // w.element_size() // k_padded),
-                K_PADDED=k_padded, **launch)
+                    self.upper, self.lower, eps, self.penalty, K=k, V=v, LIMIT=limit,
+                    LARGEST=LARGEST_V, ROWS=self.rows, WORDS=k_padded // 4, **launch)
+            _rows_kernel[(triton.cdiv(v, self.block),)](
+                x, norm, w, self.upper, self.lower, self.list, self.rows_read, logits, eps, K=k,
+                V=v, GROUPS=groups, GROUPS_PADDED=triton.next_power_of_2(groups), TOP=self.top,
+                FILL=fill, BLOCK=self.block, ROWS=rows, K_PADDED=k_padded, **launch)
         return logits
