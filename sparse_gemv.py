@@ -84,7 +84,7 @@ def naive_gemv(x, w_t, threshold):
 # then does what does not depend on the other kernel, and waits for its results in `gdc_wait`.
 
 PTX = tl.constexpr(not INTERPRETED)  # The interpreter cannot run PTX, NVIDIA's assembly language.
-WARPS = 2  # of a program that sums rows; a warp is 32 threads that run in step
+WARPS = 2  # of a program that sums rows: 32 threads each; a tile is spread over all threads
 
 
 # ---- 4. The parts of fast kernels --------------------------------------------------------------
@@ -300,7 +300,7 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, out=None):
     x:         [K], [1, K] or [1, 1, K]; float32, float16 or bfloat16
     w_t:       [K, N], contiguous; x's dtype, or int8 with a `scale`. Dropped rows are never read.
     threshold: a number, negative to keep everything; or a float32 tensor of one element on x's
-               device, which may change under a captured graph
+               device, which may change under a CUDA graph (launches recorded to be replayed)
     scale:     [N], multiplies the sums (int8 weights: one scale per output channel)
     bias:      [N], added last
     out:       where to put the result, [N] or of y's shape

@@ -35,8 +35,8 @@ def product(x, w_t, threshold, **options):
 
 
 def test_random_draws(seed):
-    """Of sizes, types and thresholds, against float64 sums over the kept rows; the definition in
-    plain PyTorch and the naive kernel, too."""
+    """Of sizes, types and thresholds, against float64 sums over the kept rows, and the same bits
+    twice; the definition in plain PyTorch and the naive kernel, too."""
     rng = random.Random(seed)
     for _ in range(30 if INTERPRETED else 100):
         k, n = rng.choice([1, 7, 33, 64, 100, 256, 577]), rng.choice([1, 5, 32, 33, 64, 96])
@@ -53,6 +53,7 @@ def test_random_draws(seed):
         scale = options.get("scale", torch.ones(n, device=DEVICE)).double()
         size = max(((x_kept**2 @ w_t.double() ** 2).sqrt() * scale).norm(), expected.norm())
         outs = {"sparse_gemv": product(x, w_t, t, **options)}
+        assert torch.equal(outs["sparse_gemv"], product(x, w_t, t, **options)), (k, n, dtype, t)
         if not options and (DEVICE == "cuda" or dtype != torch.float16):
             outs["definition"] = definition(x.float(), w_t.float(), t)
         if not options and (DEVICE == "cuda" or INTERPRETED):
@@ -85,14 +86,6 @@ def test_columns_cut_for_any_number_of_threads(n_threads):
         torch.set_num_threads(before)
 
 
-def test_all_and_none_dropped():
-    x, w_t, _ = draw(100, 33, torch.float32)
-    bias = torch.randn(33, device=DEVICE)
-    assert torch.equal(product(x, w_t, 1e9), torch.zeros(33, device=DEVICE))
-    assert torch.equal(product(x, w_t, float("inf"), bias=bias), bias)
-    assert error(product(x, w_t, -1.0), x.double() @ w_t.double()) <= 1e-6
-
-
 @pytest.mark.parametrize("compute", [product, pytest.param(naive_gemv, marks=needs_kernels)])
 def test_nan_and_infinity(compute):
     """Kept ones spread as in dense arithmetic; weights of dropped rows are never read."""
@@ -121,13 +114,6 @@ def test_rows_beyond_2_to_the_31_weights():
     expected = sum(x[row] * w_t[row] for row in (5, k - 1))
     y = product(x, w_t, 0.5, scale=torch.ones(n, device=DEVICE))
     assert torch.equal(y, expected)
-
-
-def test_same_bits_every_time():
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w_t, _ = draw(300, 96, dtype)  # K is split here
-        first = product(x, w_t, 0.5)
-        assert all(torch.equal(product(x, w_t, 0.5), first) for _ in range(3))
 
 
 def test_shapes_and_out():
