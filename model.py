@@ -80,11 +80,10 @@ def masked(x, linear, thresholds):
 
     Where |x[k]| <= threshold, column k of W is multiplied by zero, so a kernel need not read it.
     """
-    y = []
-    for threshold, start, end in zip(thresholds, linear.starts, linear.ends):
-        keep = ~(x.float().abs() <= threshold)  # "not", so that a NaN is kept and stays visible
-        y.append(multiply(torch.where(keep, x, 0), linear.weight(start, end)))
-    y = torch.cat(y, dim=-1)
+    # compared in float32; a NaN is not <= a threshold, so it is kept and stays visible
+    y = torch.cat([
+        multiply(torch.where(x.float().abs() <= threshold, 0, x), linear.weight(start, end))
+        for threshold, start, end in zip(thresholds, linear.starts, linear.ends)], dim=-1)
     return y if linear.bias is None else y + linear.bias
 
 
@@ -166,8 +165,7 @@ def apply_rope(x, cos, sin):
 
 
 def cpu_dtype(dtype):
-    """The dtype in which this CPU multiplies matrices of `dtype` fast: without instructions for 16
-    bits, they take 40 times as long as 32."""
+    """The dtype in which this CPU multiplies fast: 16 bits can take 40 times as long as 32."""
     fast = dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return dtype if fast else torch.float32
 
@@ -183,9 +181,9 @@ def multiply(x, w):
 class Linear:
     """The projections of one site in one matrix: y = x @ w_t + bias, their outputs side by side.
 
-    W [N, K] is stored transposed, as w_t [K, N]: what x[k] multiplies is row k, contiguous in
-    memory. If x[k] is dropped, the row is skipped. `places` are those of the projections in
-    PROJECTIONS, the order of thresholds and counts.
+    W [N, K] is stored transposed, as w_t [K, N]: x[k] multiplies row k, contiguous in memory, which
+    is skipped if x[k] is dropped. `places` are those of the projections in PROJECTIONS, the order
+    of thresholds and counts.
     """
 
     scale = None  # float32 [N], multiplies the sums of int8 weights (quantize.py)

@@ -84,7 +84,7 @@ def naive_gemv(x, w_t, threshold):
 # then does what does not depend on the other kernel, and waits for its results in `gdc_wait`.
 
 PTX = tl.constexpr(not INTERPRETED)  # The interpreter cannot run PTX, NVIDIA's assembly language.
-WARPS = 2  # of a program that sums rows: 32 threads each; a tile is spread over all threads
+WARPS = 2  # of a program that sums rows; a warp is 32 threads, and a tile is spread over all
 
 
 # ---- 4. The parts of fast kernels --------------------------------------------------------------
