@@ -13,7 +13,7 @@ from conftest import CONFIGS, DEVICE, INTERPRETED, KERNELS, random_model
 from decode import CpuDecoder
 from gpu import token_kernels
 from gpu.decoder import GpuDecoder
-from model import Config, KVCache, Linear, masked
+from model import KVCache, Linear, masked
 from quantize import Int8Linear
 from sampling import sample
 
@@ -74,27 +74,6 @@ def test_what_a_trial_step_changes_is_put_back(guard, monkeypatch):
     assert torch.equal(torch.rand(9, generator=generator),
                        torch.rand(9, generator=torch.Generator().manual_seed(3)))
     assert len(steps) == 3 and steps[1] == (0, 158)  # the cache's last rows
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_sparse_products_take_one_kernel_or_two(guard, int8):
-    """Two for the last of four, with seven tiles of 64 rows a program, and for all in int8."""
-    model = random_model(Config(101, 64, 6208, 1, 4, 2, 32, context=160), device="cpu")
-    for linear in model.linears() if int8 else ():
-        linear.w_t, linear.scale = linear.w_t.to(torch.int8), torch.ones(linear.ends[-1])
-    decoder = GpuDecoder(model, KVCache(model.config, 160), token_kernels.likeliest_on_gpu,
-                         graph=False)
-    dense, one = ["one_kernel._every_row_kernel"], ["one_kernel._kept_rows_kernel"]
-    two = ["lists._fused_select_kernel", "lists._fused_sum_kernel"]
-    for t in (-1.0, 0.3):
-        decoder.set_thresholds(torch.full((1, 7), t))
-        guard.notes.clear()
-        decoder.step()
-        products = [name for name, _ in guard.notes if name.startswith(("one_kernel", "lists"))]
-        if int8:
-            assert products == 4 * two
-        else:
-            assert products == (4 * dense if t < 0 else 3 * one + two)
 
 
 def run_kernels(decoder, n):

@@ -148,18 +148,6 @@ def _four_bit_kernel(x_ptr, norm_ptr, rows_ptr, values_ptr, counts_ptr, w_ptr, g
            finished_ptr, N, SPLITS, tl.sum(squares) if norm_ptr is not None else None, K, eps)
 
 
-def _check_groups(x, w_t, ends, scale, swiglu):
-    k, n = w_t.shape[0], ends[-1]
-    if (x.numel() != k * (1 + swiglu) or tuple(w_t.shape) != (k, n // 2)
-            or tuple(scale.shape) != (k, n // GROUP, 2)
-            or scale.dtype != torch.bfloat16 or any(end % GROUP for end in ends)
-            or not (w_t.is_contiguous() and scale.is_contiguous())):
-        raise ValueError(
-            f"4-bit product: x {tuple(x.shape)}, w_t {w_t.dtype} {tuple(w_t.shape)}, scale "
-            f"{scale.dtype} {tuple(scale.shape)} and ends {ends} do not fit each other; expected "
-            "uint8 [K, N / 2], bfloat16 [K, N / 32, 2] and multiples of 32")
-
-
 def product_of_four_bits(x, w_t, thresholds, out, *, scale, ends=None, bias=None, norm=None,
                          swiglu=False, residual=None, kept=None):
     """`product_by_lists` of 4-bit weights, on tensor cores; the same arguments but for:
@@ -167,13 +155,12 @@ def product_of_four_bits(x, w_t, thresholds, out, *, scale, ends=None, bias=None
     w_t:        uint8 [K, N / 2], as quantize.py makes them
     thresholds: None reads every row, without lists
     scale:      bfloat16 [K, N / 32, 2]: scale and minimum of each group
-    ends:       multiples of 32
+    ends:       multiples of 32, as quantize.can_be_int4 ensures
 
     The kernel before must not write w_t: it is read before that kernel ends. x times a scale must
-    stay below 2**47. Raises ValueError if w_t, scale and ends do not fit each other and x.
+    stay below 2**47.
     """
     k, ends = w_t.shape[0], tuple(ends or (w_t.shape[1] * 2,))
-    _check_groups(x, w_t, ends, scale, swiglu)
     n, parts = ends[-1], 4 if x.dtype == torch.float32 else 2
     block_n, weight, eps = 16 // parts * GROUP, *(norm or (None, 0.0))
     # Chosen by timing whole 7B models on an H100. At 50%, a list is short: smaller tiles, more
