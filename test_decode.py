@@ -76,59 +76,47 @@ def test_what_a_trial_step_changes_is_put_back(guard, monkeypatch):
     assert len(steps) == 3 and steps[1] == (0, 158)  # the cache's last rows
 
 
-def run_kernels(decoder, n):
-    """`decoder.tokens`, but for the pinned memory that the interpreter's machine may lack."""
-    for _ in range(n):
-        decoder.advance()
-        yield decoder.token.item()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "linear", [Linear] + [Int8Linear] * (not INTERPRETED)
 )  # a CPU packs int8
 def test_step(name, linear):
-    """Logits, tokens and counts of decode steps, dense and sparse, equal the plain forward
-    pass's."""
+    """Logits, tokens and counts of decode steps, a dense one and two sparse ones, equal the plain
+    forward pass's."""
     config = CONFIGS[name]
     model, prompt = random_model(config, linear), torch.randint(0, 101, (30,), device=DEVICE)
-    for sparse in (False, True):
-        thresholds = torch.full((config.n_layers, 7), -1.0)
-        if sparse:
-            thresholds = torch.rand(config.n_layers, 7) * 0.5
-        expected_kept = torch.zeros(config.n_layers, 7, dtype=torch.int64)
+    kept = torch.zeros(config.n_layers, 7, dtype=torch.int64)
+    ours, plain = (KVCache(config, 160, torch.float32, DEVICE) for _ in range(2))
+    model.forward(prompt, ours), model.forward(prompt, plain)
+    seen, token = [], torch.tensor([7], device=DEVICE)
 
-        def project(x, p):
-            for place in range(7)[p.places]:
-                t = thresholds[p.layer, place]
-                expected_kept[p.layer, place] += int((~(x.float().abs() <= t)).sum())
-            return masked(x, p, thresholds[p.layer, p.places].to(x.device))
+    def choose(logits):
+        seen.append(logits.clone())
+        return sample(logits, 0)
 
-        ours, plain = (KVCache(config, 160, torch.float32, DEVICE) for _ in range(2))
-        model.forward(prompt, ours), model.forward(prompt, plain)
-        seen = []
+    def project(x, linear):
+        for place in range(7)[linear.places]:
+            kept[linear.layer, place] += int(
+                (~(x.float().abs() <= thresholds[linear.layer, place])).sum())
+        return masked(x, linear, thresholds[linear.layer, linear.places].to(x.device))
 
-        def choose(logits):
-            seen.append(logits.clone())
-            return sample(logits, 0)
-
-        if KERNELS:
-            decoder = GpuDecoder(model, ours, choose, graph=False)
-        else:
-            decoder = CpuDecoder(model, ours, choose)
+    decoder = GpuDecoder(model, ours, choose, graph=False) if KERNELS else CpuDecoder(
+        model, ours, choose)
+    decoder.start(token.item(), len(prompt))
+    for share in (0, 0.5, 0.5):
+        thresholds = torch.rand(kept.shape) * share if share else torch.full(kept.shape, -1.0)
         decoder.set_thresholds(thresholds)
-        decoder.start(7, len(prompt))
-        token = torch.tensor([7], device=DEVICE)
-        for chosen in run_kernels(decoder, 3) if KERNELS else decoder.tokens(3):
-            logits = model.logits(model.forward(token, plain, project))[0]
-            token = logits.argmax(keepdim=True)
-            assert (seen.pop(0) - logits).abs().max() <= 1e-4 * logits.abs().max()
-            assert chosen == token.item()
-        assert decoder.n_steps == 3
-        assert torch.equal(decoder.kept.cpu(), expected_kept)
-        assert (
-            expected_kept.sum() < 3 * sum(p.in_features * len(p.ends) for p in model.linears())
-        ) == sparse
+        if KERNELS:  # not `tokens`: the interpreter's machine may lack its pinned memory
+            decoder.advance()
+        else:
+            next(decoder.tokens(1))
+        logits = model.logits(model.forward(token, plain, project))[0]
+        token = logits.argmax(keepdim=True)
+        assert (seen.pop(0) - logits).abs().max() <= 1e-4 * logits.abs().max()
+        assert decoder.token.item() == token.item()
+    assert decoder.n_steps == 3 and torch.equal(decoder.kept.cpu(), kept)
+    every_row = sum(linear.in_features * len(linear.ends) for linear in model.linears())
+    assert every_row < kept.sum() < 3 * every_row
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -109,8 +109,8 @@ class GpuDecoder:
         x, eps = self.x, config.norm_eps
         embed(model, self.token, self.position, x)  # and one position on
         for block in model.blocks:
-            front = None if config.norms_after else (block.attn_norm, eps)
-            self.project(x, block.qkv, self.qkv, norm=front)
+            before = None if config.norms_after else (block.attn_norm, eps)
+            self.project(x, block.qkv, self.qkv, norm=before)
             if config.qk_norm == "all":
                 q, k, _ = self.qkv.split(block.qkv.widths)
                 q.copy_(rms_norm(q, block.q_norm, eps))
@@ -121,8 +121,8 @@ class GpuDecoder:
                              self.workspace, self.attention, config.window(block.i), norms,
                              launch_options(model.device)["PDL"])
             self.add(self.attention, block.o, block.attn_norm)
-            front = None if config.norms_after else (block.mlp_norm, eps)
-            self.project(x, block.gate_up, self.gate_up, norm=front)
+            before = None if config.norms_after else (block.mlp_norm, eps)
+            self.project(x, block.gate_up, self.gate_up, norm=before)
             self.add(self.gate_up, block.down, block.mlp_norm, swiglu=True)
         self.token.copy_(self.choose(self.head(x, self.logits)))
 
