@@ -12,7 +12,6 @@ all of them.
 """
 
 import importlib.util
-import json
 import os
 import time
 
@@ -23,11 +22,19 @@ import torch
 
 import calibrate
 from calibrations.thresholds import find
-from checkpoint.files import require_writable, write_whole
+from checkpoint.files import require_writable
 from checkpoint.known_models import KNOWN_MODELS
 from checkpoint.memory import require_memory
 from checkpoint.tensors import weight_bytes
-from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
+from cli.command_line import (
+    COUNT,
+    add_model_flags,
+    add_sparsities,
+    load_model,
+    make_parser,
+    run_script,
+)
+from cli.results import write_rows
 from cli.transformers_speed import transformers_speed
 from decode import new_decoder
 from lm_head import head_saving
@@ -130,7 +137,7 @@ def random_tokens(model, n):
     return torch.randint(model.config.vocab_size, (n,), generator=generator).to(model.device)
 
 
-def find_thresholds(model, args):
+def choose_thresholds(model, args):
     """[thresholds float32 [n_layers, 7] for each sparsity of the flags], and where they are from.
 
     A real model uses its calibration. Without one, and for random weights, random tokens do.
@@ -213,7 +220,7 @@ def reduce_seconds(decoder, repeats=20):
 
 # ---- command line ------------------------------------------------------------------------------
 
-def run(args):
+def measure(args):
     """Measure as the flags say; prints the results and returns them, one dict per line."""
     start = process_seconds()
     name, model, prompt = make_model(args)
@@ -236,7 +243,7 @@ def run(args):
           f"{first_token:.1f} s after the process started, without the weights", flush=True)
     if on_gpu:
         gpu.print_prefill(model)
-    thresholds, origin = find_thresholds(model, args)
+    thresholds, origin = choose_thresholds(model, args)
     print(f"{n_tokens} tokens around the context, median of {runs} alternating runs; {origin}")
     print(f"{'context':>7} {'sparsity':>8} {'realised':>8} {'tok/s':>8} {'GB/token':>8} "
           f"{'limit':>7} {'of limit':>8}", flush=True)
@@ -277,9 +284,8 @@ def parse_args():
     add("--config", choices=KNOWN_MODELS, help="random weights of these shapes instead (default: "
         "llama-3-8b on a GPU; a CPU measures --model)")
     add = parser.add_argument_group("what to measure").add_argument
-    add("--sparsity", type=number(float, 0, 0.95), nargs="+", default=[0, 0.25, 0.4, 0.5, 0.65],
-        metavar="S", help="default: %(default)s")
-    add("--context", type=number(int, 1, 2**31 - 1), nargs="+", default=[200], metavar="N",
+    add_sparsities(add, [0, 0.25, 0.4, 0.5, 0.65])
+    add("--context", type=COUNT, nargs="+", default=[200], metavar="N",
         help="tokens in the KV cache (default: %(default)s)")
     add("--head", choices=("auto", "whole"), default="auto", help="see generate.py")
     add("--compare", choices=["transformers"],
@@ -311,10 +317,9 @@ def main():
         args.json = None  # the first rank writes it
     if args.json:  # now, so that no measurement is lost
         require_writable(args.json, "--json")
-    rows = run(args)
+    rows = measure(args)
     if args.json:
-        with write_whole(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

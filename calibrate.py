@@ -34,7 +34,14 @@ from calibrations.thresholds import (
 )
 from checkpoint.digest import weights_digest
 from checkpoint.files import read_text, require_writable
-from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
+from cli.command_line import (
+    COUNT,
+    add_model_flags,
+    between,
+    load_model,
+    make_parser,
+    run_script,
+)
 from cli.progress import Progress
 from model import PROJECTIONS, SITES, KVCache, dense, masked
 
@@ -315,15 +322,14 @@ def calibrate_module(module, batches, linears=None):
 def main():
     parser = make_parser(__doc__)
     add_model_flags(parser)
-    many = 2**31 - 1
     add = parser.add_argument_group("text").add_argument
     add("--text", metavar="FILE",
         help="UTF-8 file to calibrate on (default: text that the model writes itself)")
-    add("--tokens", type=number(int, 1, many), default=8192, metavar="N",
+    add("--tokens", type=COUNT, default=8192, metavar="N",
         help="how many, from the start (default: %(default)s)")
-    add("--window", type=number(int, 1, many), default=1024, metavar="N",
+    add("--window", type=COUNT, default=1024, metavar="N",
         help="tokens that see each other (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
+    add("--seed", type=between(int, 0, 2**63 - 1), metavar="N",
         help="of the self-written text (default: 0)")
     add = parser.add_argument_group("thresholds").add_argument
     add("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0],

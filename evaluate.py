@@ -14,7 +14,6 @@ predictions from the dense ones, and how often both predict the same token.
 """
 
 import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -24,19 +23,28 @@ from tqdm import tqdm
 
 from calibrate import begin_with, second_half
 from calibrations.allocations import byte_shares
-from calibrations.thresholds import ALLOCATIONS, Calibration, candidates
+from calibrations.thresholds import Calibration, candidates
 from checkpoint import default_model
 from checkpoint.digest import weights_digest
-from checkpoint.files import read_text, require_writable, write_whole
-from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
+from checkpoint.files import read_text, require_writable
+from cli.command_line import (
+    COUNT,
+    add_calibrations,
+    add_json,
+    add_model_flags,
+    add_sparsities,
+    between,
+    load_model,
+    make_parser,
+    run_script,
+)
+from cli.results import replaced, require_rows, write_rows
 from model import PROJECTIONS
 
 # What was measured, known by its content: rows of --json that agree in all of these are the same
 # measurement. `weights`, `tokens` and `thresholds` are hashes.
 IDENTITY = ("weights", "dtype", "quantize", "tokens", "window", "windows", "all_sparse",
             "allocation", "thresholds", "sparsity")
-LABELS = ("model", "text", "offset", "calibrated_on")  # for people
-RESULTS = ("realised_sparsity", "perplexity", "kl", "top1", "projections")
 
 
 # ---- scoring -----------------------------------------------------------------------------------
@@ -116,41 +124,18 @@ def find_calibrations(model, files, allocations):
     return {name: found[name] for name in allocations or found}
 
 
+def settings(model, sparsities, files=(), allocations=None):
+    """What to measure: (allocation, sparsity, the calibration's text, thresholds) for each
+    calibration and sparsity, dense first, whose thresholds are None."""
+    found, sparse = [("dense", 0.0, None, None)] * (0 in sparsities), sorted({*sparsities} - {0})
+    for name, calibration in (
+            find_calibrations(model, files, allocations).items() if sparse else ()):
+        found += [(name, s, calibration.metadata.get("source"), calibration.thresholds(s))
+                  for s in sparse]
+    return found
+
+
 # ---- results -----------------------------------------------------------------------------------
-
-def add_to_json(path, rows):
-    """Add rows to a --json file; they replace earlier ones of the same measurement. Raises OSError
-    and ValueError, see `read_json`."""
-    def measurement(row, names):
-        return [row[name] for name in names]
-
-    kept = []
-    for row in read_json(path):
-        names = IDENTITY
-        if "tokens" not in row:  # an older file, of content without a hash: its names must do
-            names = [name for name in (*IDENTITY, *LABELS) if name in row]
-        if measurement(row, names) not in [measurement(new, names) for new in rows]:
-            kept.append(row)
-    with write_whole(path) as temporary:
-        temporary.write_text(json.dumps(kept + rows, indent=1) + "\n")
-
-
-def read_json(path):
-    """The rows of a --json file, none if there is no file yet. Raises OSError, and ValueError if
-    it holds anything else."""
-    if not Path(path).exists():
-        return []
-    try:
-        rows = json.loads(Path(path).read_text())
-    except ValueError:
-        rows = None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or any(
-            row.keys() | {"tokens", "thresholds"} != {*IDENTITY, *LABELS, *RESULTS}
-            for row in rows):
-        raise ValueError(f"{path} exists and holds no results of this evaluate.py; name another "
-                         "file with --json")
-    return rows
-
 
 def digest(tensor):
     """16 hex digits that tell a tensor from others; None of None."""
@@ -195,26 +180,20 @@ def plot(path, rows):
 def parse_args():
     parser = make_parser(__doc__)
     add_model_flags(parser)
-    many = 2**31 - 1
     add = parser.add_argument_group("text").add_argument
     add("--text", metavar="FILE", required=True, help="UTF-8 file to score")
-    add("--window", type=number(int, 1, many), default=2048, metavar="N",
+    add("--window", type=COUNT, default=2048, metavar="N",
         help="tokens that see each other; the second half is scored (default: %(default)s)")
-    add("--windows", type=number(int, 1, many), metavar="N",
+    add("--windows", type=COUNT, metavar="N",
         help="how many windows (default: all of the text)")
-    add("--offset", type=number(int, 0, many), default=0, metavar="N",
+    add("--offset", type=between(int, 0, 2**31 - 1), default=0, metavar="N",
         help="windows to skip at the text's start (default: %(default)s)")
     add = parser.add_argument_group("sparsity").add_argument
-    add("--sparsity", type=number(float, 0, 0.95), nargs="+", metavar="S",
-        default=[0, 0.25, 0.4, 0.5, 0.6], help="0 to 0.95; 0 is dense (default: %(default)s)")
-    add("--calibration", metavar="FILE", nargs="+", default=[],
-        help="files of calibrate.py, one per allocation (default: those at hand for this model)")
-    add("--allocation", nargs="+", choices=ALLOCATIONS,
-        help="which of them to score (default: all that are at hand)")
+    add_sparsities(add, [0, 0.25, 0.4, 0.5, 0.6])
+    add_calibrations(add)
     add("--all-sparse", action="store_true", help="make the first half of each window sparse too")
     add = parser.add_argument_group("results").add_argument
-    add("--json", metavar="FILE",
-        help="add the results to this file; measuring the same again replaces its results")
+    add_json(add)
     add("--plot", metavar="FILE", help="draw perplexity against sparsity")
     args = parser.parse_args()
     for flag in ("calibration", "allocation"):
@@ -232,19 +211,13 @@ def main():
     tokens = torch.tensor(tokenizer.encode(read_text(args.text)))
     windows = begin_with(tokenizer.bos_id, cut(tokens, args.window, args.offset, args.windows))
 
-    tasks = [("dense", 0.0, None, None)] if 0 in args.sparsity else []
-    if sparsities := sorted({*args.sparsity} - {0}):
-        for name, found in find_calibrations(model, args.calibration, args.allocation).items():
-            source = found.metadata.get("source")
-            tasks += [(name, s, source, found.thresholds(s)) for s in sparsities]
-    if args.json:  # a file that cannot be written must fail now, not after the measurement
-        read_json(args.json)
-        require_writable(args.json, "--json")
+    measured = settings(model, args.sparsity, args.calibration, args.allocation)
+    earlier = require_rows(args.json, "perplexity") if args.json else []
     if args.plot:
         require_writable(args.plot, "--plot")
     rows, shares = [], byte_shares(model.config)
-    results = evaluate(model, windows, [table for *_, table in tasks], args.all_sparse)
-    for (allocation, sparsity, source, table), result in zip(tasks, results):
+    results = evaluate(model, windows, [table for *_, table in measured], args.all_sparse)
+    for (allocation, sparsity, source, table), result in zip(measured, results):
         dropped = result["sparsity"].mean(0)  # [7]: a projection has one size in all layers
         rows.append({
             "model": args.model or default_model.NAME, "weights": weights_digest(model),
@@ -257,7 +230,7 @@ def main():
             "projections": dict(zip(PROJECTIONS, dropped.tolist()))})
     print_table(rows)
     if args.json:
-        add_to_json(args.json, rows)
+        write_rows(args.json, replaced(earlier, rows, IDENTITY))
     if args.plot:
         plot(args.plot, rows)
 

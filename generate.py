@@ -30,7 +30,15 @@ from checkpoint.files import read_input
 from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
 from cli.chat import Chat, edit_lines
-from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
+from cli.command_line import (
+    COUNT,
+    SHARE,
+    add_model_flags,
+    between,
+    load_model,
+    make_parser,
+    run_script,
+)
 from cli.report import (
     SparsityWatch,
     explain_end,
@@ -129,15 +137,15 @@ def nonempty(text):
 
 
 def parse_args():
-    parser, many = make_parser(__doc__), 2**31 - 1
+    parser = make_parser(__doc__)
     add = add_model_flags(parser, "bfloat16", quantize="auto")
-    add("--threads", type=number(int, 1, 4096), metavar="N",
+    add("--threads", type=between(int, 1, 4096), metavar="N",
         help="on a CPU, how many cores to use (default: all)")
-    add("--context", type=number(int, 1, many), metavar="N",
+    add("--context", type=COUNT, metavar="N",
         help="longest text, prompt and answers, to reserve memory for (default: the "
              "model's longest that fits)")
     add = parser.add_argument_group("sparsity").add_argument
-    add("--sparsity", type=number(float, 0, 0.95), default=0.0, metavar="S",
+    add("--sparsity", type=SHARE, default=0.0, metavar="S",
         help="share of the blocks' weights that decoding skips, 0 to 0.95 "
              "(default: %(default)s)")
     add("--calibration", metavar="FILE",
@@ -152,26 +160,26 @@ def parse_args():
              "template's choice)")
     add("--raw", action="store_true",
         help="continue the prompt as it is, without the model's chat template")
-    add("--max-new-tokens", type=number(int, 1, many), default=256, metavar="N",
+    add("--max-new-tokens", type=COUNT, default=256, metavar="N",
         help="for each answer (default: %(default)s)")
     add("--stop", type=nonempty, action="append", default=[], metavar="TEXT",
         help="end the answer before this text; may be given several times")
     add = parser.add_argument_group(
         "sampling (the defaults named here give way to those of the model's "
         "generation_config.json)").add_argument
-    add("--temperature", type=number(float, 0, 100), metavar="T",
+    add("--temperature", type=between(float, 0, 100), metavar="T",
         help="higher is more random, 0 takes the likeliest token (default: 0.7)")
-    add("--top-k", type=number(int, 0, many), metavar="K",
+    add("--top-k", type=between(int, 0, 2**31 - 1), metavar="K",
         help="choose among the K likeliest tokens, 0 for all (default: 50)")
-    add("--top-p", type=number(float, 0, 1), metavar="P",
+    add("--top-p", type=between(float, 0, 1), metavar="P",
         help="choose among the likeliest tokens that together have probability P (default: 0.95)")
-    add("--min-p", type=number(float, 0, 1), metavar="P",
+    add("--min-p", type=between(float, 0, 1), metavar="P",
         help="leave out tokens less likely than P times the likeliest (default: 0)")
-    add("--repetition-penalty", type=number(float, 0.01, 100), metavar="R",
+    add("--repetition-penalty", type=between(float, 0.01, 100), metavar="R",
         help="above 1, make tokens of the text so far less likely (default: 1.0)")
     add("--head", choices=("auto", "whole"), default="auto",
         help="whole: read all of the LM head, for the same text (default: only what can matter)")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
+    add("--seed", type=between(int, 0, 2**63 - 1), metavar="N",
         help="same seed, same text (default: a new one, which the summary names)")
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="write the summary as one line of JSON")

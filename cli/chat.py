@@ -12,7 +12,7 @@ import sys
 
 from checkpoint.files import read_input
 from checkpoint.tokenizer import TokenizerError
-from cli.command_line import explain, number
+from cli.command_line import SHARE, explain
 from cli.report import say
 from tensor_parallel import from_first, rank, world_size
 
@@ -110,7 +110,7 @@ class Chat:
     def set_sparsity(self, text):
         """The command /sparsity: calibrates the model if need be."""
         try:
-            sparsity = number(float, 0, 0.95)(text)
+            sparsity = SHARE(text)
         except argparse.ArgumentTypeError as error:
             say(f"{error}; write, for example, /sparsity 0.4 (it is {self.sparsity:g} now)")
             return

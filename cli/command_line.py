@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from calibrations.thresholds import ALLOCATIONS
 from checkpoint import load, open_checkpoint
 from checkpoint.files import one_line
 from checkpoint.memory import free_memory
@@ -43,7 +44,7 @@ def script_name():
     return Path(sys.argv[0]).name
 
 
-def number(kind, low, high):
+def between(kind, low, high):
     """An argparse type: an int or a float (`kind`) from low to high."""
     def parse(text):
         try:
@@ -58,7 +59,10 @@ def number(kind, low, high):
     return parse
 
 
-# ---- the flags that choose a model -------------------------------------------------------------
+COUNT, SHARE = between(int, 1, 2**31 - 1), between(float, 0, 0.95)
+
+
+# ---- flags of several scripts ------------------------------------------------------------------
 
 def add_model_flag(parser):
     """Add --model in a group of its own; returns the group's add_argument, for more flags."""
@@ -88,6 +92,25 @@ def add_model_flags(parser, dtype="float32", quantize=None):
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     return add
+
+
+def add_sparsities(add, default):
+    """Add --sparsity, a list."""
+    add("--sparsity", type=SHARE, nargs="+", metavar="S", default=default,
+        help="0 to 0.95; 0 is dense (default: %(default)s)")
+
+
+def add_calibrations(add):
+    """Add --calibration and --allocation, for `evaluate.settings`."""
+    add("--calibration", metavar="FILE", nargs="+", default=[],
+        help="files of calibrate.py, one per allocation (default: those at hand for this model)")
+    add("--allocation", nargs="+", choices=ALLOCATIONS, help="which of them (default: all)")
+
+
+def add_json(add):
+    """Add --json, the file of `cli/results.py`."""
+    add("--json", metavar="FILE",
+        help="add the results to this file; measuring the same again replaces its results")
 
 
 def device(text):

@@ -13,7 +13,7 @@ import torch
 
 from checkpoint.files import read_input
 from cli import command_line
-from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
+from cli.command_line import add_model_flags, between, load_model, make_parser, run_script
 from conftest import HERE, start
 
 DOC = "What it does.\n\nWhy.\n\n    python script.py --model M"
@@ -26,7 +26,7 @@ def ends(run):
 
 
 def test_numbers():
-    assert number(int, 1, 5)("5") == 5 and number(float, 0, 0.95)("0.5") == 0.5
+    assert between(int, 1, 5)("5") == 5 and between(float, 0, 0.95)("0.5") == 0.5
     for kind, low, high, text, words in (
             (int, 1, 5, "6", "'6' is not a whole number from 1 to 5"),
             (int, 1, 5, "2.0", "'2.0' is not a whole number from 1 to 5"),
@@ -34,7 +34,7 @@ def test_numbers():
             (float, 0, 1, "-0.1", "'-0.1' is not a number from 0 to 1"),
             (float, 0, 1, "x", "'x' is not a number from 0 to 1")):
         with pytest.raises(argparse.ArgumentTypeError, match=words):
-            number(kind, low, high)(text)
+            between(kind, low, high)(text)
 
 
 def parse():

@@ -15,7 +15,6 @@ can read your files and use your network. So it runs only with --execute.
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -32,19 +31,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from calibrations.thresholds import ALLOCATIONS
 from checkpoint import default_model
 from checkpoint.digest import weights_digest
-from checkpoint.files import require_writable, write_whole
-from cli.command_line import add_model_flags, load_model, make_parser, number, run_script
-from evaluate import find_calibrations
+from cli.command_line import (
+    COUNT,
+    add_calibrations,
+    add_json,
+    add_model_flags,
+    add_sparsities,
+    load_model,
+    make_parser,
+    run_script,
+)
+from cli.results import replaced, require_rows, write_rows
+from evaluate import settings
 from examples.many_texts import read, write
 from generate import find_thresholds
 
 N_TOKENS = 400  # of an answer, at most
 SECONDS, MEMORY, FILE = 10, 4 << 30, 1 << 20  # limits of a program; the last two in bytes
 # What was measured: results that agree in all of these are the same measurement.
-SETTINGS = ("model", "weights", "task", "problems", "dtype", "quantize", "allocation",
+IDENTITY = ("model", "weights", "task", "problems", "dtype", "quantize", "allocation",
             "calibrated_on", "sparsity")
 
 
@@ -171,24 +178,19 @@ def mcnemar(a, b):
 # ---- the command line --------------------------------------------------------------------------
 
 def parse_args():
-    parser, many = make_parser(__doc__), 2**31 - 1
+    parser = make_parser(__doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("tasks").add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all of them")
     add("--execute", action="store_true", help="run the programs that the model writes (see above)")
-    add("--problems", type=number(int, 1, many), default=500, metavar="N",
+    add("--problems", type=COUNT, default=500, metavar="N",
         help="of each task, from its first one on (default: %(default)s; HumanEval has 164)")
-    add("--batch", type=number(int, 1, many), default=64, metavar="N",
+    add("--batch", type=COUNT, default=64, metavar="N",
         help="answers written side by side; more is faster (default: %(default)s)")
     add = parser.add_argument_group("sparsity").add_argument
-    add("--sparsity", type=number(float, 0, 0.95), nargs="+", default=[0, 0.4, 0.5], metavar="S",
-        help="0 to 0.95; 0 is dense (default: %(default)s)")
-    add("--calibration", metavar="FILE", nargs="+", default=[],
-        help="files of calibrate.py, one per allocation (default: those at hand for this model)")
-    add("--allocation", nargs="+", choices=ALLOCATIONS, help="which of them (default: all)")
-    add = parser.add_argument_group("results").add_argument
-    add("--json", metavar="FILE",
-        help="add the results to this file; measuring the same again replaces its results")
+    add_sparsities(add, [0, 0.4, 0.5])
+    add_calibrations(add)
+    add_json(parser.add_argument_group("results").add_argument)
     args = parser.parse_args()
     if "humaneval" in args.tasks and not args.execute:
         parser.error("humaneval runs programs that the model wrote; allow it with --execute, or "
@@ -198,21 +200,14 @@ def parse_args():
 
 def main():
     args = parse_args()
-    rows = []
-    if args.json:  # a file that cannot be written must fail now
-        require_writable(args.json, "--json")
-        rows = json.loads(Path(args.json).read_text()) if Path(args.json).exists() else []
+    rows = require_rows(args.json, "answers") if args.json else []
     tasks = {name: TASKS[name](args.problems) for name in args.tasks}
     model, tokenizer = load_model(args, alone="solving tasks")
-    settings = [("dense", 0.0, None, None)] if 0 in args.sparsity else []
-    if max(args.sparsity) > 0:
-        if not (args.calibration or args.allocation):  # a new model is calibrated first
-            find_thresholds(model, tokenizer, max(args.sparsity), name=args.model)
-        for name, found in find_calibrations(model, args.calibration, args.allocation).items():
-            settings += [(name, s, found.metadata.get("source"), found.thresholds(s))
-                         for s in sorted({*args.sparsity} - {0})]
+    if not (args.calibration or args.allocation):  # a new model is calibrated first
+        find_thresholds(model, tokenizer, max(args.sparsity), name=args.model)
+    measured = settings(model, args.sparsity, args.calibration, args.allocation)
     for task, problems in tasks.items():
-        tables = [table for *_, table in settings]
+        tables = [table for *_, table in measured]
         solved = solve(model, tokenizer, problems, tables, args.batch)
         new = [{"model": Path(args.model).name if args.model else default_model.NAME,
                 "weights": weights_digest(model), "task": task, "problems": len(problems),
@@ -220,28 +215,23 @@ def main():
                 "calibrated_on": source, "sparsity": sparsity, "realised_sparsity": reached,
                 "right": sum(right), "interval": interval(right),
                 "answers": "".join("01"[x] for x in right)}
-               for (allocation, sparsity, source, _), right, reached in zip(settings, *solved)]
-        rows = [old for old in rows if not any(same(old, row, SETTINGS) for row in new)] + new
+               for (allocation, sparsity, source, _), right, reached in zip(measured, *solved)]
+        rows = replaced(rows, new, IDENTITY)
         for row in new:
             row |= compare(row, rows)
             print(describe(row), flush=True)
         if args.json:
-            with write_whole(args.json) as temporary:
-                temporary.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def same(row, other, names):
-    return all(row[name] == other[name] for name in names)
+            write_rows(args.json, rows)
 
 
 def compare(row, rows):
     """McNemar's test of a row against plain dense, and against `uniform` at its sparsity."""
     against = {"dense": row | {"quantize": None, "allocation": "dense", "sparsity": 0.0},
                "uniform": row | {"allocation": "uniform"}}
-    names = [name for name in SETTINGS if name != "calibrated_on"]
+    names = [name for name in IDENTITY if name != "calibrated_on"]
     return {f"against_{name}": mcnemar(row["answers"], other["answers"])
             for name, wanted in against.items() for other in rows
-            if other is not row and same(wanted, other, names)}
+            if other is not row and all(wanted[name] == other[name] for name in names)}
 
 
 def describe(row):

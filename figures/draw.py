@@ -10,15 +10,13 @@ reads.
     python -m figures.draw speed figures/speed.png results/llama-2-7b-h100.json
 """
 
-import json
-from pathlib import Path
-
 import matplotlib
 import torch
 
 from calibrations.thresholds import find
 from checkpoint import load
 from cli.command_line import make_parser, run_script
+from cli.results import read_rows
 from model import PROJECTIONS, dense
 
 matplotlib.use("Agg")
@@ -79,14 +77,8 @@ def draw_idea(path):
 def read_results(files):
     """The rows of benchmark.py's --json files at context CONTEXT. Raises ValueError if there are
     none."""
-    rows = []
-    for file in files:
-        try:
-            rows += [row for row in json.loads(Path(file).read_text())
-                     if row.get("context") == CONTEXT]
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is not a file that benchmark.py --json wrote ({error})") from None
+    rows = [row for file in files for row in read_rows(file, "tokens_per_second")
+            if row["context"] == CONTEXT]
     if not rows:
         raise ValueError(
             f"there are no speeds at context {CONTEXT} in {', '.join(map(str, files))}")

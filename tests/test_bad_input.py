@@ -52,7 +52,7 @@ calibrate | --text TEXT --window 8 | is outside 9 to 64
 calibrate | --text TEXT --tokens 31 | 31 tokens do not fill one window of 32
 calibrate | --tokens 0 | argument --tokens: '0' is not a whole number from 1
 calibrate | --tokens 1e3 | argument --tokens: '1e3' is not a whole number
-calibrate | --out /proc/c | cannot write /proc/c (No such file or directory); name another file with --out
+calibrate | --out /proc/c | cannot write /proc/c (No such file or directory); name another
 calibrate | --text LATIN | is not UTF-8 text (byte 1); convert it, or name another file
 calibrate | --text TEXT --seed 0 | --seed is of the self-written text
 calibrate | --text TEXT --seed -1 | argument --seed: '-1' is not a whole number from 0
@@ -78,7 +78,7 @@ benchmark | --timeline | --timeline needs a GPU, and cpu is not a GPU
 benchmark | --model m --config llama-3-8b | name two models
 benchmark | --sparsity 0 0.96 | '0.96' is not a number from 0 to 0.95
 benchmark | --context 0 | '0' is not a whole number from 1
-benchmark | --model TINY --context 9 65 | --context 65 is longer than this model's text of at most 64
+benchmark | --model TINY --context 9 65 | --context 65 is longer than this model's text of
 benchmark | --config llama-2-7b --context 9 5000 | --context 5000 is longer than this model's
 benchmark | --config huge | invalid choice: 'huge'
 benchmark | --model TINY --json FOLDER | it is a folder
@@ -95,10 +95,10 @@ tasks     | --sparsity 1 | '1' is not a number from 0 to 0.95
 draw      | | arguments are required: FIGURE
 draw      | idea | arguments are required: FILE.png
 draw      | speed p.png | arguments are required: RESULTS.json
-draw      | speed p.png TEXT | is not a file that benchmark.py --json wrote
+draw      | speed p.png TEXT | holds no results with tokens_per_second
 draw      | picture.png | invalid choice: 'picture.png'
 convert   | all | unrecognized arguments: all
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture(scope="module")
