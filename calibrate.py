@@ -125,12 +125,11 @@ def masked_and_counted(thresholds, dropped):
 # ---- making a calibration ----------------------------------------------------------------------
 
 @torch.no_grad()
-def second_half(model, first, second, tables, all_sparse=False):
+def second_half(model, first, second, tables):
     """Read a window as in use: its first half is a dense prefill, its second half is sparse.
 
     first, second: its halves, token ids
     tables:        thresholds float32 [n_layers, 7] to try in turn; None is dense
-    all_sparse:    mask the first half too
     Yields, for each table, the hidden states of the second half, and the share of each
     projection's inputs dropped there, float64 [n_layers, 7].
     """
@@ -142,10 +141,6 @@ def second_half(model, first, second, tables, all_sparse=False):
         dropped = torch.zeros(config.n_layers, len(PROJECTIONS), dtype=torch.float64, device=device)
         if table is not None:
             project = masked_and_counted(table.to(device), dropped)
-        if all_sparse:
-            cache.length = 0
-            model.forward(first, cache, project)
-            dropped.zero_()
         cache.length = len(first)
         yield model.forward(second, cache, project), dropped.cpu()
 

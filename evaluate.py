@@ -43,25 +43,25 @@ from model import PROJECTIONS
 
 # What was measured, known by its content: rows of --json that agree in all of these are the same
 # measurement. `weights`, `tokens` and `thresholds` are hashes.
-IDENTITY = ("weights", "dtype", "quantize", "tokens", "window", "windows", "all_sparse",
+IDENTITY = ("weights", "dtype", "quantize", "tokens", "window", "windows"
             "allocation", "thresholds", "sparsity")
 
 
 # ---- scoring -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def score(model, tokens, tables, all_sparse=False):
+def score(model, tokens, tables):
     """Score one window of token ids [T] under each table of thresholds: float32 [n_layers, 7], or
     None for dense.
 
     Returns a dict for each table. `nll` and `kl`, in nats, and `top1` are means over the second
     half. `sparsity`, float64 [n_layers, 7], is the share of each projection's inputs dropped
-    there. `all_sparse` masks the first half too.
+    there.
     """
     half = len(tokens) // 2
     first, second, targets = tokens[:half], tokens[half:-1], tokens[half + 1:]
     sparse = [table for table in tables if table is not None]
-    passes = second_half(model, first, second, [None, *sparse], all_sparse)
+    passes = second_half(model, first, second, [None, *sparse])
     reference = next(passes)
     expected = model.logits(reference[0]).float().log_softmax(-1)
 
@@ -76,10 +76,10 @@ def score(model, tokens, tables, all_sparse=False):
     return results
 
 
-def evaluate(model, windows, tables, all_sparse=False):
+def evaluate(model, windows, tables):
     """`score` over windows [n, T]: for each table a dict of means, and `perplexity`."""
     # Window by window, so that all tables share a window's dense reference.
-    scores = [score(model, tokens, tables, all_sparse)
+    scores = [score(model, tokens, tables)
               for tokens in tqdm(windows.to(model.device), "evaluating", unit="window",
                                  disable=None)]
     means = [{name: sum(result[name] for result in results) / len(results) for name in results[0]}
@@ -191,7 +191,6 @@ def parse_args():
     add = parser.add_argument_group("sparsity").add_argument
     add_sparsities(add, [0, 0.25, 0.4, 0.5, 0.6])
     add_calibrations(add)
-    add("--all-sparse", action="store_true", help="make the first half of each window sparse too")
     add = parser.add_argument_group("results").add_argument
     add_json(add)
     add("--plot", metavar="FILE", help="draw perplexity against sparsity")
@@ -216,14 +215,14 @@ def main():
     if args.plot:
         require_writable(args.plot, "--plot")
     rows, shares = [], byte_shares(model.config)
-    results = evaluate(model, windows, [table for *_, table in measured], args.all_sparse)
+    results = evaluate(model, windows, [table for *_, table in measured])
     for (allocation, sparsity, source, table), result in zip(measured, results):
         dropped = result["sparsity"].mean(0)  # [7]: a projection has one size in all layers
         rows.append({
             "model": args.model or default_model.NAME, "weights": weights_digest(model),
             "dtype": args.dtype, "quantize": args.quantize, "text": Path(args.text).name,
             "tokens": digest(windows), "window": args.window, "offset": args.offset,
-            "windows": len(windows), "all_sparse": args.all_sparse, "thresholds": digest(table),
+            "windows": len(windows), "thresholds": digest(table),
             "allocation": allocation, "calibrated_on": source, "sparsity": sparsity,
             "realised_sparsity": (dropped @ shares).item(), "perplexity": result["perplexity"],
             "kl": result["kl"], "top1": result["top1"],

@@ -45,20 +45,18 @@ def test_dense_perplexity_is_that_of_one_plain_forward_pass(model, windows):
         assert not result["sparsity"].any()
 
 
-@pytest.mark.parametrize("all_sparse", [False, True])
-def test_sparse_scores_are_those_of_decoding_token_by_token(
-        model, windows, calibration, all_sparse):
+def test_sparse_scores_are_those_of_decoding_token_by_token(model, windows, calibration):
     tokens, thresholds = windows[5], calibration.thresholds(0.4)
 
     def project(x, linear):
         return masked(x, linear, thresholds[linear.layer, linear.places])
 
     cache = KVCache(model.config, 64)
-    model.forward(tokens[:32], cache, *[project] * all_sparse)
+    model.forward(tokens[:32], cache)
     logits = torch.cat([model.logits(model.forward(token[None], cache, project))
                         for token in tokens[32:-1]])
     reference = model.logits(model.forward(tokens))[32:-1].log_softmax(-1)
-    result, = score(model, tokens, [thresholds], all_sparse)
+    result, = score(model, tokens, [thresholds])
     assert result["nll"] == pytest.approx(F.cross_entropy(logits, tokens[33:]).item(), rel=1e-4)
     divergence = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
     assert result["kl"] == pytest.approx(divergence.item(), rel=1e-3)
@@ -121,27 +119,13 @@ def test_results_table_and_plot(evaluated, tmp_path):
         assert row.keys() > {*evaluate.IDENTITY}
         assert row["model"] == "SmolLM2-135M-Instruct.Q4_1.gguf" and row["text"] == "text"
         assert (row["dtype"], row["quantize"]) == ("float32", None)
-        assert (row["window"], row["offset"]) == (64, 0) and not row["all_sparse"]
+        assert (row["window"], row["offset"]) == (64, 0)
         assert row["windows"] == 8 and f"{row['perplexity']:.2f}" in out
         shares = dict(zip(PROJECTIONS, byte_shares(CONFIG).tolist()))
         assert row["realised_sparsity"] == pytest.approx(
             sum(shares[name] * share for name, share in row["projections"].items()))
     assert rows[0]["kl"] == 0 and rows[0]["top1"] == 1 and rows[0]["realised_sparsity"] == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_all_sparse(evaluated, model, calibration, tmp_path):
-    """The flag reaches the measurement: the first halves are sparse too."""
-    windows = cut(torch.tensor(Letters().encode((tmp_path / "text").read_text())), 64)
-    rows = []
-    for flags in ([], ["--all-sparse"]):
-        code, _, err = evaluated("--sparsity", 0.5, "--json", tmp_path / "r.json", *flags)
-        assert code == 0, err
-        rows = json.loads((tmp_path / "r.json").read_text())
-        result, = evaluate.evaluate(model, windows, [calibration.thresholds(0.5)], bool(flags))
-        assert rows[-1]["all_sparse"] == bool(flags)
-        assert rows[-1]["perplexity"] == pytest.approx(result["perplexity"])
-    assert abs(rows[0]["perplexity"] - rows[1]["perplexity"]) > 0.01
 
 
 def test_results_replace_those_of_the_same_measurement_only(evaluated, tmp_path):
