@@ -120,18 +120,15 @@ def test_generator(smollm):
     first = [next(tokens) for _ in range(4)]  # one by one
     tokens.close()
     whole = list(generate_tokens(model, ids, 12))
-    assert (
-        whole[:4] == first and len(whole) == 12 and all(isinstance(token, int) for token in whole)
-    )
+    assert whole[:4] == first and len(whole) == 12
+    assert all(isinstance(token, int) for token in whole)
     assert list(generate_tokens(model, ids, 12, stop=[whole[5]])) == whole[: whole.index(whole[5])]
 
     session = Session(model, context=len(ids) + 3)
     assert list(session.generate(ids, 12)) == whole[:3] and session.ended == "context"
     assert list(session.generate(ids, 3)) == whole[:3] and session.ended == "length"
     assert next(session.generate(ids, 3)) == whole[0] and session.ended is None
-    with pytest.raises(
-        ValueError, match=f"has {len(ids) + 4} tokens, more than the context of {len(ids) + 3}"
-    ):
+    with pytest.raises(ValueError, match=f"has {len(ids) + 4} tokens, more than the context of"):
         next(session.generate(ids + [1] * 4, 1))
     with pytest.raises(ValueError, match="prompt is empty"):
         next(session.generate([], 1))
@@ -171,18 +168,9 @@ def draws(logits, n, **options):
     return torch.cat([sample(logits, generator=generator, **options) for _ in range(n)])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 0.5},
-        {"top_k": 7},
-        {"top_p": 0.8},
-        {"top_k": 12, "top_p": 0.7},
-        {"top_k": 1000},
-        {"temperature": 1.7, "top_p": 0.5},
-    ],
-)
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 0.5}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 12, "top_p": 0.7},
+    {"top_k": 1000}, {"temperature": 1.7, "top_p": 0.5}])
 def test_sample_probabilities(options):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
     # By the definition, one token at a time.
@@ -209,16 +197,9 @@ def test_sample_probabilities(options):
 def test_sample_corners():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     best = logits.argmax().item()
-    for options in (
-        {"temperature": 0},
-        {"temperature": 1e-30},
-        {"temperature": 1e-46},
-        {"temperature": 5e-324, "top_k": 9},
-        {"top_k": 1},
-        {"top_p": 0},
-        {"top_p": 1e-9},
-        {"min_p": 1.0},
-    ):
+    for options in ({"temperature": 0}, {"temperature": 1e-30}, {"temperature": 1e-46},
+                    {"temperature": 5e-324, "top_k": 9}, {"top_k": 1}, {"top_p": 0},
+                    {"top_p": 1e-9}, {"min_p": 1.0}):
         assert set(draws(logits, 20, **options).tolist()) == {best}
     assert sample(torch.zeros(5), temperature=0).shape == (1,)
     ties = torch.tensor([0.0, 1, 1, 1])
@@ -247,22 +228,15 @@ def overflowing(dtype, spoil):
     return model
 
 
-@pytest.mark.parametrize(
-    "spoil, words",
-    [
-        (lambda model: model.blocks[1].down.w_t.mul_(6e5), "the output of down in layer 1"),
-        (lambda model: model.blocks[1].attn_norm.fill_(6e4), "the input of q/k/v in layer 1"),
-        (lambda model: model.blocks[2].gate_up.w_t.mul_(1e3), "the input of down in layer 2"),
-        (lambda model: model.norm.fill_(6e4), "the input of the LM head"),
-        (lambda model: model.lm_head.w_t.fill_(math.nan), "the output of the LM head"),
-    ],
-)
+@pytest.mark.parametrize("spoil, words", [
+    (lambda model: model.blocks[1].down.w_t.mul_(6e5), "the output of down in layer 1"),
+    (lambda model: model.blocks[1].attn_norm.fill_(6e4), "the input of q/k/v in layer 1"),
+    (lambda model: model.blocks[2].gate_up.w_t.mul_(1e3), "the input of down in layer 2"),
+    (lambda model: model.norm.fill_(6e4), "the input of the LM head"),
+    (lambda model: model.lm_head.w_t.fill_(math.nan), "the output of the LM head")])
 def test_infinite_numbers_are_named(spoil, words):
-    with pytest.raises(
-        ValueError,
-        match=f"{words} is infinite or NaN at token 3 of the text; float16 ends at 65504, "
-        "so try --dtype bfloat16",
-    ):
+    with pytest.raises(ValueError, match=f"{words} is infinite or NaN at token 3 of the text; "
+                       "float16 ends at 65504, so try --dtype bfloat16"):
         list(generate_tokens(overflowing(torch.float16, spoil), [1, 2, 3], 4))
 
 
@@ -281,9 +255,7 @@ def test_infinite_numbers_while_decoding():
     tokens = session.generate([1, 2, 3], 8)
     next(tokens)
     session.cache.k[1, :, 2] = math.nan
-    with pytest.raises(
-        ValueError, match="the input of o in layer 1 is infinite or NaN at token 4 of the text"
-    ):
+    with pytest.raises(ValueError, match="input of o in layer 1 is infinite or NaN at token 4"):
         next(tokens)
 
 
@@ -560,11 +532,7 @@ def test_a_generation_ends_where_the_next_one_begins():
 
 def test_prompts_around_the_context():
     model = overflowing(torch.float32, lambda model: None)  # a sound one, with a context of 32
-    for n, new in (
-        (30, 2),
-        (31, 1),
-        (32, 1),
-    ):  # a prompt as long as the context still gets one token
+    for n, new in (30, 2), (31, 1), (32, 1):  # as long as the context, it still gets one token
         session = Session(model)
         assert len(list(session.generate([1] * n, 10))) == new and session.ended == "context"
     with pytest.raises(ValueError, match="has 33 tokens, more than the context of 32"):
@@ -575,9 +543,7 @@ def test_weights_beyond_the_type():
     model = Model(Config(64, 32, 48, 1, 4, 2, 8), torch.float16)
     norm = torch.ones(32)
     norm[3] = 7e4
-    with pytest.raises(
-        ValueError, match="model.norm.weight .* torch.float16 ends at 65504; try --dtype bfloat16"
-    ):
+    with pytest.raises(ValueError, match="model.norm.weight .* torch.float16 ends at 65504; try"):
         put(model, "model.norm.weight", norm)
     norm[3] = math.nan
     with pytest.raises(ValueError, match="model.norm.weight .* get a sound checkpoint"):

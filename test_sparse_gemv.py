@@ -149,6 +149,7 @@ def test_bad_input_is_named(name, change):
         sparse_gemv(**arguments)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs Triton")
 def test_a_cpu_needs_no_triton(tmp_path):
     """The file alone, where Triton cannot be imported, as on macOS."""
     (tmp_path / "triton.py").write_text("raise ImportError('no Triton here')")

@@ -14,8 +14,6 @@ import random
 import resource
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +24,7 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
+import generate
 from calibrations.thresholds import FORMAT, GRID, Calibration, CalibrationError, fingerprint
 from checkpoint import CheckpointError, load, open_checkpoint
 from checkpoint.config import parse_config
@@ -628,8 +627,8 @@ def test_large_gguf_header(victims, bounded_memory):
                           edit_gguf_metadata,
                                     "template", "NaN", "panic"],
                          ids=lambda damage: getattr(damage, "__name__", damage))
-def test_command(damage, victims):
-    """From the shell: exit code 2 and one sentence. Only Rust may say more, before it panics."""
+def test_command(damage, victims, run):
+    """By the command line: exit code 2 and one sentence. Only Rust may say more, before it panics."""
     victim, rng, changes = victims["folder"], random.Random(1), {}
     if damage == "template":
         changes["chat_template.jinja"] = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
@@ -650,12 +649,10 @@ def test_command(damage, victims):
                 victim.repair(changes)
                 changes = {}
     victim.damage(changes)
-    script = Path(__file__).parents[1] / "generate.py"
-    command = [sys.executable, script, "--model", victim.path, "--prompt", "the",
-               "--max-new-tokens", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    code, out, err = run(generate.main, "--model", victim.path, "--prompt", "the",
+                         "--max-new-tokens", 3)
     victim.repair(changes)
-    assert done.returncode == 2 and done.stdout == "", done.stderr
-    *before, sentence = done.stderr.splitlines()
-    assert sentence.startswith("generate.py: error: ") and done.stderr.endswith("\n")
-    assert not before or damage == "panic" and "Traceback" not in done.stderr
+    assert code == 2 and out == "", err
+    *before, sentence = err.splitlines()
+    assert sentence.startswith("generate.py: error: ") and err.endswith("\n")
+    assert not before or damage == "panic" and "Traceback" not in err
