@@ -628,7 +628,7 @@ def test_large_gguf_header(victims, bounded_memory):
                                     "template", "NaN", "panic"],
                          ids=lambda damage: getattr(damage, "__name__", damage))
 def test_command(damage, victims, run):
-    """By the command line: exit code 2 and one sentence. Only Rust may say more, before it panics."""
+    """As a command: exit code 2 and one sentence. Only Rust may say more, before it panics."""
     victim, rng, changes = victims["folder"], random.Random(1), {}
     if damage == "template":
         changes["chat_template.jinja"] = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
