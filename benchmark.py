@@ -4,8 +4,8 @@ A decode step cannot be faster than the bytes it reads divided by the memory's b
 bandwidth is measured first, in the same process, and every speed is printed beside its bytes and
 its share of that limit. Weights are random, in the shapes of a named model, or those of a real
 model. The sparsity is counted, row by row, while the steps are timed. All sparsities take turns,
-several times over, and the medians are compared: a machine that slows down meanwhile slows down
-all of them.
+several times over, and the medians are compared. A machine that slows down thus slows down all
+of them.
 
     python benchmark.py --config llama-3-8b --sparsity 0 0.25 0.4 0.5 0.65 --json speed.json
     python benchmark.py --device cpu --sparsity 0 0.4 0.5 --compare transformers
@@ -264,7 +264,7 @@ def measure(args):
     if world_size() > 1:
         reduces = reduce_seconds(decoder) * 1e6
         print(f"{world_size()} ranks, bytes and limit of each; {reduces:.1f} us per layer in "
-              "all-reduces, timed by themselves")
+              "all-reduces, timed alone")
         rows = [row | {"ranks": world_size(), "reduce_microseconds": reduces} for row in rows]
     if on_gpu:
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")

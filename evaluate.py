@@ -97,13 +97,13 @@ def cut(tokens, window, offset=0, n=None):
     if offset < 0 or n < 1 or offset + n > held:
         raise ValueError(
             f"the text holds {held} windows of {window} tokens; windows {offset} to "
-            f"{offset + n - 1} asked for; give a longer text or other --window, --offset, "
+            f"{offset + n - 1} were requested; give a longer text or other --window, --offset, "
             "--windows")
     return tokens[offset * window:(offset + n) * window].view(n, window)
 
 
 def find_calibrations(model, files, allocations):
-    """{allocation: Calibration}: from the files; without files, those at hand for this model."""
+    """{allocation: Calibration}: from the files; without files, those available for this model."""
     found = {}
     for path in files:
         calibration = Calibration.load(path, model.config)
@@ -125,8 +125,8 @@ def find_calibrations(model, files, allocations):
 
 
 def settings(model, sparsities, files=(), allocations=None):
-    """What to measure: (allocation, sparsity, the calibration's text, thresholds) for each
-    calibration and sparsity, dense first, whose thresholds are None."""
+    """What to measure, dense first: for each calibration and sparsity a tuple of allocation,
+    sparsity, source of the calibration, and thresholds, which are None for dense."""
     found, sparse = [("dense", 0.0, None, None)] * (0 in sparsities), sorted({*sparsities} - {0})
     for name, calibration in (
             find_calibrations(model, files, allocations).items() if sparse else ()):

@@ -90,8 +90,8 @@ def generate_tokens(model, ids, max_new_tokens, **options):
 
 
 def open_session(model, thresholds=None, *, context, **options):
-    """A `Session` with these arguments. Raises ValueError if its KV cache does not fit. Where the
-    certificate of the LM head does not fit as well, all of the head is read."""
+    """A `Session` with these arguments. Raises ValueError if its KV cache does not fit into memory.
+    If only the certificate of the LM head does not fit, decoding reads the whole head."""
     advice = "" if model.dtype.itemsize == 2 else " or --dtype bfloat16"
     require_memory(context * cache_bytes(model.config, model.dtype), model.device,
                    f"a context of {context} tokens", f"try a shorter one with --context{advice}")
@@ -104,7 +104,7 @@ def open_session(model, thresholds=None, *, context, **options):
 def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
     """Thresholds [n_layers, 7] for a sparsity, None for dense.
 
-    They are those of the calibration file `path`, or of the best calibration there is (see
+    They come from the calibration file `path`, or from the best available calibration (see
     calibrations/thresholds.py). A model without one is calibrated. `name` is the value of --model.
     """
     require("sparsity", sparsity, 0, 0.95)
@@ -178,7 +178,7 @@ def parse_args():
     add("--repetition-penalty", type=between(float, 0.01, 100), metavar="R",
         help="above 1, make tokens of the text so far less likely (default: 1.0)")
     add("--head", choices=("auto", "whole"), default="auto",
-        help="whole: read all of the LM head, for the same text (default: only what can matter)")
+        help="whole: read the whole LM head, for the same text (default: only rows that matter)")
     add("--seed", type=between(int, 0, 2**63 - 1), metavar="N",
         help="same seed, same text (default: a new one, which the summary names)")
     add = parser.add_argument_group("output").add_argument
@@ -207,7 +207,7 @@ def check(args, error):
 
 
 def choose_sampling(args, tokenizer):
-    """How to choose tokens: by the flags, else by the model's recommendation, else by default."""
+    """Sampling options: from the flags, else from the model's recommendation, else the defaults."""
     sampling = {"seed": args.seed, "head": args.head}
     for name, default in SAMPLING.items():
         given = getattr(args, name)
@@ -216,13 +216,13 @@ def choose_sampling(args, tokenizer):
 
 
 def fitting_context(model):
-    """Tokens of a KV cache in half of the free memory; too little for even 512 is an error."""
+    """Tokens of a KV cache in half of the free memory, at least 512, which may then not fit."""
     fits = free_memory(model.device) / 2 / cache_bytes(model.config, model.dtype)
     return int(min(model.config.context, max(fits, 512)))
 
 
 def main():
-    """Load, generate, and say on standard error how it went."""
+    """Load the model, generate text, and summarize the run on standard error."""
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -21,8 +21,7 @@ from lm_head import head_saving, logits_needed
 from model import PROJECTIONS, KVCache, dense, masked
 from sampling import likeliest, penalize, sample
 
-# Prompt tokens that go through the model at once: memory stays bounded, and a slow CPU can
-# report its progress.
+# Prompt tokens per forward pass: this bounds the memory, and a slow CPU can report progress.
 PREFILL_CHUNK = {"cuda": 2048, "cpu": 512}
 
 
@@ -137,7 +136,7 @@ class Session:
 
     @torch.inference_mode()
     def diagnose(self, tokens, start, project):
-        """Raise ValueError that names where `tokens`, at position `start`, get infinite or NaN."""
+        """Raise ValueError that says where `tokens`, at position `start`, turn infinite or NaN."""
         model = self.model
         end = f"is infinite or NaN at token {start + len(tokens)} of the text; " + {
             torch.float16: "float16 ends at 65504, so try --dtype bfloat16",
@@ -166,7 +165,7 @@ class Session:
 
         The beginning that the cache already holds is not computed again, so a conversation may
         be given whole every time. Raises ValueError for a prompt that is empty, not a list of ids
-        or longer than the context, and if the session starts another generation meanwhile.
+        or longer than the context, and if the session has since started another generation.
         """
         stats, cache, context = self.stats, self.cache, self.cache.context
         require("max_new_tokens", max_new_tokens, 0, math.inf, Integral)

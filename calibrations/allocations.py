@@ -1,7 +1,7 @@
 """How the projections share the requested sparsity.
 
-A target of, say, 50% holds for all weights of the blocks together. Some projections bear more than
-others, and three allocations say how much each of them drops:
+A target of, say, 50% applies to all weights of the blocks together. Some projections tolerate more
+sparsity than others. Three allocations decide how much each of them drops:
 
     uniform  Every projection gets the same share.
     greedy   Each block raises, step by step, the projection that hurts the block's output least.
@@ -15,7 +15,7 @@ of GRID:
     model:     a Model
     windows:   token ids int64 [n, T]
     quantiles: a function of sparsities [n_layers, 7, P] -> the thresholds that reach them
-    update:    is told how many passes over a window are done
+    update:    called with the number of passes over a window just done
 """
 
 import torch
@@ -63,7 +63,7 @@ def interpolate(path, shares):
 
 @torch.no_grad()
 def greedy(model, windows, quantiles, update=unseen):
-    """TEAL's greedy allocation (its algorithm 1). Every block reaches every target by itself.
+    """TEAL's greedy allocation (its algorithm 1). Every block reaches every target on its own.
 
     All projections start at 0. Each turn raises the one that adds least to the squared error of
     the block's output. The block's input is the dense model's, for the first of the windows.

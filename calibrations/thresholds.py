@@ -30,7 +30,7 @@ from model import PROJECTIONS
 
 FORMAT = "1"
 ALLOCATIONS = ("fisher", "greedy", "uniform")  # best first, see allocations.py
-BRIEF = "calibrations/text.txt"  # the source of what generate.py makes by itself
+BRIEF = "calibrations/text.txt"  # the source of calibrations that generate.py makes
 GRID = torch.arange(96) / 100  # the sparsities in a calibration's tables: 0, 0.01, ... 0.95
 SINKS = 8  # a window's first tokens draw attention and have huge activations: they do not count
 

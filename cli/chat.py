@@ -78,7 +78,7 @@ class Chat:
             if len(messages) == 1:
                 raise TokenizerError(
                     f"the message has {len(ids)} tokens, but the context has room for "
-                    f"{self.longest} beside an answer")
+                    f"{self.longest} and an answer")
             del messages[:2]
             dropped += 1
         self.messages = messages
@@ -152,7 +152,7 @@ class Chat:
 
 @contextlib.contextmanager
 def excused(consequence, shared):
-    """What goes wrong with one answer or command is told in a sentence; the conversation goes on.
+    """Report an error of one answer or command in a sentence, and go on with the conversation.
 
     consequence: what it means, the end of that sentence
     shared:      under torchrun, the exceptions that all ranks raise together; from others they

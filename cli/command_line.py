@@ -103,7 +103,7 @@ def add_sparsities(add, default):
 def add_calibrations(add):
     """Add --calibration and --allocation, for `evaluate.settings`."""
     add("--calibration", metavar="FILE", nargs="+", default=[],
-        help="files of calibrate.py, one per allocation (default: those at hand for this model)")
+        help="files of calibrate.py, one per allocation (default: those available for this model)")
     add("--allocation", nargs="+", choices=ALLOCATIONS, help="which of them (default: all)")
 
 
@@ -163,7 +163,7 @@ def load_model(args, context=None, alone=None):
 
 
 def tell_int8(config):
-    """Print which projections of an int4 model are int8 nevertheless, if any are."""
+    """Print which projections of an int4 model remain int8, if any."""
     left = [name for site, names in SITES.items() for name in names
             if not can_be_int4(site, config.linear_shape(site)[1])]
     if left:
@@ -196,7 +196,7 @@ def run_script(main):
 
 
 def explain(error):
-    """What to tell a person of an exception, in one sentence; None if it is a bug."""
+    """One sentence that explains an exception to a person; None if it is a bug."""
     if isinstance(error, ImportError):
         return f"{one_line(error)}; run pip install -r requirements-dev.txt"
     if isinstance(error, (OSError, ValueError)):
@@ -217,6 +217,6 @@ def fail(message):
     where = ""
     if rank() > 0:
         where = f" on rank {rank()}"
-        time.sleep(3)  # torchrun ends this rank meanwhile if the first one says the same
+        time.sleep(3)  # torchrun ends this rank first if rank 0 reports the same error
     print(f"{script_name()}: error{where}: {message}", file=sys.__stderr__, flush=True)
     os._exit(2)  # at once: a clean shutdown could wait for ranks that never answer

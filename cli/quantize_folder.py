@@ -55,14 +55,14 @@ def write_weights(checkpoint, folder, kind):
     def flush():
         file = f"model-{len(set(places.values())) + 1:05}.safetensors"
         save_file(shard, folder / file, {"format": "pt"})
-        # save_file lets nobody else read its file: give it the permissions of the others.
+        # save_file makes its file unreadable for others: give it the folder's usual permissions.
         shutil.copymode(folder / "config.json", folder / file)
         places.update(dict.fromkeys(shard, file))
         shard.clear()
 
     for name, tensor in tqdm(checkpoint.tensors, "quantizing", len(checkpoint.shapes),
                              unit="tensor", leave=False, disable=None):
-        with checkpoint.blame_for(name):  # weights may be no numbers
+        with checkpoint.blame_for(name):  # weights may be NaN
             if len(shapes[name]) == 3:
                 shard[name] = quantize_int4(tensor, name)
             elif is_quantized(name):

@@ -1,4 +1,4 @@
-"""What a run prints: the text, its numbers, warnings, and why an answer was cut off."""
+"""What a run prints: the text, its numbers, warnings, and why an answer ended early."""
 
 import sys
 
@@ -21,7 +21,7 @@ def write(ids, tokenizer, stop=(), prompt=()):
         ended = "interrupted"
     except ValueError:
         if text:
-            print(flush=True)  # what is said of the error begins a line
+            print(flush=True)  # the error message begins on a new line
         raise
     print(flush=True)
     return text, ended
@@ -33,7 +33,7 @@ def say(text):
 
 
 def report(session, stats, sparsity, seed):
-    """What happened, by name: the numbers of `summary` and --json. Bytes are those of all ranks."""
+    """The numbers of a run, by name, for `summary` and --json. Bytes are those of all ranks."""
     def of_all(n_bytes):
         return mean(n_bytes) * world_size()
 
@@ -72,7 +72,7 @@ def summary(numbers):
 
 
 class SparsityWatch:
-    """Compares the sparsity that a session reaches with the one asked for, 64 steps at a time.
+    """Compares the sparsity that a session reaches with the requested one, 64 steps at a time.
 
     Thresholds that were found on other weights or other text may drop far more or far less.
     """

@@ -19,8 +19,8 @@ def read_rows(path, key):
 
 
 def require_rows(path, key):
-    """Raise ValueError unless `path` can be written and holds such rows, if it exists: before the
-    measurement, whose results would be lost."""
+    """The rows of a file that results will be added to, none if there is no file yet. Raises
+    ValueError for a file of another kind or one that cannot be written, before any measurement."""
     require_writable(path, "--json")
     return read_rows(path, key) if Path(path).exists() else []
 
@@ -32,8 +32,8 @@ def write_rows(path, rows):
 
 
 def replaced(rows, new, identity):
-    """Rows with the new ones behind them, without those that measured the same: they agree with a
-    new one in all keys of `identity`."""
+    """Rows, then the new ones. A row that agrees with a new one in all keys of `identity` is the
+    same measurement, and is left out."""
     def measured(row):
         return [row.get(key) for key in identity]
 

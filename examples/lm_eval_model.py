@@ -1,7 +1,7 @@
 """nanoTEAL as a model of EleutherAI's lm-evaluation-harness (package lm-eval): --model nanoteal.
 
 The harness's own command line, with one model more. --model_args takes pretrained (as --model
-elsewhere), sparsity, calibration (a file), allocation (of those at hand), quantize, dtype and
+elsewhere), sparsity, calibration (a file), allocation (of those available), quantize, dtype and
 context. At sparsity 0 the scores are those of the harness's own Hugging Face model.
 
 How sparsity enters: the context is read dense, as a prompt is. A continuation is scored as if it

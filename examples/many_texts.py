@@ -1,8 +1,8 @@
 """Many texts written side by side, to measure quality: hundreds take little longer than one.
 
 Every product is computed for the newest tokens of all texts at once, with each one's input masked.
-That is what the decoder computes for one text, for the mask of a token depends on that token
-alone. The weights are read whole, so this says nothing about speed. On a GPU a step is captured as
+That is what the decoder computes for one text, because a token's mask depends only on that
+token. The weights are read whole, so this says nothing about speed. On a GPU a step is captured as
 a CUDA graph. The likeliest token is always taken.
 """
 

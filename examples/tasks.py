@@ -61,7 +61,7 @@ IDENTITY = ("model", "weights", "task", "problems", "dtype", "quantize", "alloca
 class Problem:
     question: str
     begun: str  # how the answer begins
-    stop: str  # what ends it, beside the model's own end; "" is nothing
+    stop: str  # what ends it, in addition to the model's own end; "" is nothing
     passes: Callable[[str], bool]  # whether the answer, from there on, is right
 
 
@@ -181,7 +181,7 @@ def parse_args():
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("tasks").add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all of them")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     add("--execute", action="store_true", help="run the programs that the model writes (see above)")
     add("--problems", type=COUNT, default=500, metavar="N",
         help="of each task, from its first one on (default: %(default)s; HumanEval has 164)")

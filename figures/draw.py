@@ -46,7 +46,7 @@ def hidden_state(model, tokenizer):
 
 
 def draw_idea(path):
-    """Draw CHANNELS of a hidden state x as bars, and beside them W^T, one row per channel, with its
+    """Draw CHANNELS of a hidden state x as bars, next to them W^T, one row per channel, with its
     dropped rows left blank."""
     model, tokenizer = load()
     x = hidden_state(model, tokenizer)[:CHANNELS]
