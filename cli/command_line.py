@@ -198,7 +198,7 @@ def run_script(main):
 def explain(error):
     """One sentence that explains an exception to a person; None if it is a bug."""
     if isinstance(error, ImportError):
-        return f"{one_line(error)}; run pip install -r requirements-dev.txt"
+        return f"{one_line(error)}; run pip install -r tests/requirements.txt"
     if isinstance(error, (OSError, ValueError)):
         return str(error)
     on_gpu = isinstance(error, torch.OutOfMemoryError)

@@ -14,7 +14,7 @@ from calibrations import convert
 from cli import quantize_folder
 from conftest import HERE
 from examples import tasks
-from figures import draw
+from results import draw
 
 # What must not begin, and what stands before a row's words: of options given twice, the last counts
 SCRIPTS = {

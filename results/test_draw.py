@@ -1,10 +1,10 @@
-"""Tests of figures/draw.py: it draws what benchmark.py writes."""
+"""Tests of results/draw.py: it draws what benchmark.py writes."""
 
 import json
 
 import pytest
 
-from figures import draw
+from results import draw
 
 
 def row(quantize, sparsity, context=200):

@@ -6,8 +6,8 @@ sentence. `speed` shows tokens a second against sparsity, from files that benchm
 Solid lines are measured. Dashed lines are the limit: read bandwidth over the bytes that a token
 reads.
 
-    python -m figures.draw idea figures/idea.png
-    python -m figures.draw speed figures/speed.png results/llama-2-7b-h100.json
+    python -m results.draw idea results/idea.png
+    python -m results.draw speed results/speed.png results/llama-2-7b-h100.json
 """
 
 import matplotlib
