@@ -179,10 +179,7 @@ class Session:
         self.ended, self.turn = None, turn
         self.seen.zero_()
         self.seen[prompt] = True
-        same = 0
-        while (same < min(len(self.tokens), len(prompt) - 1)
-               and self.tokens[same] == prompt[same]):
-            same += 1
+        same = common_start(self.tokens, prompt[:-1])
         cache.length, self.tokens = same, self.tokens[:same]
 
         start = time.perf_counter()
@@ -211,7 +208,7 @@ class Session:
             start = time.perf_counter()
             following = next(steps)
             if following < 0:
-                self.diagnose([token], cache.length, self.masked)
+                self.diagnose([token], cache.length, masked_by(self.thresholds))
             self.tokens.append(token)
             cache.length += 1
             token = following
@@ -220,12 +217,6 @@ class Session:
             config, dtype = self.model.config, self.model.dtype
             stats.cache_bytes += seen(config, cache.length) * cache_bytes(config, dtype)
         self.ended = "length"  # max_new_tokens is 0
-
-    def masked(self, x, linear):
-        """A decode step's product in plain PyTorch."""
-        if linear.layer is None:
-            return dense(x, linear)
-        return masked(x, linear, self.thresholds[linear.layer, linear.places].to(x.device))
 
     @property
     def kept(self):
@@ -251,6 +242,21 @@ class Session:
         saved = head_saving(self.model.lm_head, self.decoder.bounds,
                             stats.head_rows / stats.decoder_steps)
         return blocks + other_bytes(self.model) - saved + stats.cache_bytes / stats.steps
+
+
+def masked_by(thresholds):
+    """A decode step's products in plain PyTorch, as a `project` function; None is dense."""
+    def project(x, linear):
+        if thresholds is None or linear.layer is None:  # the LM head
+            return dense(x, linear)
+        return masked(x, linear, thresholds[linear.layer, linear.places].to(x.device))
+
+    return project
+
+
+def common_start(a, b):
+    """How many items two lists have in common before they part."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def require(name, value, low, high, kind=Real):

@@ -29,7 +29,8 @@ from checkpoint.tokenizer import text_pieces
 from cli.command_line import run_script
 from evaluate import find_calibrations
 from generate import find_thresholds, open_session
-from model import KVCache, dense, masked
+from model import KVCache
+from session import common_start, masked_by
 
 
 @register_model("nanoteal")
@@ -113,23 +114,16 @@ class NanoTEAL(TemplateLM):
             self.cache = KVCache(self.model.config, longest, self.model.dtype, device)
         ids = (context + continuation)[-longest - 1:]
         n = len(ids) - 1 - len(continuation)  # read dense
-        same = 0
-        while same < min(n, len(self.cached)) and ids[same] == self.cached[same]:
-            same += 1
+        same = common_start(ids[:n], self.cached)
         self.cache.length, self.cached = same, ids[:n]
         if same < n:
             self.model.forward(torch.tensor(ids[same:n], device=device), self.cache)
         hidden = self.model.forward(torch.tensor(ids[n:-1], device=device), self.cache,
-                                    self.project)
+                                    masked_by(self.thresholds))
         logits = self.model.logits(hidden).float().log_softmax(-1)
         expected = torch.tensor(continuation, device=device)
         greedy = bool((logits.argmax(-1) == expected).all())
         return logits.gather(1, expected[:, None]).sum().item(), greedy
-
-    def project(self, x, linear):
-        if self.thresholds is None:
-            return dense(x, linear)
-        return masked(x, linear, self.thresholds[linear.layer, linear.places].to(x.device))
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         results = []
