@@ -34,14 +34,7 @@ from calibrations.thresholds import (
 )
 from checkpoint.digest import weights_digest
 from checkpoint.files import read_text, require_writable
-from cli.command_line import (
-    COUNT,
-    add_model_flags,
-    between,
-    load_model,
-    make_parser,
-    run_script,
-)
+from cli.command_line import COUNT, add_model_flags, between, load_model, make_parser, run_script
 from cli.progress import Progress
 from model import PROJECTIONS, SITES, KVCache, dense, masked
 

@@ -12,15 +12,7 @@ import sys
 
 import numpy as np
 import tokenizers
-from tokenizers import (
-    AddedToken,
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from checkpoint.tokenizer import CONTROL as CONTROL_NAME
 from checkpoint.tokenizer import END_OF_TURN, Tokenizer, template_text

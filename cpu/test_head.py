@@ -5,15 +5,7 @@ import torch
 
 import lm_head
 from checkpoint.files import cache_folder
-from conftest import (
-    DEVICE,
-    HEAD_SIZES,
-    HEADS,
-    INTERPRETED,
-    check_head,
-    make_head,
-    random_model,
-)
+from conftest import DEVICE, HEAD_SIZES, HEADS, INTERPRETED, check_head, make_head, random_model
 from cpu.step import CStep
 from lm_head import bounds, certificate_for, certify, likely_rows, limits, logits_needed
 from model import Config, KVCache, Linear, rms_norm
