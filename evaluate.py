@@ -43,7 +43,7 @@ from model import PROJECTIONS
 
 # What was measured, known by its content: rows of --json that agree in all of these are the same
 # measurement. `weights`, `tokens` and `thresholds` are hashes.
-IDENTITY = ("weights", "dtype", "quantize", "tokens", "window", "windows"
+IDENTITY = ("weights", "dtype", "quantize", "tokens", "window", "windows",
             "allocation", "thresholds", "sparsity")
 
 
