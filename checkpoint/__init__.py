@@ -19,6 +19,7 @@ from tqdm import tqdm
 from checkpoint.config import parse_config
 from checkpoint.default_model import fetch
 from checkpoint.digest import Digest
+from checkpoint.files import one_line
 from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
 from checkpoint.hub import download
 from checkpoint.memory import require_memory
@@ -109,24 +110,25 @@ def open_checkpoint(model=None):
     if model is None:
         return open_gguf(fetch())
     path = Path(model)
-    if path.is_dir():
-        return open_folder(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            start = file.read(32)
-        refuse_stand_in(path, start)
-        suffix = path.suffix.lower()
-        if start.startswith(b"GGUF") or suffix == ".gguf":  # whatever its name
-            return open_gguf(path)
-        if suffix in PICKLES or start.startswith((b"PK\3\4", b"\x80")):
-            raise CheckpointError(f"{path} {NO_PICKLES}")
-        if suffix == ".safetensors":
-            raise CheckpointError(f"{path} holds only weights; give the folder with the "
-                                  f"config.json, such as {path.parent}")
-        raise CheckpointError(f"{path} is neither a folder nor a GGUF file; give the folder "
-                              "with the config.json")
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)) and path.suffix.lower() != ".gguf"
-    if hub_id and not path.parent.exists():
-        return open_folder(download(str(model)))
+    try:
+        if path.is_dir():
+            return open_folder(path)
+        if path.is_file():
+            with open(path, "rb") as file:
+                start = file.read(64)
+            refuse_stand_in(path, start)
+            suffix = path.suffix.lower()
+            if start.startswith(b"GGUF") or suffix == ".gguf":  # whatever its name
+                return open_gguf(path)
+            if suffix in PICKLES or start.startswith((b"PK\3\4", b"\x80")):
+                raise CheckpointError(f"{path} {NO_PICKLES}")
+            held = "holds only weights" if suffix == ".safetensors" else "is no GGUF file"
+            raise CheckpointError(f"{path} {held}; give the folder with the config.json, such as "
+                                  f"{path.parent}, or a .gguf file")
+        hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)) and path.suffix.lower() != ".gguf"
+        if hub_id and not path.parent.exists():
+            return open_folder(download(str(model)))
+    except OSError as error:  # a name that cannot be, or a folder that may not be read
+        raise CheckpointError(f"{str(model)[:200]} cannot be read ({one_line(error)})") from None
     raise CheckpointError(f"{model} does not exist; give a Hugging Face folder, a hub id "
                           "(org/name) or a .gguf file")

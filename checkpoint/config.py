@@ -45,8 +45,12 @@ DEFAULTS = {  # what a config.json means where it leaves a key out
     "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
     "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
 }
-FIXED = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,), "is_encoder_decoder": (False,),
-         "per_layer_config": ()}
+FIXED = {"hidden_act": ("silu", "swish"), "per_layer_config": (),
+         **dict.fromkeys(("mlp_bias", "is_encoder_decoder"), (False,)),
+         # of other programs than transformers, which ignores them
+         **dict.fromkeys(("rope_interleaved", "use_mrope", "lm_head_bias"), (False,)),
+         **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
+         **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), ())}
 # The families that heed sliding_window, those that do so only with use_sliding_window, and those
 # whose layer_types say in which layers (a Mistral that has them is what transformers calls
 # Ministral).

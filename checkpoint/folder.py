@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from checkpoint.config import parse_config, text_part
 from checkpoint.files import one_line
-from checkpoint.folder_tokenizer import open_tokenizer, read_json
+from checkpoint.folder_tokenizer import json_object, open_folder_tokenizer
 from checkpoint.opened import Checkpoint, CheckpointError, blame, refuse_stand_in
 from checkpoint.tensors import METHODS, VERSION, check_shapes, is_quantized
 from checkpoint.unify import stored_names, unify
@@ -23,10 +23,11 @@ NO_PICKLES = ("is a pickle, which can run code when loaded and is never read; co
               "safetensors with transformers' save_pretrained")
 FOREIGN = ("quantized the weights, which is not read here; use the original checkpoint, or a "
            ".gguf file of it")
-METHOD_OF = {**dict.fromkeys(("qweight", "qzeros", "g_idx"), "AWQ or GPTQ"),
-             **dict.fromkeys(("absmax", "quant_map", "SCB"), "bitsandbytes"),
-             **dict.fromkeys(("weight_scale", "weight_scale_inv", "input_scale"), "fp8"),
-             "weight_packed": "compressed-tensors"}  # the end of a tensor's name
+METHOD_OF = {  # the end of a tensor's name -> what made it
+    **dict.fromkeys(("qweight", "qzeros", "g_idx"), "AWQ or GPTQ"),
+    **dict.fromkeys(("absmax", "quant_map", "SCB"), "bitsandbytes"),
+    **dict.fromkeys(("weight_scale", "weight_scale_inv", "input_scale"), "fp8"),
+    "weight_packed": "compressed-tensors", "scales": "MLX or GPTQ", "W_q": "HQQ"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEADER_LIMIT = 4 << 20  # bytes of a safetensors header; one tensor takes about 130
 
@@ -36,7 +37,7 @@ def open_folder(folder):
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{config_file} is missing; {other_contents(folder)}")
-    config_json = text_part(read_json(config_file))
+    config_json = text_part(json_object(config_file))
     with blame(config_file):
         config = parse_config(config_json)
         quantized = parse_quantization(config_json)
@@ -56,10 +57,11 @@ def open_folder(folder):
             return f.get_slice(name)[part]
 
     with blame(folder):
-        for name, (_, shape, dtype) in found.items():
+        for name, (_, _, dtype) in found.items():
             method = "fp8" if dtype.startswith("F8") else METHOD_OF.get(name.rpartition(".")[2])
             if method and not quantized:
                 raise ValueError(f"tensor {name[:100]} shows that {method} {FOREIGN}")
+        for name, (_, shape, dtype) in found.items():
             check_dtype(name, shape, dtype, quantized)
         stored = {name: shape for name, (_, shape, _) in found.items()}
         places = {name: (name, 0) for name in stored}
@@ -71,7 +73,7 @@ def open_folder(folder):
             if not torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
                 raise ValueError("tensor lm_head.weight is not the embedding, though "
                                  "tie_word_embeddings in config.json says so; set it to false")
-    tokenizer, files = open_tokenizer(folder, config_json, config.vocab_size)
+    tokenizer, files = open_folder_tokenizer(folder, config_json, config.vocab_size)
     files = [config_file, *shards, *files]
     return Checkpoint(config, tokenizer, files, shapes, read, config_json, quantized, folder,
                       source=lambda name: found[places[name][0]][0])
@@ -82,8 +84,9 @@ def parse_quantization(config):
 
     Raises ValueError if another version of it did, or another program quantized the weights.
     """
-    settings = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(settings, dict) or not settings:
+    settings = [config.get(f"{key}_config") for key in ("quantization", "compression")]
+    settings = next(filter(None, [*settings, config.get("quantization")]), None)  # the last: MLX
+    if not isinstance(settings, dict):
         return None
     bits = any(key.startswith(("load_in_", "bnb_")) for key in settings)
     method = settings.get("quant_method", "bitsandbytes" if bits else "an unknown method")
@@ -96,28 +99,34 @@ def parse_quantization(config):
     return METHODS[method]
 
 
+OTHERS = {  # patterns of files -> what a folder without a model that can be read is, what to do
+    "snapshots": "it is the hub's cache; give the folder in snapshots, or the hub id",
+    "*.gguf": "the folder holds {}; give that file",
+    "model-*.safetensors": ("the folder holds {}, but no model.safetensors.index.json, which says "
+                            "what is in which file; download it, too"),
+    **dict.fromkeys(("consolidated*", "params.json"), (
+        "the folder holds a model in the format of its makers' own program; download the Hugging "
+        "Face version, or convert it with transformers")),
+    **dict.fromkeys((*(f"*{suffix}" for suffix in PICKLES), "pytorch_model.bin.index.json"),
+                    "{} " + NO_PICKLES),
+    "model_index.json": "the folder holds a pipeline that makes images; give one of its language "
+                        "models",
+    **dict.fromkeys(("*.h5", "*.msgpack", "*.onnx", "*.incomplete", "*.safetensors"), (
+        "the folder holds {}, which is not read; download the model's safetensors files, under "
+        "their names"))}
+
+
 def other_contents(folder):
     """What a folder holds instead of a model, and what to do: the end of a sentence."""
-    names = sorted(path.name for path in folder.iterdir())
-
-    def first(*patterns):
-        return next((name for name in names for pattern in patterns
-                     if fnmatch.fnmatch(name.lower(), pattern)), None)
-
+    names = sorted({path.name for path in folder.iterdir()} - {"model.safetensors"})
     if "adapter_config.json" in names:
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = json_object(folder / "adapter_config.json").get("base_model_name_or_path")
         return (f"the folder holds a LoRA adapter of {one_line(base)}; merge it into that model "
                 "with peft's merge_and_unload, and give the folder that save_pretrained writes")
-    if gguf := first("*.gguf"):
-        return f"the folder holds {gguf}; give that file"
-    if shard := first("model-*.safetensors"):
-        return (f"the folder holds {shard}, but no model.safetensors.index.json, which says what "
-                "is in which file; download it, too")
-    if first("consolidated*", "params.json"):
-        return ("the folder holds a model in the format of its makers' own program; download the "
-                "Hugging Face version, or convert it with transformers")
-    if pickle := first(*(f"*{suffix}" for suffix in PICKLES)):
-        return f"{pickle} {NO_PICKLES}"
+    for pattern, what in OTHERS.items():
+        for name in names:
+            if fnmatch.fnmatch(name.lower(), pattern):
+                return what.format(name)
     return "a Hugging Face folder has one"
 
 
@@ -129,7 +138,7 @@ def weight_files(folder):
     if not index.is_file():
         raise CheckpointError(f"{folder} holds no {single.name} and no {index.name}; "
                               f"{other_contents(folder)}")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
     plain = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)

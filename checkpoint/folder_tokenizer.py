@@ -35,7 +35,7 @@ LEFT_OUT = {
 TEXT_LIMIT = 24 << 20  # bytes; the largest tokenizer.json known here, Llama-3's, takes 17 MB
 
 
-def open_tokenizer(folder, config_json, vocab_size):
+def open_folder_tokenizer(folder, config_json, vocab_size):
     """The Tokenizer of a folder, and the files that it was made from. Raises CheckpointError."""
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -43,22 +43,23 @@ def open_tokenizer(folder, config_json, vocab_size):
                               "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
     optional = [folder / name for name in NAMES if (folder / name).is_file()]
     settings, special_map, added, generation = (
-        read_json(folder / name) if folder / name in optional else {} for name in NAMES[:4])
+        json_object(folder / name) if folder / name in optional else {} for name in NAMES[:4])
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, each with a name
         template = {str(entry.get("name")): entry.get("template") for entry in template
                     if isinstance(entry, dict)}.get("default")
     if folder / NAMES[4] in optional:
-        template = read_text(folder / NAMES[4]).decode("utf-8", "replace").replace("\r\n", "\n")
+        with blame(folder / NAMES[4]):
+            template = text_bytes(folder / NAMES[4]).decode().replace("\r\n", "\n")
     eos = generation.get("eos_token_id")
-    if eos is None:  # without it, what the model was trained with
+    if eos in (None, []):  # without it, what the model was trained with
         eos = config_json.get("eos_token_id")
     left_out = [key for key, off in LEFT_OUT.items()
                 if generation.get(key) not in (None, [], {}, *off)]
     if left_out:
         print(f"{folder / NAMES[3]} asks for {', '.join(left_out)}, which is left out here",
               file=sys.stderr)
-    text = read_text(file)
+    text = text_bytes(file)
     with blame(file):
         tokenizer = guard("not a sound tokenizer", tokenizers.Tokenizer.from_buffer, text)
         guard("not a sound tokenizer", tokenizer.encode, "")  # some errors need use
@@ -123,7 +124,7 @@ def added_token(value, **flags):
 
 # ---- text files --------------------------------------------------------------------------------
 
-def read_text(file):
+def text_bytes(file):
     """The bytes of a text file, without a byte order mark.
 
     Raises CheckpointError if it is far larger than any real one, or only stands for it.
@@ -135,11 +136,11 @@ def read_text(file):
     return text.removeprefix(b"\xef\xbb\xbf")
 
 
-def read_json(file):
+def json_object(file):
     """A file that holds one JSON object -> dict."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; a Hugging Face folder has one")
-    text = read_text(file)
+    text = text_bytes(file)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

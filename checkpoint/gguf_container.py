@@ -68,7 +68,7 @@ def read_file(path):
         header = Header(f.read(HEADER_LIMIT))
     refuse_stand_in(path, header.data[:32])
     if header.data[:4] != b"GGUF":
-        raise ValueError("it is not a GGUF file (its first four bytes are not GGUF)")
+        raise ValueError(f"it is not a GGUF file, for it begins with {header.data[:16]!r}")
     header.skip(4)
     version = header.value(UINT32)
     if version not in (2, 3):

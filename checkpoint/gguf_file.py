@@ -17,7 +17,7 @@ from gguf.quants import Q4_K, dequantize
 from checkpoint.config import FAMILIES, parse_config
 from checkpoint.files import one_line
 from checkpoint.gguf_container import read_parts
-from checkpoint.gguf_tokenizer import open_tokenizer
+from checkpoint.gguf_tokenizer import open_gguf_tokenizer
 from checkpoint.opened import Checkpoint, CheckpointError
 from checkpoint.rope import parse_rope
 from checkpoint.tensors import check_shapes
@@ -62,7 +62,8 @@ def open_gguf(file):
         config = parse_config(config_json)
         shapes, read = unify(config_json, config, gguf.shapes(), gguf.read)
         shapes = check_shapes(config, shapes)
-        tokenizer = open_tokenizer(gguf.metadata, config.vocab_size, config_json["eos_token_id"])
+        tokenizer = open_gguf_tokenizer(gguf.metadata, config.vocab_size,
+                                        config_json["eos_token_id"])
     except CheckpointError:  # of another part
         raise
     except Exception as error:  # the tokenizers package raises plain Exception
@@ -96,6 +97,9 @@ class GGUFFile:
     def __init__(self, path):
         self.metadata, self.tensors = read_parts(path)
         self.arch = self.metadata.get("general.architecture")
+        if (kind := self.metadata.get("general.type", "model")) != "model":
+            raise ValueError(f"it is no model by itself (its general.type is {kind!r}); give the "
+                             "GGUF file of the model, into which an adapter must be merged")
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"unsupported GGUF architecture {self.arch!r}; supported are "
                              f"{', '.join(ARCHITECTURES)}")

@@ -59,7 +59,7 @@ REGEX = {
 WHOLE_WORDS = (*LLAMA3, "smaug-bpe", "tekken")  # a word of the vocabulary needs no merges
 
 
-def open_tokenizer(metadata, vocab_size, eos):
+def open_gguf_tokenizer(metadata, vocab_size, eos):
     """A GGUF file's metadata, a model's vocabulary size, ids that end a turn -> Tokenizer."""
     metadata, equal = complete(metadata, vocab_size)
     special = {f"{role}_token": special_token(metadata, name) for role, name in ROLES.items()}
@@ -106,7 +106,7 @@ def complete(metadata, vocab_size):
         defaults = zip(("unknown", "bos", "eos"), range(len(tokens)))
         ids |= {name: i for name, i in defaults if ids[name] is None}
     pre = get("pre") or ""
-    if kind == "gpt2" and not pre:
+    if kind == "gpt2" and pre in ("", "default"):  # "default" is what a converter did not know
         arch = str(metadata.get("general.architecture"))
         pre = next((value for family, token, value in KNOWN
                     if arch.startswith(family) and token in vocab), "")
@@ -134,7 +134,7 @@ def find_control(vocab, types, metadata, merged):
     merged: whether the file lists merges; what one of them makes is text
     """
     literals = template_text(str(metadata.get("tokenizer.chat_template", "")))
-    names = [token for token in vocab if token[:2] == "<|" and CONTROL_NAME.fullmatch(token)
+    names = [token for token in vocab if token[:1] == "<" and CONTROL_NAME.fullmatch(token)
              or token[:1] == "[" and BRACKETS.fullmatch(token) and token in literals]
     names = [token for token in {*names, *(vocab.keys() & {*END_OF_TURN})}
              if types[vocab[token]] in (NORMAL, USER_DEFINED)]

@@ -69,11 +69,20 @@ def blame(path):
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from None
 
 
+STAND_INS = {  # how a file begins that is something else than it looks -> what it is, what to do
+    **dict.fromkeys((b"<!doctype html", b"<html", b"<?xml"), (
+        "a web page, perhaps of a failed download; download the file itself")),
+    b"version https://git-lfs": ("a Git LFS pointer, a note that stands for the file; fetch the "
+                                 "file itself with git lfs pull, or download it anew"),
+    **dict.fromkeys((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zxz", b"bzh", b"7z\xbc", b"rar!"), (
+        "packed; unpack it first")),
+    **dict.fromkeys((b"tjgg", b"fmgg", b"lmgg"), (
+        "in a format that llama.cpp had before GGUF; download a .gguf file of the model"))}
+
+
 def refuse_stand_in(file, start):
     """Raise CheckpointError if a file, which starts with these bytes, only stands for another."""
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file} is a Git LFS pointer, a note that stands for the file; "
-                              "fetch the file itself with git lfs pull, or download it anew")
-    if start[:15].lower().startswith((b"<!doctype html", b"<html")):
-        raise CheckpointError(f"{file} is a web page, perhaps of a failed download; download the "
-                              "file itself")
+    start = start[:64].removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n\t").lower()
+    for begin, what in STAND_INS.items():
+        if start.startswith(begin):
+            raise CheckpointError(f"{file} is {what}")

@@ -814,7 +814,7 @@ def test_not_a_checkpoint(tmp_path):
     refused(tmp_path / "nowhere", "does not exist")
     refused(tmp_path, "config.json is missing")
     (tmp_path / "x.txt").write_text("x")
-    refused(tmp_path / "x.txt", "neither")
+    refused(tmp_path / "x.txt", "is no GGUF file")
 
 
 def test_bad_tokenizer(tmp_path):

@@ -48,7 +48,7 @@ HARMLESS = {  # keys without which the logits of one text are the same
     "embd_pdrop", "id2label", "initializer_range", "label2id", "output_attentions",
     "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
     "return_dict", "transformers_version", "use_cache"}
-HARMLESS |= {"eos_token_id"}  # it ends a text: `open_tokenizer`
+HARMLESS |= {"eos_token_id"}  # it ends a text: folder_tokenizer.py
 EXPERTS = {"intermediate_size", "num_experts_per_tok", "output_router_logits",
            "router_aux_loss_coef", "time_step_limit"}  # and mamba_..., of layers that are refused
 
@@ -167,6 +167,8 @@ def test_longer_texts_than_max_position_embeddings(scaling, reach, default):
     ({"head_dim": 7}, "head_dim is 7"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"rope_interleaved": True}, "rope_interleaved is True"),
+    ({"final_logit_softcapping": 30.0}, "softcapping is 30.0; only None is supported"),
     ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is"),
     ({"max_position_embeddings": None}, "max_position_embeddings is None"),
     ({"rms_norm_eps": None}, "rms_norm_eps is None"),

@@ -80,6 +80,7 @@ def test_bad_files(tmp_path, name, value, words):
 
 @pytest.mark.parametrize("config, generation, ends", [
     (7, {"eos_token_id": [8, 9]}, {8, 9}), (7, {}, {7}), (7, {"eos_token_id": None}, {7}),
+    (7, {"eos_token_id": []}, {7}),
     ([7, 9], None, {7, 9}), (7, {"eos_token_id": 8}, {8}), (999, {"eos_token_id": -1}, set())])
 def test_generation_config_says_what_ends_a_text(tmp_path, config, generation, ends):
     files = {} if generation is None else {"generation_config": generation}

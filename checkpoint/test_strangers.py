@@ -46,8 +46,9 @@ def write_bpe(file, control=(), normal=(), merges=("1 2", "12 3"), **changes):
     ("llama", LLAMA3, "llama-bpe"), ("qwen2", ["<|endoftext|>", "<|im_end|>"], "qwen2"),
     ("llama", ["<|endoftext|>", "<repo_name>"], "smollm"), ("llama", ["[AVAILABLE_TOOLS]", "<s>"],
                                                            "tekken"), ("llama", ["<x>"], None)])
-def test_a_vocabulary_that_says_not_how_it_cuts(tmp_path, capsys, arch, names, pre):
-    file, tokens = write_bpe(tmp_path / "m.gguf", names, arch=arch)
+@pytest.mark.parametrize("said", [None, "default"])
+def test_a_vocabulary_that_says_not_how_it_cuts(tmp_path, capsys, arch, names, pre, said):
+    file, tokens = write_bpe(tmp_path / "m.gguf", names, arch=arch, pre=said)
     ours = open_checkpoint(file).tokenizer
     assert ("text may be cut wrongly" in capsys.readouterr().err) == (pre is None)
     said = open_checkpoint(write_bpe(tmp_path / "n.gguf", names, arch=arch,
@@ -62,7 +63,7 @@ def test_a_vocabulary_that_says_not_how_it_cuts(tmp_path, capsys, arch, names, p
 def test_tokens_known_by_their_names(tmp_path, kind):
     """What ends a turn or looks like control is that, whatever its type; what merges make is
     text."""
-    names = ["<|end|>", "<|im_start|>", "[INST]", "<eos>", "plain"]
+    names = ["<|end|>", "<｜User｜>", "[INST]", "<eos>", "plain"]
     changes = {"chat_template": "[INST]{{ messages }}", "pre": "qwen2"}
     merges = ("< /", "</ s", "</s >")  # a word of code
     count = len(ALPHABET) + len(merges)
@@ -208,6 +209,12 @@ ADAPTER = json.dumps({"base_model_name_or_path": "org/base"}).encode()
     ({"model.safetensors": b"GGUF" + bytes(40)}, "it is a GGUF file"),
     ({"config.json": None, "x-Q4.GGUF": b""}, "config.json is missing; the folder holds x-Q4.GGUF"),
     ({"config.json": None, "consolidated.safetensors": b""}, "makers' own program"),
+    ({"config.json": None, "model_index.json": b"{}"}, "a pipeline that makes images"),
+    ({"config.json": None, "snapshots": b""}, "the hub's cache; give the folder in snapshots"),
+    ({"config.json": None}, "config.json is missing; a Hugging Face folder has one"),
+    ({"model.safetensors": None, "tf_model.h5": b""}, "holds tf_model.h5, which is not read"),
+    ({"model.safetensors": None, "pytorch_model.bin.index.json": b""}, "json is a pickle"),
+    ({"chat_template.jinja": "é".encode("utf-16")}, "chat_template.jinja cannot be read: 'utf-8'"),
     ({"config.json": None, "adapter_config.json": ADAPTER}, "a LoRA adapter of org/base; merge"),
     ({"model.safetensors": None, "adapter_config.json": ADAPTER}, "a LoRA adapter of org/base"),
     ({"model.safetensors": None, "pytorch_model.BIN": b""}, "pytorch_model.BIN is a pickle"),
@@ -227,6 +234,7 @@ def test_folders_that_hold_something_else(tmp_path, files, words):
     ({"quant_method": "gptq"}, "gptq quantized"), ({"quant_method": "fp8"}, "fp8 quantized"),
     ({"load_in_4bit": True}, "bitsandbytes quantized"), ({"bits": 2}, "an unknown method"),
     ("model.layers.0.mlp.up_proj.qweight", "AWQ or GPTQ quantized"),
+    ("model.layers.0.mlp.up_proj.scales", "MLX or GPTQ quantized"),
     ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes quantized"),
     ("model.layers.0.mlp.up_proj.weight_scale_inv", "fp8 quantized"), ("fp8", "fp8 quantized")])
 def test_weights_that_others_quantized(tmp_path, settings, words):
@@ -249,9 +257,14 @@ def test_the_first_bytes_tell_what_a_file_is(tmp_path):
     for name, content, words in (
             ("x", b"PK\3\4", "is a pickle"), ("x.BIN", b"", "is a pickle"), ("x.gguf", LFS, "LFS"),
             ("x.safetensors", b"\x10", "holds only weights; give the folder"),
-            ("y.gguf", b"abcd", "its first four bytes are not GGUF"),
-            ("z.gguf", b"<html>", "is a web page"), ("x.txt", b"x", "neither")):
+            ("y.gguf", b"abcd", "it is not a GGUF file, for it begins with b'abcd'"),
+            ("z.gguf", b"\n <HTML>", "is a web page"), ("z.xml", b"<?xml", "is a web page"),
+            ("bom.gguf", b"\xef\xbb\xbf" + LFS, "LFS"), ("x.txt", b"x", "is no GGUF file; give"),
+            ("x.gguf.gz", b"\x1f\x8b\x08", "is packed"), ("x.7z", b"7z\xbc\xaf", "is packed"),
+            ("old.bin", b"tjgg\3", "that llama.cpp had before GGUF")):
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, name, words)
     with pytest.raises(CheckpointError, match="Git LFS"):
         read_parts(tmp_path / "x.gguf")
+    refused("x" * 5000, "cannot be read (", "File name too long")
+    refused(write_gguf(tmp_path / "a.gguf", **{"general.type": "adapter"}), "no model by itself")

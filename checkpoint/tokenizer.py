@@ -15,10 +15,13 @@ from tokenizers.decoders import DecodeStream
 from checkpoint.chat_template import render
 
 # Names of tokens that end a turn or a text, whatever a file says of them.
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>",
-               "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>", "[EOT]", "[EOS]", "<eos>")
-CONTROL = re.compile(r"<\|[^<>|]+\|>")  # the shape of control tokens, and that of tags, which a
-TAG = re.compile(r"</?\w+>")  # model writes for its reader: <think> ... </think>
+END_OF_TURN = (
+    "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>", "<|end|>",
+    "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>",
+    "<｜end▁of▁sentence｜>")
+# The shape of control tokens (DeepSeek's have wide bars), and that of tags, which a model writes
+CONTROL = re.compile(r"<[|｜][^<>|｜]+[|｜]>")
+TAG = re.compile(r"</?\w+>")  # for its reader: <think> ... </think>
 
 
 class TokenizerError(ValueError):
