@@ -20,9 +20,12 @@ from model import PROJECTIONS, masked
 
 @torch.inference_mode()
 def prefill(model, cache, chunks):
-    """Add a prompt, chunks of ids int64 [T], to a KV cache -> the logits of the next token, [V].
+    """Add a prompt to a KV cache -> the logits of the next token, [V].
 
-    Every weight is read once for all T tokens, so time is arithmetic, not memory: it runs dense.
+    chunks: the prompt in pieces, an iterable of ids int64 [T]
+
+    Every weight is read once for a chunk's T tokens, so time is arithmetic, not memory: it runs
+    dense.
     """
     for tokens in chunks:
         hidden = model.forward(tokens, cache)  # [T, hidden_size]
@@ -61,14 +64,15 @@ class CpuDecoder:
     generators, graph: see `GpuDecoder`; they are ignored here
     head:       which logits `choose` needs: see `CStep`; the default is all
 
-    `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
+    `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far. `bounds` is the
+    LM head's Certificate (lm_head.py: an int8 copy that rules out most rows), or None.
     """
 
     def __init__(self, model, cache, choose, generators=(), graph=True, **head):
         self.model, self.cache, self.choose, self.bounds = model, cache, choose, None
         self.thresholds = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
         self.kept, self.rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
-        self.n_steps = self.likely_rows = 0
+        self.n_steps = self.likely_rows_read = 0
         try:
             self.logits = CStep(model, cache, self.thresholds, self.rows, cache_folder(), **head)
             self.bounds = self.logits.bounds
@@ -88,11 +92,12 @@ class CpuDecoder:
     def step(self):
         """Read `token`, at `position`, and put the next one in its place."""
         self.rows.zero_()  # of this step; Ctrl-C may end it before it counts
+        # -1, which marks infinite or NaN logits (`Session.choose`), is no token to read
         self.token = self.choose(self.logits(max(0, self.token.item()), self.position))
         self.position += 1
         self.kept += self.rows
         if self.bounds is not None:
-            self.likely_rows += self.logits.head_rows.sum().item()
+            self.likely_rows_read += self.logits.head_rows.sum().item()
         self.n_steps += 1
 
     def logits_without_c(self, token, position):
@@ -103,9 +108,9 @@ class CpuDecoder:
         return logits
 
     def head_rows(self):
-        """Rows of the LM head read so far, those of its certificate not counted."""
+        """Rows of the LM head read so far. Its int8 copy is not counted."""
         every_row = self.n_steps * self.model.config.vocab_size
-        return every_row if self.bounds is None else self.likely_rows
+        return every_row if self.bounds is None else self.likely_rows_read
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose."""

@@ -72,8 +72,10 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
 
     Raises ValueError with a message of one sentence.
     """
-    continued = tokenizer.encode(prompt) if isinstance(prompt, str) else ()
-    ids = prompt if continued == () else continued
+    if isinstance(prompt, str):
+        ids = continued = tokenizer.encode(prompt)
+    else:
+        ids, continued = prompt, ()  # the pieces are an answer, a text of its own
     thresholds = find_thresholds(model, tokenizer, sparsity, calibration)
     ids = generate_tokens(model, ids, max_new_tokens, thresholds=thresholds,
                           **{"stop": tokenizer.eos_ids} | options)

@@ -83,7 +83,7 @@ class Session:
         self.cache = KVCache(model.config, context, model.dtype, model.device)
         self.tokens = []  # those whose keys and values the cache holds
         self.ended = None  # what ended the last generation: "stop", "length", "context"
-        self.turn = None  # the last generation
+        self.turn = None  # marks the last generation: a new object for each
         self.stats = Stats()
         top = logits_needed(temperature, top_k, repetition_penalty) if head == "auto" else 0
         self.decoder = new_decoder(model, self.cache, self.choose, [generator], graph, top=top,
@@ -122,9 +122,10 @@ class Session:
         start, device = self.cache.length, self.model.device
 
         def chunks():
-            for chunk in torch.tensor(tokens, device=device).split(PREFILL_CHUNK[device.type]):
-                yield chunk  # prefill comes back for the next one when this one is read
-                self.tokens += tokens[len(self.tokens) - start:][:len(chunk)]
+            size = PREFILL_CHUNK[device.type]
+            for chunk in (tokens[i:i + size] for i in range(0, len(tokens), size)):
+                yield torch.tensor(chunk, device=device)
+                self.tokens += chunk  # prefill has read it, and asks for the next one
                 progress.update(len(chunk))
 
         with Progress("reading the prompt", len(tokens), delay=2, kept=True) as progress:
@@ -179,6 +180,7 @@ class Session:
         self.ended, self.turn = None, turn
         self.seen.zero_()
         self.seen[prompt] = True
+        # The prompt's last token is read again, for its logits.
         same = common_start(self.tokens, prompt[:-1])
         cache.length, self.tokens = same, self.tokens[:same]
 

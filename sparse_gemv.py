@@ -1,4 +1,4 @@
-"""y = W x for one token, reading only the rows of W that matter: from PyTorch to fast kernels.
+"""y = W x for one token (GEMV), reading only the rows of W that matter: PyTorch to fast kernels.
 
 When a language model decodes one token at a time, it uses every weight once. So the time of y = W x
 is the time to read W. If x[k] is nearly zero, column k of W hardly changes y: skip it.
@@ -68,20 +68,20 @@ def naive_gemv(x, w_t, threshold):
 # ---- 3. What makes it fast ---------------------------------------------------------------------
 #
 # A GPU has some 130 *multiprocessors*, which run the programs. A load takes half a microsecond to
-# arrive, however small it is. So the memory is busy only while each multiprocessor has tens of
-# kilobytes on their way. The naive program loads 64 columns of a row, then looks at the next x[k].
+# arrive, however small it is. To keep the memory busy, each needs tens of kilobytes in flight. The
+# naive program loads 64 columns of one row, must then look at the next x[k], and mostly waits.
 #
-# **Lists.** So one kernel decides and another one loads. *Select* looks at x, a few kilobytes, and
-# lists the kept k and x[k] without gaps. *Sum rows* walks down that list. In each turn it loads a
-# [BLOCK_K, BLOCK_N] tile of the list's next BLOCK_K rows, multiplies, and adds up in float32.
+# **Lists.** If the kept rows are known beforehand, many can be loaded at once. So *select* looks
+# at x, a few kilobytes, and lists the kept k and x[k]. *Sum rows* walks down that list. In each
+# turn it loads a tile [BLOCK_K, BLOCK_N] of the next BLOCK_K rows, and adds up in float32.
 #
 # **Split-K.** There are too few tiles of columns for all multiprocessors. So K is cut into SPLITS
 # chunks, each with a list of its own. The program that finishes last adds up the chunks' sums,
 # always in the same order: the result has the same bits every time.
 #
-# **Dependent launch.** A kernel normally begins when the one before it has ended. Since Hopper, it
-# may begin as soon as all programs of that one have called `gdc_launch_dependents` or ended. It
-# then does what does not depend on the other kernel, and waits for its results in `gdc_wait`.
+# **Dependent launch** (PDL below). A kernel normally begins when the one before it has ended. Since
+# Hopper, it may begin as soon as all programs of that one have called `gdc_launch_dependents` or
+# ended. It does what does not depend on the other kernel, then waits for it in `gdc_wait`.
 
 PTX = tl.constexpr(not INTERPRETED)  # The interpreter cannot run PTX, NVIDIA's assembly language.
 WARPS = 2  # of a program that sums rows; a warp is 32 threads, and a tile is spread over all
@@ -102,8 +102,7 @@ def write_list(k, x, keep, chunk, rows_ptr, values_ptr, counts_ptr, CHUNK: tl.co
 
 @triton.jit
 def list_entries(rows_ptr, values_ptr, i, count, CHUNK: tl.constexpr):
-    """Row numbers and values of a list's entries i. Entries past its end get an arbitrary row and
-    value 0."""
+    """Row numbers and values of a list's entries i; past its end, an arbitrary row and value 0."""
     place = tl.minimum(i, CHUNK - 1)  # not count - 1: these loads need not wait for the count
     values = tl.load(values_ptr + place).to(tl.float32)
     return tl.load(rows_ptr + place), tl.where(i < count, values, 0.0)
@@ -115,7 +114,8 @@ def to_float32(w):
 
     A bfloat16 is the upper half of a float32, so a shift and a mask convert two of them. GPUs
     convert integers slowly. But the float32 with the bits 0x4B0000bb is 2**23 + bb. So the byte
-    w + 128 of an int8 w is put there, and 2**23 + 128 subtracted.
+    w + 128 of an int8 w (xor) is put there (prmt: 0x7440 picks 0x4B, 0, 0 and byte 0 of `bytes`),
+    and 2**23 + 128 subtracted. $0 ... are the outputs, then the input: `pack` weights each.
     """
     if PTX and w.dtype == tl.bfloat16:
         bits = tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
@@ -125,10 +125,8 @@ def to_float32(w):
         bits = tl.inline_asm_elementwise("""{
             .reg .b32 bytes;
             xor.b32 bytes, $4, 0x80808080;
-            prmt.b32 $0, bytes, 0x4B000000, 0x7440;
-            prmt.b32 $1, bytes, 0x4B000000, 0x7441;
-            prmt.b32 $2, bytes, 0x4B000000, 0x7442;
-            prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+            prmt.b32 $0, bytes, 0x4B000000, 0x7440;    prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+            prmt.b32 $2, bytes, 0x4B000000, 0x7442;    prmt.b32 $3, bytes, 0x4B000000, 0x7443;
             }""", "=r,=r,=r,=r,r", [w], dtype=tl.int32, is_pure=True, pack=4)
         return bits.to(tl.float32, bitcast=True) - 8388736.0
     else:
@@ -153,7 +151,7 @@ def sum_list(rows_ptr, values_ptr, count, w_ptr, n, end, K: tl.constexpr, N: tl.
         # "evict_first": a weight is used once, so the cache may drop it before anything else
         w = tl.load(w_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         products = to_float32(w) * x[:, None]
-        # ROWS_AT_ONCE rows of the tile fill all threads: each adds up what it holds itself.
+        # All threads together hold ROWS_AT_ONCE rows at a time, so this sum stays within threads.
         products = tl.reshape(products, [BLOCK_K // ROWS_AT_ONCE, ROWS_AT_ONCE, BLOCK_N])
         total += tl.sum(products, axis=0)
         k, x = next_k, next_x
@@ -163,16 +161,18 @@ def sum_list(rows_ptr, values_ptr, count, w_ptr, n, end, K: tl.constexpr, N: tl.
 @triton.jit
 def finish(y, n, end, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr, finished_ptr,
            N: tl.constexpr, SPLITS: tl.constexpr, squares=None, K: tl.constexpr = 1, eps=0.0):
-    """Add up a tile's splits, of which this one has the sums y [BLOCK_N] of the columns n; then
-    times scale, plus bias and residual. `squares`, a split's sum of x * x, is for RMSNorm: y is
-    divided by the root of the mean square of all x."""
+    """Turn one split's sums y [BLOCK_N] of the columns n < end into the result, and store it.
+
+    The last of a tile's splits to finish adds up all of them. Only other files give a residual,
+    and `squares`, a split's sum of x * x, by which RMSNorm divides."""
     tile, n_tiles, split = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     if SPLITS > 1:
         tl.store(sums_ptr + split * N + n, y, mask=n < end)
         if squares is not None:
             tl.store(sums_ptr + SPLITS * N + split * n_tiles + tile, squares)
         tl.debug_barrier()  # all threads have stored
-        # "acq_rel": whoever sees this addition also sees what was stored before it
+        # atomic_add returns the count before it, so only a tile's last program goes on.
+        # "acq_rel": that one then sees the sums that the others stored before they counted.
         if tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
             return
         y = tl.zeros_like(y)
@@ -208,7 +208,7 @@ def _select_kernel(x_ptr, rows_ptr, values_ptr, counts_ptr, threshold_ptr, K: tl
     inside = (i < CHUNK) & (k < K)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
+        gdc_launch_dependents()  # at once: the next kernel, launched now, waits for the list itself
     x = tl.load(x_ptr + k, mask=inside, other=0.0)
     keep = inside & ~(tl.abs(x.to(tl.float32)) <= tl.load(threshold_ptr))
     write_list(k, x, keep, chunk, rows_ptr, values_ptr, counts_ptr, CHUNK)
@@ -253,9 +253,9 @@ def launch_options(device):
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
-@functools.lru_cache(maxsize=None)  # never freed: a captured graph may use it
+@functools.lru_cache(maxsize=None)  # never freed: a CUDA graph replays launches at old addresses
 def workspace(device, *parts):
-    """What programs hand over: for each (size, dtype) of `parts` a tensor, at first of zeros."""
+    """What programs hand over: for each (size, dtype) of `parts`, a tensor of zeros at first."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("call the product with these shapes before capturing a CUDA graph")
     return [torch.zeros(size, dtype=dtype, device=device) for size, dtype in parts]
@@ -280,8 +280,8 @@ def _gemv_gpu(x, w_t, threshold, scale, bias, out):
 # ---- 6. The same on a CPU ----------------------------------------------------------------------
 
 def _gemv_cpu(x, w_t, threshold):
-    """x [K] -> its sums [N]. `embedding_bag` adds up chosen rows of a table, each times a number.
-    w_t is a table of K * n_blocks rows, and each thread sums up one block of columns."""
+    """x [K] -> y [N]. `embedding_bag` adds up chosen rows of a table, each times a number. Each row
+    of w_t is cut into n_blocks table rows, so that each thread sums up one block of columns."""
     rows = (~(x.float().abs() <= threshold)).nonzero().view(-1)
     if w_t.dtype == torch.int8:  # embedding_bag takes floats only
         return x[rows].float() @ w_t[rows].float()
