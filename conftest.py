@@ -197,6 +197,8 @@ HEADS = {  # changes W [V, K] and x [K] in place; whether the largest logits are
     "a row of zeros": (lambda w, x: w[11].zero_(), True),
     "zeros": (lambda w, x: w.zero_(), True),
     "negative logits": (lambda w, x: w.copy_(-x + 0.1 * w), True),
+    "hugely negative logits": (lambda w, x: w.copy_(1e34 * (-x + 0.1 * w)), None),
+    "sums beyond 2**31": (lambda w, x: (x.fill_(1), w[3].fill_(1)), True),  # of integers
     "rows of all sizes": (lambda w, x: scaled_rows(w, x, -3, 2), True),
     "huge and tiny rows": (lambda w, x: scaled_rows(w, x, -44, 36), None),
     "tiny rows": (lambda w, x: scaled_rows(w, x, -44, -38), True),
@@ -209,7 +211,7 @@ HEADS = {  # changes W [V, K] and x [K] in place; whether the largest logits are
     "infinity in x": (lambda w, x: x[1].fill_(-INF), False),
     "close to the end of float16": (close_to_the_end, None),
 }
-HEAD_SIZES = ((600, 64, 1), (403, 100, 3), (130, 576, 1))  # V, K, how many logits matter
+HEAD_SIZES = ((600, 64, 1), (403, 100, 3), (130, 960, 1))  # V, K, how many logits matter
 
 
 def make_head(v, k, dtype, change, device=DEVICE):

@@ -67,18 +67,21 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
                  they answer
     sparsity:    share of the blocks' weights that decoding skips, 0 to 0.95
     calibration: a file of thresholds; None uses this model's, and calibrates it if need be
-    stop:        texts that end the answer, and are not part of it
+    stop:        a text, or several, that ends the answer and is not part of it
     options:     temperature and others, see `Session`
 
     Raises ValueError with a message of one sentence.
     """
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(text and isinstance(text, str) for text in stop):
+        raise ValueError(f"stop is {stop}; expected texts of at least one character")
     if isinstance(prompt, str):
         ids = continued = tokenizer.encode(prompt)
     else:
         ids, continued = prompt, ()  # the pieces are an answer, a text of its own
     thresholds = find_thresholds(model, tokenizer, sparsity, calibration)
     ids = generate_tokens(model, ids, max_new_tokens, thresholds=thresholds,
-                          **{"stop": tokenizer.eos_ids} | options)
+                          stop=tokenizer.eos_ids, **options)
     yield from text_pieces(ids, tokenizer, stop, continued)
 
 

@@ -44,6 +44,7 @@ def test_random_models(config, quantize):
     for linear in model.linears():
         weight = linear.weight(0, linear.ends[-1])
         assert abs(weight.std() * linear.in_features ** 0.5 - 1) < 0.05
+        assert abs(weight.mean()) < 0.05 * weight.std()
     again = benchmark.random_model(config, torch.float32, "cpu", quantize)
     assert torch.equal(hidden, again.forward(tokens))
 

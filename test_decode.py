@@ -119,6 +119,19 @@ def test_step(name, linear):
     assert every_row < kept.sum() < 3 * every_row
 
 
+def test_a_token_that_is_none_counts_as_the_first():
+    """-1 tells the host of NaN; a decoder may go on with it."""
+    model, caches = random_model(CONFIGS["llama"]), []
+    for token in -1, 0:
+        caches.append(KVCache(model.config, 160, torch.float32, DEVICE))
+        decoder, options = (GpuDecoder, {"graph": False}) if KERNELS else (CpuDecoder, {})
+        decoder = decoder(model, caches[-1], lambda logits, token=token: torch.tensor(
+            [token], device=DEVICE), **options)
+        decoder.start(5, 0)
+        assert [*(run_kernels(decoder, 2) if KERNELS else decoder.tokens(2))] == [token] * 2
+    assert torch.equal(caches[0].k, caches[1].k)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_graph_and_kernels_choose_the_same_tokens():
     """Captured or kernel by kernel, greedy or drawn, they choose the tokens of the plain forward

@@ -497,6 +497,7 @@ def test_options_out_of_range(options, words):
 @pytest.mark.parametrize("ids, words", [
     ([1, 64], "the prompt holds token 64; the model's tokens are 0 to 63"), ([-1], "token -1"),
     ([1.5], "whole numbers"), ("text", "a str"), (None, "NoneType"), ([[1, 2]], "whole numbers"),
+    (b"text", "a bytes"), ({1, 2}, "a set"),
     (torch.ones(1, 3, dtype=torch.int64), "whole numbers"), (torch.ones(3), "whole numbers"),
 ])
 def test_ids_that_are_none(ids, words):

@@ -150,7 +150,7 @@ def test_a_full_disk():
     program = "from cli.command_line import run_script; run_script(lambda: print(1))"
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=full,
-                              stderr=subprocess.PIPE)
+                              stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""})
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
     assert b"No space left" in done.stderr
 
@@ -161,7 +161,7 @@ def test_streams_of_any_encoding(encoding, answer, monkeypatch):
     """What standard output lacks is replaced; a byte order mark and CRLF are no text."""
     errors, out = "surrogateescape" if encoding == "ascii" else "strict", io.BytesIO()
     for name, stream in ("stdin", io.BytesIO(b"\xef\xbb\xbfx\r\nA")), ("stdout", out):
-        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding, errors))
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding, errors, newline="\n"))
     run_script(lambda: print("日 é", read_input(sys.stdin.read), sep="\n"))
     expected = answer.replace("\nx", "\nï»¿x") if encoding == "latin-1" else answer
     assert out.getvalue().decode(encoding).rstrip("\n") == expected
