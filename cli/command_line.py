@@ -187,12 +187,21 @@ def run_script(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Python flushes standard output once more at exit: give it a place that takes anything.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
     except Exception as error:
         if (message := explain(error)) is None:
             raise
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # the disk is full: `message` says so
+            drop_output()
         fail(message)
+
+
+def drop_output():
+    """Python flushes standard output once more at exit: give it a place that takes anything."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error):
