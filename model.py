@@ -226,7 +226,7 @@ class KVCache:
 
     def __init__(self, config, context, dtype=torch.float32, device="cpu"):
         shape = (2, config.n_layers, config.n_kv_heads, context, config.head_dim)
-        # zeros, because a masked position still enters a product, and 0 * NaN is NaN
+        # zeros: a decoder may read rows without a token (its trial step), and 0 * NaN is NaN
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.context, self.length = context, 0  # tokens: room for, held
 
@@ -240,7 +240,10 @@ class KVCache:
 
 
 def rotation(config, kind):
-    """Radians per position of each channel pair, factor of the result: float32 [head_dim / 2]."""
+    """RoPE of each pair of channels: radians per position, and a factor; float32 [head_dim / 2].
+
+    A pair that does not rotate (no RoPE, or a part of Phi-4-mini's head) has divisor infinity.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     divisors = {"none": torch.inf, "plain": 1.0, "scaled": config.rope_divisors or 1.0}[kind]
     freq = 1.0 / config.rope_theta ** exponents / torch.tensor(divisors)
