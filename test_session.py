@@ -99,13 +99,12 @@ def test_realised_sparsity(smollm):
     assert 0.38 <= sum(reached) / len(reached) <= 0.42, reached
 
 
-def test_dense_reads_everything(smollm):
-    (model, tokenizer), config = smollm, smollm[0].config
-    ids = ask(tokenizer, PROMPTS[1])
-    session = Session(model, head="whole")
+def test_dense_reads_everything():
+    model, ids = random_model(CONFIGS["llama"]), [5, 6, 7]
+    config, session = model.config, Session(model, head="whole")
     tokens = list(session.generate(ids, 5))
     assert session.sparsity() == 0
-    assert list(Session(model, find(model).thresholds(0)).generate(ids, 5)) == tokens
+    assert list(Session(model, torch.full((2, 7), -1.0)).generate(ids, 5)) == tokens
     weights = sum(linear.w_t.nbytes for linear in [*model.linears(), model.lm_head])
     weights += (2 * config.n_layers + 1) * config.hidden_size * 4  # norms
     seen = [len(ids) + i for i in range(1, 5)]  # by each of the four decode steps
@@ -113,16 +112,15 @@ def test_dense_reads_everything(smollm):
     assert session.bytes_per_token() == weights + cache
 
 
-def test_generator(smollm):
-    model, tokenizer = smollm
-    ids = ask(tokenizer, PROMPTS[0])
+def test_generator():
+    model, ids = random_model(CONFIGS["llama"]), torch.randint(0, 101, (20,)).tolist()
     tokens = generate_tokens(model, ids, 12)
     first = [next(tokens) for _ in range(4)]  # one by one
     tokens.close()
     whole = list(generate_tokens(model, ids, 12))
     assert whole[:4] == first and len(whole) == 12
     assert all(isinstance(token, int) for token in whole)
-    assert list(generate_tokens(model, ids, 12, stop=[whole[5]])) == whole[: whole.index(whole[5])]
+    assert list(generate_tokens(model, ids, 12, stop=[whole[5]])) == whole[:whole.index(whole[5])]
 
     session = Session(model, context=len(ids) + 3)
     assert list(session.generate(ids, 12)) == whole[:3] and session.ended == "context"
@@ -132,32 +130,24 @@ def test_generator(smollm):
         next(session.generate(ids + [1] * 4, 1))
     with pytest.raises(ValueError, match="prompt is empty"):
         next(session.generate([], 1))
-
-
-def test_same_seed_same_tokens(smollm):
-    model, tokenizer = smollm
-    ids = ask(tokenizer, PROMPTS[1])
     options = dict(temperature=1.0, top_k=50, top_p=0.9)
     runs = [list(generate_tokens(model, ids, 16, seed=seed, **options)) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_conversation_reuses_its_cache(smollm):
+    """Each answer is that of a fresh session, which reads the whole prompt; so is the last one,
+    whose prompt shares only a beginning with what the cache holds."""
     model, tokenizer = smollm
     session, messages = Session(model, context=512, stop=tokenizer.eos_ids), []
-    for question in ("Name a colour.", "And another one, please?", "Which of them is darker?"):
-        messages.append({"role": "user", "content": question})
-        ids = tokenizer.chat(messages)
-        before = session.stats.prompt_tokens
-        tokens = list(session.generate(ids, 8))
-        assert tokens == list(generate_tokens(model, ids, 8, stop=tokenizer.eos_ids))
+    for question in ("Name a colour.", "And another one, please?", "Something else entirely."):
+        messages = messages[:3] + [{"role": "user", "content": question}]
+        ids, before = tokenizer.chat(messages), session.stats.prompt_tokens
+        tokens = list(session.generate(ids, 6))
+        assert tokens == list(generate_tokens(model, ids, 6, stop=tokenizer.eos_ids))
         if len(messages) > 1:
             assert session.stats.prompt_tokens - before < len(ids) / 2
         messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})
-    # It shares only a beginning with what the cache holds.
-    other = ask(tokenizer, "Something else entirely.")
-    assert list(session.generate(other, 8)) == list(
-        generate_tokens(model, other, 8, stop=tokenizer.eos_ids))
 
 
 # ---- sampling ----------------------------------------------------------------------------------
