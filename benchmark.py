@@ -39,7 +39,7 @@ from cli.transformers_speed import transformers_speed
 from decode import new_decoder
 from lm_head import head_saving
 from model import PROJECTIONS, KVCache, Linear, Model
-from quantize import GROUP, GROUP_BYTES, Int4Linear, Int4OnCPU, Int8Linear, int4_linear
+from quantize import GROUP, GROUP_BYTES, Int4Linear, Int8Linear, int4_linear
 from sampling import likeliest
 from session import block_bytes, cache_bytes, other_bytes, seen
 from tensor_parallel import from_first, mean, rank, ranks, start, world_size
@@ -82,7 +82,7 @@ def random_model(config, dtype, device, quantize):
         size = linear.in_features ** -0.5  # the standard deviation of a weight
         for i, width in enumerate(linear.widths):
             shape = width, linear.in_features
-            if isinstance(linear, (Int4Linear, Int4OnCPU)):
+            if isinstance(linear, Int4Linear):
                 groups = torch.randint(0, 256, (width // GROUP, linear.in_features, GROUP_BYTES),
                                        dtype=torch.uint8, **options)
                 scale, minimum = groups[..., -4:].view(torch.bfloat16).unbind(-1)

@@ -27,7 +27,6 @@ from checkpoint.tensors import put, tensor_shapes
 from cli.command_line import run_script
 from lm_head import limits
 from model import Config, Linear, Model
-from quantize import Int4Linear, Int8Linear, can_be_int4
 
 try:
     import sparse_gemv
@@ -318,12 +317,6 @@ def tiny(tmp_path_factory):
     template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return folder
-
-
-def as_on_a_gpu(layer, site, in_features, widths, has_bias, dtype, device):
-    """What `int4_linear` makes on a GPU, on any device."""
-    kind = Int4Linear if can_be_int4(site, widths) else Int8Linear
-    return kind(layer, site, in_features, widths, has_bias, dtype, device)
 
 
 # ---- scripts -----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import sys
 
 import torch
 
-from checkpoint.files import cache_folder
 from cpu.compiler import NoCompiler
 from cpu.step import CStep
 from model import PROJECTIONS, masked
@@ -74,7 +73,7 @@ class CpuDecoder:
         self.kept, self.rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
         self.n_steps = self.likely_rows_read = 0
         try:
-            self.logits = CStep(model, cache, self.thresholds, self.rows, cache_folder(), **head)
+            self.logits = CStep(model, cache, self.thresholds, self.rows, **head)
             self.bounds = self.logits.bounds
         except NoCompiler as error:
             self.logits = self.logits_without_c

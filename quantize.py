@@ -14,6 +14,7 @@ import runpy
 
 import torch
 
+from cpu.matrix import multiply_pieces
 from model import Linear, cpu_dtype
 
 PIECE = 1 << 20  # weights quantized, or turned to floats on a CPU, at a time
@@ -107,8 +108,8 @@ class Int8Linear(Linear):
 #
 # Rounding searches s and m for the least squared error: it starts from several ranges, the widest
 # from the smallest to the largest weight, rounds, fits s and m to the rounded numbers by least
-# squares, rounds again, and keeps the best. On a CPU, and where a projection's columns are not a
-# multiple of 32, the matrix is int8; the LM head always is.
+# squares, rounds again, and keeps the best. Where a projection's columns are not a multiple of 32,
+# the matrix is int8; the LM head always is.
 
 def quantize_int4(weight, name="weight"):
     """A float matrix [N, K], N a multiple of 32 -> its groups, uint8 [N / 32, K, 20].
@@ -186,33 +187,12 @@ def can_be_int4(site, widths):
 
 def int4_linear(layer, site, in_features, widths, has_bias, dtype, device):
     """A matrix for `Model`: int4 where that is possible, else int8."""
-    kind = Int8Linear
-    if can_be_int4(site, widths):
-        kind = Int4OnCPU if torch.device(device).type == "cpu" else Int4Linear
+    kind = Int4Linear if can_be_int4(site, widths) else Int8Linear
     return kind(layer, site, in_features, widths, has_bias, dtype, device)
 
 
-class Int4OnCPU(Int8Linear):
-    """An `Int8Linear` of the weights that int4 rounds to."""
-
-    def load_weight(self, i, weight):
-        """Store the weight of projection i: floats, or what `quantize_int4` makes of them."""
-        stored = weight.dtype == torch.uint8
-        step = max(1, PIECE // (self.in_features * GROUP))  # groups
-        parts = weight.split(step if stored else step * GROUP)
-        q = torch.empty(self.widths[i], self.in_features, dtype=torch.int8)
-        scale = torch.empty(self.widths[i])
-        for part, *out in zip(parts, q.split(step * GROUP), scale.split(step * GROUP)):
-            groups = part if stored else quantize_int4(part)
-            for x, rounded in zip(out, quantize_tensor(dequantize(*split_groups(groups)).T)):
-                x.copy_(rounded)
-        super().load_weight(i, q)
-        self.load_scale(i, scale)
-
-
 class Int4Linear(Linear):
-    """A `Linear` with int4 weights on a GPU: w_t is uint8 [K, N / 2], scale bfloat16
-    [K, N / 32, 2]."""
+    """A `Linear` with int4 weights: w_t is uint8 [K, N / 2], scale bfloat16 [K, N / 32, 2]."""
 
     def allocate(self, device):
         k, n = self.in_features, self.ends[-1]
@@ -234,6 +214,8 @@ class Int4Linear(Linear):
         return dequantize(self.w_t[:, start // 2:end // 2], scale, self.dtype)
 
     def __call__(self, x):
+        if x.device.type == "cpu":
+            return multiply_pieces(x, self)
         step = max(1, FLOATS // (self.in_features * GROUP)) * GROUP
         n = self.ends[-1]
         y = torch.cat([x @ self.weight(i, min(i + step, n)) for i in range(0, n, step)], dim=-1)

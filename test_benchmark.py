@@ -12,8 +12,8 @@ import benchmark
 import checkpoint.memory
 from cli import transformers_speed
 from decode import CpuDecoder
-from model import PROJECTIONS, Config, KVCache
-from quantize import Int8Linear
+from model import PROJECTIONS, Config, KVCache, Linear
+from quantize import Int4Linear, Int8Linear
 from session import block_bytes, other_bytes
 
 TINY = Config(320, 64, 96, 2, 4, 2, 16, context=512, norm_eps=0.1)
@@ -36,8 +36,8 @@ def benchmarked(run, monkeypatch):
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_random_models(config, quantize):
     model = benchmark.random_model(config, torch.float32, "cpu", quantize)
-    assert all(isinstance(linear, Int8Linear) == (quantize is not None)
-               for linear in [*model.linears(), model.lm_head])
+    kinds = {None: {Linear}, "int8": {Int8Linear}, "int4": {Int4Linear, Int8Linear}}[quantize]
+    assert {type(linear) for linear in [*model.linears(), model.lm_head]} == kinds
     tokens = benchmark.random_tokens(model, 200)
     hidden = model.forward(tokens)
     assert hidden.isfinite().all() and model.logits(hidden).std() > 0.3  # not all tokens alike

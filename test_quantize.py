@@ -20,10 +20,9 @@ from checkpoint.conftest import CONFIG, strings, weights, write_folder, write_gg
 from checkpoint.tensors import is_quantized, put, tensor_shapes
 from cli import quantize_folder
 from cli.command_line import load_model
-from conftest import as_on_a_gpu
 from generate import generate_tokens
 from model import PROJECTIONS, Linear, Model, dense, masked
-from quantize import Int4Linear, Int4OnCPU, Int8Linear, quantize_tensor
+from quantize import Int4Linear, Int8Linear, quantize_tensor
 
 torch.set_num_threads(1)  # tiny products: a second thread would only wait
 
@@ -168,14 +167,10 @@ def same_tensors(ours, theirs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, holds", [
-    ("int8", {Int8Linear}), ("int4", {Int8Linear, Int4OnCPU}),
-    ("int4 on a GPU", {Int8Linear, Int4Linear})])
+    ("int8", {Int8Linear}), ("int4", {Int8Linear, Int4Linear})])
 def test_a_folder_is_the_same_model_as_quantizing_while_loading(
         source, tmp_path, dtype, kind, holds, monkeypatch):
     monkeypatch.setattr(quantize_folder, "SHARD", 1)  # bytes: a file for each tensor
-    if kind == "int4 on a GPU":
-        monkeypatch.setattr(checkpoint, "int4_linear", as_on_a_gpu)
-    kind = kind[:4]
     opened = checkpoint.open_checkpoint(source)
     quantize_folder.write_folder(opened, tmp_path / "out", kind)
     written = checkpoint.open_checkpoint(tmp_path / "out")
@@ -191,9 +186,8 @@ def test_a_folder_is_the_same_model_as_quantizing_while_loading(
     assert {type(linear) for linear in model.linears()} == holds
     for ours, other in zip((model, *model.blocks), (wanted, *wanted.blocks)):
         same_tensors(ours, other)
-    if Int4Linear not in holds:  # its product for one token runs on a GPU alone
-        ours, expected = (list(generate_tokens(m, [1, 50, 60], 32)) for m in (model, wanted))
-        assert ours == expected
+    ours, expected = (list(generate_tokens(m, [1, 50, 60], 32)) for m in (model, wanted))
+    assert ours == expected
     assert tokenizer.eos_ids == theirs.eos_ids == {2, 5} and tokenizer.special == theirs.special
     assert tokenizer.sampling == theirs.sampling == {"temperature": 0.3, "top_k": 9}
     messages = [{"role": "user", "content": "the"}]
@@ -331,8 +325,7 @@ def test_what_int4_does_not_cover_is_said(quantized, tmp_path, monkeypatch, capf
     left = "q, k, v are int8: int4 needs columns in multiples of 32\n"
     words = "--model", folder, "--out", tmp_path / "out", "--quantize", "int4"
     assert quantized(*words) == (0, left)
-    on_cpu = "int4 runs on a GPU; on this CPU the int4-rounded weights run as int8\n"
-    for model, kind, wanted in ((folder, "int4", on_cpu + left), (folder, "int8", ""),
-                                (tmp_path / "out", None, on_cpu + left)):
+    for model, kind, wanted in ((folder, "int4", left), (folder, "int8", ""),
+                                (tmp_path / "out", None, left)):
         load_model(Namespace(model=model, dtype="float32", device="cpu", quantize=kind))
         assert capfd.readouterr().err == wanted

@@ -23,7 +23,7 @@ from cli.report import SparsityWatch
 from conftest import CONFIGS, DEVICE, PROMPTS, ask, random_model
 from generate import generate_tokens
 from model import Config, KVCache, Linear, Model, dense, masked
-from quantize import Int4Linear, Int8Linear, int4_linear
+from quantize import Int8Linear, int4_linear
 from sampling import penalize, sample
 from session import Session, block_bytes, other_bytes, tensors
 
@@ -312,7 +312,7 @@ def held(thing, found=None):
 
 
 KINDS = {"plain": (Linear, Linear), "int8": (Int8Linear, Int8Linear),
-         "int4": (int4_linear, int4_linear), "int4 of a GPU": (Int4Linear, Int8Linear)}
+         "int4": (int4_linear, int4_linear)}
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -37,9 +37,8 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     """A checkpoint (open, or as for `open_checkpoint`) -> (Model, Tokenizer), weights in `dtype` on
     `device`.
 
-    quantize: "int8" or "int4" makes the large matrices so (quantize.py says what a CPU does with
-        int4); a folder of quantize.py has them already; "gguf" keeps the few bits that a file has
-        where its Checkpoint has `groups`, on a CPU
+    quantize: "int8" or "int4" makes the large matrices so; a folder of quantize.py has them
+        already; "gguf" keeps the few bits of a file whose Checkpoint has `groups`, on a CPU
     context: replaces the model's context; at most its max_position_embeddings
     ranks: the processes that share the model (tensor_parallel.py); each loads its slices
     Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
@@ -60,8 +59,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
         check_slices(config, checkpoint, ranks)
     advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
     kind = quantized or str(dtype).removeprefix("torch.")
-    stored = "int8" if quantized and torch.device(device).type == "cpu" else quantized
-    n_bytes = weight_bytes(config, dtype, stored)
+    n_bytes = weight_bytes(config, dtype, quantized)
     if quantize == "gguf":  # which pads rows and has wider scales
         n_bytes = 1.15 * checkpoint.files[0].stat().st_size
     require_memory(n_bytes, device, f"the model in {kind}",

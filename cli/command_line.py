@@ -19,7 +19,7 @@ from checkpoint import load, open_checkpoint
 from checkpoint.files import one_line
 from checkpoint.memory import free_memory
 from model import SITES
-from quantize import Int4OnCPU, can_be_int4
+from quantize import can_be_int4
 from tensor_parallel import rank, ranks, refuse, start, stop, world_size
 
 
@@ -81,14 +81,14 @@ def add_model_flags(parser, dtype="float32", quantize=None):
     kinds, default = ("int8", "int4"), ""
     if quantize == "auto":
         kinds = ("auto", *kinds, "none")
-        default = ("; auto, the default: int8 for GGUF files of 8 bits or fewer on a CPU, unless "
-                   "--dtype is given; else none")
+        default = ("; auto, the default: GGUF files of 8 bits or fewer run on a CPU as they are "
+                   "or as int8, unless --dtype is given; else none")
     add = add_model_flag(parser)
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         default=None if quantize == "auto" else dtype,
         help=f"of weights and arithmetic (default: {dtype})")
     add("--quantize", choices=kinds, default=quantize,
-        help="int8: half the bytes of bfloat16; int4, on a GPU: a third (experimental)" + default)
+        help="int8: half the bytes of bfloat16; int4: a third, less exact" + default)
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     return add
@@ -132,9 +132,9 @@ def load_model(args, context=None, alone=None):
 
     context: the longest text, in tokens; None for the model's own limit
     alone: what the script does if torchrun must not start it, such as "calibrating"
-    With --quantize auto, a GGUF file of 8 bits or fewer becomes int8 on a CPU, where that decodes
-    faster, unless the user named a dtype. args.quantize and args.dtype then say what came of it.
-    Standard error says what int4 does not cover.
+    With --quantize auto, a GGUF file of 8 bits or fewer runs on a CPU as it is (or else as int8),
+    which decodes faster, unless the user named a dtype. args.quantize and args.dtype then say what
+    came of it. Standard error says what int4 does not cover.
     Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
     if alone is not None:
@@ -154,9 +154,6 @@ def load_model(args, context=None, alone=None):
     model, tokenizer = load(checkpoint, dtype=getattr(torch, args.dtype), device=args.device,
                             quantize=args.quantize, context=context, ranks=ranks())
     kinds = {type(linear) for linear in model.linears()}
-    if Int4OnCPU in kinds:
-        print("int4 runs on a GPU; on this CPU the int4-rounded weights run as int8",
-              file=sys.stderr)
     if args.quantize == "int4" or len(kinds) == 2:  # int4, and int8 where that is impossible
         tell_int8(model.config)
     return model, tokenizer

@@ -23,6 +23,7 @@ from pathlib import Path
 FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread")
 # The instructions of this processor; "-mcpu" is the name on some ARM compilers.
 TUNING = (("-march=native",), ("-mcpu=native",), ())
+SOURCE = Path(__file__).with_name("step.c")
 HOW = "install a C compiler (gcc or clang), or `pip install ziglang`"
 
 
@@ -79,14 +80,33 @@ def build(command, source, library, flags=()):
                      f"{HOW}, and name it in the environment variable CC")
 
 
+def library(flags=()):
+    """step.c as a ctypes.CDLL. Raises NoCompiler, with a sentence for the user.
+
+    flags: more flags for the compiler, a tuple
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
+    found = load_once(SOURCE, folder, flags)
+    if isinstance(found, NoCompiler):
+        raise found
+    return found
+
+
 @functools.cache
+def load_once(source, folder, flags):
+    """What `load` returns or raises: what failed once would fail again, and slowly."""
+    try:
+        return load(source, folder, flags)
+    except NoCompiler as error:
+        return error
+
+
 def load(source, folder, flags=()):
     """The library that `source` compiles to, a ctypes.CDLL.
 
     source: Path of the C file
     folder: Path of the folder that keeps the library; if it can't be written, nothing is kept
-    flags:  more flags for the compiler, a tuple
-    Raises NoCompiler, with a sentence for the user.
+    Raises NoCompiler.
     """
     command = compiler()
     _, version = run([*command, "--version"])

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import Linear, cpu_dtype
+from cpu.matrix import PIECE, multiply_pieces
+from model import Linear
 
 COLUMNS = {4: 64, 5: 48, 6: 128, 8: 32}  # of a block
-PIECE = 1 << 20  # weights unpacked at a time; they stay in the cache
 
 
 @dataclass
@@ -149,16 +149,12 @@ class PackedLinear(Linear):
         """All of W transposed as floats, made anew: for what is not in a hurry."""
         return self.weight(0, self.ends[-1])
 
-    def weight(self, start, end, dtype=None):
+    def weight(self, start, end):
         """Columns start ... end - 1 as the floats they stand for, [K, end - start]."""
         pieces = [part.weight(max(start, first) - first, min(end, last) - first)
                   for part, first, last in zip(self.parts, self.starts, self.ends)
                   if max(start, first) < min(end, last)]
-        return torch.cat(pieces, 1).to(dtype or self.dtype)
+        return torch.cat(pieces, 1).to(self.dtype)
 
     def __call__(self, x):
-        n, step, dtype = self.ends[-1], max(1, PIECE // self.in_features), cpu_dtype(x.dtype)
-        wide = x.to(dtype)
-        y = torch.cat([wide @ self.weight(i, min(i + step, n), dtype)
-                       for i in range(0, n, step)], dim=-1).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        return multiply_pieces(x, self)

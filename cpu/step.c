@@ -22,11 +22,12 @@ stop_team at the end. The file needs a C compiler that knows gnu11, and pthreads
 #include <string.h>
 #include <time.h>
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };       // dtypes
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // dtypes
 enum { NORM_NONE, NORM_HEAD, NORM_ALL };         // RMSNorm of q and k: none, each head, all heads
 
 enum {
     AHEAD = 8,          // rows that are prefetched before they are added
+    PAD = AHEAD + 4,    // entries past the end of a list of rows
     TILE = 4096,        // columns that are summed up at a time: their sums stay in the L1 cache
     HEAD_AHEAD = 8192,  // bytes of the LM head that are prefetched
     SPINS = 200,        // looks at a barrier before a worker lets others run
@@ -34,7 +35,6 @@ enum {
     REST = 32,          // tokens for which a crowded team stays halved at first
     MOST_REST = 1024,
     GROUP = 64,         // rows of the LM head that share a lower bound
-    PACKED_TILE = 4096, // columns of few-bit weights that are summed up at a time
 };
 
 // ---- what Python fills in ---------------------------------------------------------------------
@@ -51,6 +51,7 @@ typedef struct {
 typedef struct {
     const Packed *packed;     // one per projection, in place of w and scale; or NULL
     const void *w;            // [K, N], W transposed; of the LM head W itself, [N, K]
+    const uint32_t *groups;   // of int4: [K, N / 32], a scale (low) and a minimum in bfloat16
     const float *scale;       // [N], multiplies the sums, or NULL
     const float *bias;        // [N], added next, or NULL
     const float *thresholds;  // one per projection; a negative one keeps everything
@@ -120,9 +121,9 @@ typedef struct {
     float *scores;            // [context]
     float *up;                // [inter]
     void *fresh;              // the token's k and v in cache_dtype, [2, kv_heads, head_dim]
-    float *kept_x;            // [largest K + AHEAD], the kept x[k]
-    int32_t *kept_k;          // [largest K + AHEAD], their k
-    const int32_t *positions; // [context + AHEAD], 0, 1, 2, ...; one for all
+    float *kept_x;            // [largest K + PAD], the kept x[k]
+    int32_t *kept_k;          // [largest K + PAD], their k
+    const int32_t *positions; // [context + PAD], 0, 1, 2, ...; one for all
     Team *team;
     int32_t token, position;
 } Model;
@@ -234,13 +235,13 @@ static int keep_rows(const float *x, int k, float threshold, int32_t *rows, floa
         values[n] = x[i];
         n += !(fabsf(x[i]) <= threshold);  // "not", so that a NaN is kept and stays visible
     }
-    for (int i = 0; i < AHEAD; i++) rows[n + i] = n ? rows[n - 1] : 0;  // prefetched, never added
+    for (int i = 0; i < PAD; i++) rows[n + i] = n ? rows[n - 1] : 0;  // prefetched, never added
     return n;
 }
 
 // sums [width] += values[i] * row rows[i] of w, for each i below n: only these rows are read. A row
 // has `stride` bytes. R rows at a time, so that a sum is loaded and stored once for R products.
-INLINE void add_some_rows(float *restrict sums, const char *w, int64_t stride, const int32_t *rows,
+INLINE void add_some_floats(float *restrict sums, const char *w, int64_t stride, const int32_t *rows,
                           const float *values, int n, int width, const int R, const int dtype) {
     const int size = bytes_of(dtype), line = 64 / size;  // 64 bytes are a line of the cache
     for (int i = 0; i < n; i += R) {
@@ -263,22 +264,71 @@ INLINE void add_some_rows(float *restrict sums, const char *w, int64_t stride, c
     }
 }
 
-INLINE void add_rows_of(float *restrict sums, const char *w, int64_t stride, const int32_t *rows,
+INLINE void add_floats_of(float *restrict sums, const char *w, int64_t stride, const int32_t *rows,
                         const float *values, int n, int width, const int dtype) {
-    add_some_rows(sums, w, stride, rows, values, n & ~3, width, 4, dtype);
+    add_some_floats(sums, w, stride, rows, values, n & ~3, width, 4, dtype);
     int done = n & ~3;
-    add_some_rows(sums, w, stride, rows + done, values + done, n - done, width, 1, dtype);
+    add_some_floats(sums, w, stride, rows + done, values + done, n - done, width, 1, dtype);
 }
 
-// As `add_some_rows`. The list must go on for AHEAD entries; their rows are only prefetched.
-static void add_rows(float *sums, const void *w, int64_t stride, const int32_t *rows,
+// As `add_some_floats`. The list must go on for AHEAD entries; their rows are only prefetched.
+static void add_floats(float *sums, const void *w, int64_t stride, const int32_t *rows,
                      const float *values, int n, int width, int dtype) {
     switch (dtype) {
-    case FLOAT32: add_rows_of(sums, w, stride, rows, values, n, width, FLOAT32); break;
-    case BFLOAT16: add_rows_of(sums, w, stride, rows, values, n, width, BFLOAT16); break;
-    case FLOAT16: add_rows_of(sums, w, stride, rows, values, n, width, FLOAT16); break;
-    case INT8: add_rows_of(sums, w, stride, rows, values, n, width, INT8); break;
+    case FLOAT32: add_floats_of(sums, w, stride, rows, values, n, width, FLOAT32); break;
+    case BFLOAT16: add_floats_of(sums, w, stride, rows, values, n, width, BFLOAT16); break;
+    case FLOAT16: add_floats_of(sums, w, stride, rows, values, n, width, FLOAT16); break;
+    case INT8: add_floats_of(sums, w, stride, rows, values, n, width, INT8); break;
     }
+}
+
+// The same for int4 of quantize.py, whose 32 columns of a row share a scale s and a minimum m:
+// w = s q + m. Byte j of a group's 16 holds column j in its low half and column j + 16 in its high.
+INLINE void add_int4_of(float *restrict sums, const Matrix *a, int first, const int32_t *rows,
+                        const float *values, int n, int width, const int R) {
+    const int half = 16 / LANES;
+    for (int i = 0; i < n; i += R) {
+        const uint8_t *q[4], *later_q[4];
+        const uint32_t *group[4], *later_group[4];
+        for (int r = 0; r < R; r++) {
+            int64_t at = ((int64_t)rows[i + r] * a->n + first) / 32;
+            int64_t later = ((int64_t)rows[i + r + AHEAD] * a->n + first) / 32;
+            q[r] = (const uint8_t *)a->w + 16 * at;
+            later_q[r] = (const uint8_t *)a->w + 16 * later;
+            group[r] = a->groups + at;
+            later_group[r] = a->groups + later;
+        }
+        for (int64_t g = 0; g < width / 32; g++) {
+            Floats sum[2 * half];
+            float minimum = 0;
+            UNROLL for (int l = 0; l < 2 * half; l++) sum[l] = lanes_at(sums + 32 * g + l * LANES);
+            for (int r = 0; g % 4 == 0 && r < R; r++) {  // lines of 64 bytes
+                __builtin_prefetch(later_q[r] + 16 * g, 0, 2);
+                if (g % 16 == 0) __builtin_prefetch(later_group[r] + g, 0, 2);
+            }
+            UNROLL for (int r = 0; r < R; r++) {
+                float scale = values[i + r] * from_bits(group[r][g] << 16);
+                minimum += values[i + r] * from_bits(group[r][g] & 0xffff0000);
+                UNROLL for (int l = 0; l < half; l++) {
+                    Ints bytes;
+                    for (int b = 0; b < LANES; b++) bytes[b] = q[r][16 * g + l * LANES + b];
+                    sum[l] += scale * __builtin_convertvector(bytes & 15, Floats);
+                    sum[half + l] += scale * __builtin_convertvector(bytes >> 4, Floats);
+                }
+            }
+            UNROLL for (int l = 0; l < 2 * half; l++) {
+                sum[l] += minimum;
+                memcpy(sums + 32 * g + l * LANES, &sum[l], sizeof sum[l]);
+            }
+        }
+    }
+}
+
+static void add_int4(float *sums, const Matrix *a, int first, const int32_t *rows,
+                     const float *values, int n, int width) {
+    int done = n & ~3;
+    add_int4_of(sums, a, first, rows, values, done, width, 4);
+    add_int4_of(sums, a, first, rows + done, values + done, n - done, width, 1);
 }
 
 // ---- few-bit weights: TEAL in integers --------------------------------------------------------
@@ -306,37 +356,37 @@ INLINE Shorts words_at(const uint16_t *array) {
     return words;
 }
 
-// sums [blocks, block_sums, 16] += x[i] * (shifted words of row rows[i]), for each i below n.
-INLINE void add_words(uint16_t *restrict sums, const uint16_t *words, int64_t stride,
-                      const int32_t *rows, const int16_t *x, int n, int n_blocks, const int R,
-                      const int bits) {
-    const int n_words = block_words(bits), n_sums = block_sums(bits), width = bits == 8 ? 4 : bits;
-    for (int i = 0; i < n; i += R) {
+// A block's words, each shifted so that another of its fields stands lowest.
+INLINE void shift_words(const uint16_t *words, Shorts *shifted, const int bits) {
+    const int width = bits == 8 ? 4 : bits, n = bits == 6 ? 3 : block_sums(bits);
+    UNROLL for (int w = 0; w < block_words(bits) / 16; w++)
+        UNROLL for (int s = 0; s < n; s++)
+            shifted[n * w + s] = words_at(words + 16 * w) >> width * s;
+    if (bits == 6) shifted[9] = words_at(words + 32) >> 14;
+}
+
+// sums [blocks, block_sums] += x[i] * (shifted words of row rows[i]), for each i below n, four rows
+// at a time: x and the list go on to the next multiple of four.
+INLINE void add_words(Shorts *restrict sums, const uint16_t *words, int64_t stride,
+                      const int32_t *rows, const int16_t *x, int n, int n_blocks, const int bits) {
+    const int n_words = block_words(bits), n_sums = block_sums(bits);
+    for (int i = 0; i < n; i += 4) {
         const uint16_t *row[4], *later[4];
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < 4; r++) {
             row[r] = words + rows[i + r] * stride;
             later[r] = words + rows[i + r + AHEAD] * stride;
         }
-        for (int b = 0; b < n_blocks; b++, sums += 16 * n_sums) {
-            Shorts sum[10];
-            UNROLL for (int s = 0; s < n_sums; s++) sum[s] = words_at(sums + 16 * s);
-            UNROLL for (int r = 0; r < R; r++) {
+        for (int b = 0; b < n_blocks; b++) {
+            Shorts sum[10], shifted[10];
+            UNROLL for (int s = 0; s < n_sums; s++) sum[s] = sums[b * n_sums + s];
+            UNROLL for (int r = 0; r < 4; r++) {
                 for (int j = 0; j < n_words; j += 32)
                     __builtin_prefetch(later[r] + b * n_words + j, 0, 2);
-                uint16_t factor = x[i + r];
-                UNROLL for (int w = 0; w < n_words / 16; w++) {
-                    Shorts word = words_at(row[r] + b * n_words + 16 * w);
-                    if (bits == 6) {
-                        UNROLL for (int s = 0; s < 3; s++) sum[3 * w + s] += (word >> 6 * s) * factor;
-                        if (w == 2) sum[9] += (word >> 14) * factor;
-                    } else {
-                        UNROLL for (int s = 0; s < n_sums; s++) sum[s] += (word >> width * s) * factor;
-                    }
-                }
+                shift_words(row[r] + b * n_words, shifted, bits);
+                UNROLL for (int s = 0; s < n_sums; s++) sum[s] += shifted[s] * (uint16_t)x[i + r];
             }
-            UNROLL for (int s = 0; s < n_sums; s++) memcpy(sums + 16 * s, &sum[s], sizeof sum[s]);
+            UNROLL for (int s = 0; s < n_sums; s++) sums[b * n_sums + s] = sum[s];
         }
-        sums -= n_blocks * 16 * n_sums;
     }
 }
 
@@ -364,68 +414,71 @@ INLINE Floats small_halves(const uint16_t *array) {
     return (Floats)((Words)((halves << 16) >> 3) & 0x8fffe000);
 }
 
-INLINE Floats some_floats(Shorts words, int first) {
-    Ints ints;
-    for (int l = 0; l < LANES; l++) ints[l] = words[first + l];
-    return __builtin_convertvector(ints, Floats);
+// Numbers of a block's columns j ... j + LANES - 1, from its fields; `lift` makes them positive.
+INLINE Floats columns_at(const Shorts *field, int j, uint16_t lift, const int bits) {
+    Shorts sum = field[bits == 8 ? j / 16 * 2 : j / 16] + lift;
+    Ints low, high = {0};
+    for (int l = 0; l < LANES; l++) low[l] = sum[j % 16 + l];
+    if (bits == 8) {  // two fields of four bits each
+        sum = field[j / 16 * 2 + 1] + lift;
+        for (int l = 0; l < LANES; l++) high[l] = sum[j % 16 + l];
+    }
+    return __builtin_convertvector(low + 16 * high, Floats);
 }
 
-// What a group adds to y: s * (sum * step - base) + m * x. The sums of fields are those of signed x:
-// `lift` makes them positive, and base takes it away.
-INLINE void add_group(float *restrict y, const uint16_t *sums, const uint16_t *scale,
-                      const uint16_t *minimum, int columns, int n_blocks, float step, float base,
-                      float x, uint16_t lift, const int bits) {
+// y += s * (q * step - base) + m * x for all columns of one group. q are the columns' numbers or
+// sums of them, which stand in sums [blocks, block_sums]; s and m stand at `at` of w.
+INLINE void add_group(float *restrict y, const Shorts *sums, const Packed *w, int64_t at,
+                      int n_blocks, float step, float base, float x, uint16_t lift, const int bits) {
     const int n_sums = block_sums(bits), width = block_columns(bits);
-    for (int b = 0; b < n_blocks; b++, y += width, scale += width, sums += 16 * n_sums) {
-        Shorts t[10], field[8];
-        UNROLL for (int s = 0; s < n_sums; s++) t[s] = words_at(sums + 16 * s);
-        split_fields(t, field, bits);
-        for (int j = 0; j < width; j += 32) __builtin_prefetch(scale + columns + j, 0, 2);
-        if (minimum)
-            for (int j = 0; j < width; j += 32) __builtin_prefetch(minimum + columns + j, 0, 2);
-        UNROLL for (int j = 0; j < width; j += LANES) {
-            int f = j / 16, lane = j % 16;
-            Floats sum = some_floats(field[bits == 8 ? 2 * f : f] + lift, lane);
-            if (bits == 8) sum += 16 * some_floats(field[2 * f + 1] + lift, lane);
-            Floats to = lanes_at(y + j) + small_halves(scale + j) * (sum * step - base);
-            if (minimum) to += small_halves(minimum + j) * x;
-            memcpy(y + j, &to, sizeof to);
+    for (int b = 0; b < n_blocks; b++, y += width, at += width, sums += n_sums) {
+        Shorts field[8];
+        split_fields(sums, field, bits);
+        for (int j = 0; j < width; j += 32) {
+            __builtin_prefetch(w->scale + at + w->columns + j, 0, 2);
+            if (w->minimum) __builtin_prefetch(w->minimum + at + w->columns + j, 0, 2);
         }
-        if (minimum) minimum += width;
+        UNROLL for (int j = 0; j < width; j += LANES) {
+            Floats q = columns_at(field, j, lift, bits) * step - base;
+            Floats sum = lanes_at(y + j) + small_halves(w->scale + at + j) * q;
+            if (w->minimum) sum += small_halves(w->minimum + at + j) * x;
+            memcpy(y + j, &sum, sizeof sum);
+        }
     }
 }
 
 // y [n_blocks of columns] += x[i] * row rows[i] of w from block `first` on, for each i below n.
 INLINE void add_packed_of(float *restrict y, const Packed *w, int first, int n_blocks,
                           const int32_t *rows, const float *x, int n, const int bits) {
-    const int most = bits == 8 ? 15 : (1 << bits) - 1, n_words = block_words(bits);
-    uint16_t sums[PACKED_TILE * 2];
-    int16_t rounded[32];
+    const int most = bits == 8 ? 15 : (1 << bits) - 1, n_sums = block_sums(bits);
+    const uint16_t *words = w->words + (int64_t)first * block_words(bits);
+    Shorts sums[TILE / 8];
     for (int i = 0, m; i < n; i += m) {
         int group = rows[i] / w->group, all = 0, below = 0;
+        int16_t rounded[32 + 4] = {0};
         float total = 0;
         for (m = 0; i + m < n && rows[i + m] < (group + 1) * w->group; m++)
             total += fabsf(x[i + m]);
         float step = total / (65535 / most - m / 2), inverse = total > 0 ? 1 / step : 0;
-        for (int r = 0; r < m; r++) {
-            rounded[r] = lrintf(x[i + r] * inverse);
-            all += rounded[r];
-            below -= rounded[r] < 0 ? rounded[r] : 0;
+        if (m == 1) {  // nothing to add up, so nothing to round
+            step = x[i];
+            all = 1;
+            for (int b = 0; b < n_blocks; b++)
+                shift_words(words + rows[i] * (int64_t)w->n_words + b * block_words(bits),
+                            sums + b * n_sums, bits);
+        } else {
+            for (int r = 0; r < m; r++) {
+                rounded[r] = lrintf(x[i + r] * inverse);
+                all += rounded[r];
+                below -= rounded[r] < 0 ? rounded[r] : 0;
+            }
+            memset(sums, 0, n_blocks * n_sums * sizeof *sums);
+            add_words(sums, words, w->n_words, rows + i, rounded, m, n_blocks, bits);
         }
-        memset(sums, 0, n_blocks * 32 * block_sums(bits));
-        const uint16_t *words = w->words + (int64_t)first * n_words;
-        int done = m & ~3;
-        add_words(sums, words, w->n_words, rows + i, rounded, done, n_blocks, 4, bits);
-        add_words(sums, words, w->n_words, rows + i + done, rounded + done, m - done, n_blocks, 1,
-                  bits);
         int64_t at = (int64_t)group * w->columns + first * block_columns(bits);
         float lift = most * below, unit = step * w->unit * 0x1p112f;
         float base = unit * ((bits == 8 ? 17 : 1) * lift + w->offset * all);
-        if (w->minimum)
-            add_group(y, sums, w->scale + at, w->minimum + at, w->columns, n_blocks, unit, base,
-                      unit * all, lift, bits);
-        else
-            add_group(y, sums, w->scale + at, NULL, w->columns, n_blocks, unit, base, 0, lift, bits);
+        add_group(y, sums, w, at, n_blocks, unit, base, unit * all, lift, bits);
     }
 }
 
@@ -439,29 +492,6 @@ static void add_packed(float *y, const Packed *w, int first, int n_blocks, const
     }
 }
 
-// Column share c, of `of`, of a projection with `width` columns, into its sums.
-static void packed_product(const Packed *w, int width, int c, int of, const int32_t *rows,
-                           const float *x, int n, float *sums) {
-    float y[PACKED_TILE];
-    int columns = block_columns(w->bits), blocks = w->columns / columns;
-    int end = (int64_t)blocks * (c + 1) / of, tile = PACKED_TILE / columns;
-    for (int b = (int64_t)blocks * c / of, some; b < end; b += some) {
-        some = end - b < tile ? end - b : tile;
-        memset(y, 0, some * columns * sizeof *y);
-        add_packed(y, w, b, some, rows, x, n);
-        int left = width - b * columns;
-        memcpy(sums + b * columns, y, (left < some * columns ? left : some * columns) * sizeof *y);
-    }
-}
-
-// Row `row` of w from block `first` on, as floats: y [n_blocks of columns].
-void unpack_row(const Packed *w, int32_t row, int32_t first, int32_t n_blocks, float *y) {
-    const int32_t rows[1 + AHEAD] = {row, row, row, row, row, row, row, row, row};
-    const float one = 1;
-    memset(y, 0, n_blocks * block_columns(w->bits) * sizeof *y);
-    add_packed(y, w, first, n_blocks, rows, &one, 1);
-}
-
 // Shares of a product lie in a grid: up to four share the kept rows, and `finish` adds up their
 // sums; more shares than that share the columns.
 static int row_shares(const Model *m) {
@@ -470,39 +500,65 @@ static int row_shares(const Model *m) {
     return rows;
 }
 
-// The first column of column share c of `of`; 64 columns touch no line of another share's sums.
-static int first_column(int n, int c, int of) {
-    return c == of ? n : (int64_t)n * c / of & ~63;
+// The first column of column share c of `of`. Columns come in blocks: 64 touch no line of another
+// share's sums.
+static int first_column(int n, int c, int of, int block) {
+    return c == of ? n : (int64_t)n * c / of / block * block;
+}
+
+static int block_of(const Matrix *a, int part) {
+    return a->packed ? block_columns(a->packed[part].bits) : 64;
+}
+
+// y [whole blocks] += x[i] * row rows[i] of a, for each i below n. Only some columns of one of its
+// projections are added up: `width` from `first` on, where a block begins.
+static void add_rows(float *y, const Matrix *a, int part, int first, int width, const int32_t *rows,
+                     const float *x, int n) {
+    if (a->packed) {
+        int block = block_of(a, part);
+        add_packed(y, &a->packed[part], first / block, (width + block - 1) / block, rows, x, n);
+        return;
+    }
+    first += part ? a->ends[part - 1] : 0;
+    if (a->dtype == INT4)
+        add_int4(y, a, first, rows, x, n, width);
+    else
+        add_floats(y, (const char *)a->w + (int64_t)first * bytes_of(a->dtype),
+                   (int64_t)a->n * bytes_of(a->dtype), rows, x, n, width, a->dtype);
 }
 
 // A share of x [K] times a matrix, into the sums of its row share.
 static void product(const Model *m, const Matrix *a, const float *x, int worker, int share,
                     float *sums) {
-    int n_rows = row_shares(m), n_columns = m->n_shares / n_rows, size = bytes_of(a->dtype);
+    int n_rows = row_shares(m), n_columns = m->n_shares / n_rows, n = 0;
     int r = share % n_rows, c = share / n_rows;
-    int left = first_column(a->n, c, n_columns), right = first_column(a->n, c + 1, n_columns);
-    int32_t *rows = m->kept_k + (int64_t)worker * (m->largest + AHEAD);
-    float *values = m->kept_x + (int64_t)worker * (m->largest + AHEAD);
+    int32_t *rows = m->kept_k + (int64_t)worker * (m->largest + PAD);
+    float *values = m->kept_x + (int64_t)worker * (m->largest + PAD), y[TILE];
     sums += (int64_t)r * a->n;
-    if (!a->packed) memset(sums + left, 0, (right - left) * sizeof *sums);
-    int n = 0;
     for (int part = 0, start = 0; part < a->n_parts; start = a->ends[part++]) {
         if (part == 0 || a->thresholds[part] != a->thresholds[part - 1])
             n = keep_rows(x, a->k, a->thresholds[part], rows, values);
         if (share == 0) a->kept[part] += n;
-        int first = n * (int64_t)r / n_rows, last = n * (int64_t)(r + 1) / n_rows;
-        if (a->packed) {
-            packed_product(&a->packed[part], a->ends[part] - start, c, n_columns, rows + first,
-                           values + first, last - first, sums + start);
-            continue;
+        int top = n * (int64_t)r / n_rows, bottom = n * (int64_t)(r + 1) / n_rows;
+        int size = a->ends[part] - start, block = block_of(a, part);
+        int end = first_column(size, c + 1, n_columns, block);
+        for (int j = first_column(size, c, n_columns, block), width; j < end; j += width) {
+            width = end - j < TILE / block * block ? end - j : TILE / block * block;
+            memset(y, 0, sizeof y);
+            add_rows(y, a, part, j, width, rows + top, values + top, bottom - top);
+            memcpy(sums + start + j, y, width * sizeof *y);
         }
-        int begin = start > left ? start : left;
-        int end = a->ends[part] < right ? a->ends[part] : right;
-        for (int j = begin, width; j < end; j += width) {
-            width = end - j < TILE ? end - j : TILE;
-            add_rows(sums + j, (const char *)a->w + (int64_t)j * size, (int64_t)a->n * size,
-                     rows + first, values + first, last - first, width, a->dtype);
-        }
+    }
+}
+
+// Columns first ... first + width - 1 of a projection as floats, y [K, stride], whole blocks.
+void unpack(const Matrix *a, int32_t part, int32_t first, int32_t width, int32_t stride, float *y) {
+    const float one = 1;
+    memset(y, 0, (int64_t)a->k * stride * sizeof *y);
+    for (int k = 0; k < a->k; k++, y += stride) {
+        int32_t rows[PAD];
+        for (int i = 0; i < PAD; i++) rows[i] = k;
+        add_rows(y, a, part, first, width, rows, &one, 1);
     }
 }
 
@@ -635,8 +691,10 @@ static void embed(const Model *m, float *x) {
         const Packed *w = m->packed_embedding;
         int width = block_columns(w->bits);
         float block[128];
-        for (int i = 0; i < m->hidden; i++) {
-            unpack_row(w, i, m->token / width, 1, block);
+        const float one = 1;
+        for (int32_t i = 0; i < m->hidden; i++) {
+            memset(block, 0, sizeof block);
+            add_packed(block, w, m->token / width, 1, &i, &one, 1);
             x[i] = block[m->token % width];
         }
         return;
@@ -690,8 +748,8 @@ static void attend(const Model *m, const float *q, const char *keys, const char 
     for (int s = 0; s <= n; s++) p[s] = exponential(p[s] - most);
     for (int s = 0; s <= n; s++) total += p[s];
     memset(y, 0, d * sizeof *y);
-    add_rows(y, values + first * stride, stride, m->positions, p, n, d, dtype);
-    add_rows(y, v, stride, m->positions, p + n, 1, d, dtype);
+    add_floats(y, values + first * stride, stride, m->positions, p, n, d, dtype);
+    add_floats(y, v, stride, m->positions, p + n, 1, d, dtype);
     for (int j = 0; j < d; j++) y[j] /= total;
 }
 
@@ -719,8 +777,8 @@ static void attention(const Model *m, const Layer *layer, const float *qkv, char
 
 // SwiGLU: silu(gate) decides how much of each of up's channels goes on to down.
 static void swiglu(const Model *m, const Matrix *gate_up, float *y, int share) {
-    int first = first_column(m->inter, share, m->n_shares);
-    int n = first_column(m->inter, share + 1, m->n_shares) - first;
+    int first = first_column(m->inter, share, m->n_shares, 64);
+    int n = first_column(m->inter, share + 1, m->n_shares, 64) - first;
     float *restrict gate = m->mlp + first, *restrict up = y;
     finish(m, gate_up, m->sums[0], first, n, gate);
     finish(m, gate_up, m->sums[0], m->inter + first, n, up);
@@ -778,8 +836,8 @@ static int32_t integer_dot(const int8_t *q, const int16_t *v, int k) {
 // The share's upper bounds, and the lower bounds of its groups; infinite if a row proves nothing.
 static void bound(const Model *m, Rounded h, int share) {
     const Bounds *b = &m->bounds;
-    int k = m->hidden, first = first_column(m->vocab, share, m->n_shares);
-    int end = first_column(m->vocab, share + 1, m->n_shares);
+    int k = m->hidden, first = first_column(m->vocab, share, m->n_shares, 64);
+    int end = first_column(m->vocab, share + 1, m->n_shares, 64);
     for (int i = first; i < end; i++) {
         const int8_t *q = b->q + (int64_t)i * k;
         for (int j = 0; j < k; j += 64) __builtin_prefetch(q + HEAD_AHEAD + j, 0, 2);
@@ -825,8 +883,8 @@ static void logits(const Model *m, const float *x, float least, int share) {
     const Matrix *head = &m->head;
     const Bounds *b = &m->bounds;
     int64_t row_bytes = (int64_t)head->k * bytes_of(head->dtype), read = 0;
-    int first = first_column(m->vocab, share, m->n_shares);
-    int end = first_column(m->vocab, share + 1, m->n_shares);
+    int first = first_column(m->vocab, share, m->n_shares, 64);
+    int end = first_column(m->vocab, share + 1, m->n_shares, 64);
     if (head->packed) {
         finish(m, head, m->sums[0], first, end - first, m->logits + first);
         return;

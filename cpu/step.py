@@ -7,34 +7,19 @@ the thresholds where PyTorch keeps them.
 import ctypes
 import weakref
 from ctypes import POINTER, c_float, c_int32, c_void_p
-from pathlib import Path
 
 import torch
 
-from cpu.compiler import load
+from cpu.compiler import library
+from cpu.matrix import DTYPES, CPacked, Matrix, address, describe, describe_packed
 from cpu.packed import Packed, PackedLinear
 from lm_head import LARGEST_V, certificate_for, limits
 from model import SITES
 
-SOURCE = Path(__file__).with_name("step.c")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 QK_NORMS = {None: 0, "head": 1, "all": 2}
-AHEAD = 8  # entries that C reads past the end of a list of rows
+PAD = 12  # entries that C reads past the end of a list of rows
 MOST_SHARES = 64
 Reduce = ctypes.CFUNCTYPE(None, POINTER(c_float), c_int32)
-
-
-class CPacked(ctypes.Structure):
-    _fields_ = [*((name, c_void_p) for name in ("words", "scale", "minimum")),
-                *((name, c_int32) for name in ("bits", "group", "offset", "n_words", "columns")),
-                ("unit", c_float)]
-
-
-class Matrix(ctypes.Structure):
-    _fields_ = [("packed", POINTER(CPacked)),
-                *((name, c_void_p) for name in ("w", "scale", "bias", "thresholds", "kept")),
-                ("dtype", c_int32), ("k", c_int32), ("n", c_int32),
-                ("n_parts", c_int32), ("ends", c_int32 * 4)]
 
 
 class Layer(ctypes.Structure):
@@ -77,7 +62,6 @@ class CStep:
     model, cache: as for `Model.forward`, on a CPU
     thresholds:   float32 [n_layers, 7]; changes in place count from the next step on
     kept:         int64 [n_layers, 7], to which the rows that were read are added
-    folder:       where the compiled library is kept, a Path
     n_shares:     into how many pieces the work is cut, one per thread
     top, seen, penalty: which logits matter, see `certificate_for`
     `bounds` is the Certificate that a step reads instead of the whole LM head, or None; of the head
@@ -85,11 +69,11 @@ class CStep:
     Raises NoCompiler (cpu/compiler.py) where there is no library.
     """
 
-    def __init__(self, model, cache, thresholds, kept, folder, n_shares=None, *, top=0, seen=None,
+    def __init__(self, model, cache, thresholds, kept, n_shares=None, *, top=0, seen=None,
                  penalty=1.0):
-        self.library = load(SOURCE, folder)
-        self.tensors = [thresholds, kept]  # that C points to: they must live as long as this
-        self.thresholds, self.kept = thresholds, kept
+        self.library = library()
+        self.model, self.cache = model, cache  # C points into all of these while this lives
+        self.thresholds, self.kept, self.tensors = thresholds, kept, []
         n_shares = min(n_shares or torch.get_num_threads(), MOST_SHARES)
         self.m = self.describe(model, cache, n_shares)
         self.logits = self.allocate(model, cache, n_shares)
@@ -135,21 +119,13 @@ class CStep:
             embedding=None if packed else self.at(table), norm=self.floats(model.norm),
             reduce=self.reduce(model))
         if packed:
-            m.packed_embedding = self.pack([table])
+            m.packed_embedding = describe_packed([table])
         self.fill(m.head, head)
         return m
 
     def fill(self, matrix, linear):
         """Describe a Linear; a block's has thresholds, the head none."""
-        if isinstance(linear, PackedLinear):
-            matrix.packed = self.pack(linear.parts)
-        else:
-            rows = linear.w_t.T if linear.layer is None else linear.w_t
-            matrix.w, matrix.dtype = self.at(rows), DTYPES[rows.dtype]
-        matrix.k, matrix.n = linear.in_features, linear.ends[-1]
-        matrix.n_parts, matrix.ends[:len(linear.ends)] = len(linear.ends), linear.ends
-        matrix.scale = None if linear.scale is None else self.at(linear.scale)
-        matrix.bias = None if linear.bias is None else self.floats(linear.bias)
+        describe(matrix, linear, None if linear.bias is None else self.float32(linear.bias))
         if linear.layer is None:  # the head's product, if it is packed, keeps all
             matrix.thresholds = self.at(torch.full((1,), -1.0))
             matrix.kept = self.at(torch.zeros(1, dtype=torch.int64))
@@ -167,13 +143,6 @@ class CStep:
         b.upper, b.lower = (self.at(torch.zeros(m.vocab)) for _ in range(2))
         b.largest, b.read = LARGEST_V, self.at(self.head_rows)
         b.v = self.at(torch.zeros(m.n_shares, m.hidden, dtype=torch.int16))
-
-    def pack(self, parts):
-        """The structs of some `Packed`, as an array."""
-        return (CPacked * len(parts))(*(CPacked(
-            self.at(part.words), self.at(part.scale),
-            None if part.minimum is None else self.at(part.minimum), part.bits, part.group,
-            part.offset, part.words.shape[1], part.columns, part.unit) for part in parts))
 
     def reduce(self, model):
         """What adds up y over all ranks, as a function for C; NULL where there is one rank."""
@@ -193,20 +162,24 @@ class CStep:
                   "added": (config.hidden_size,), "x": (n, config.hidden_size),
                   "h": (n, config.hidden_size), "y": (n, config.hidden_size), "qkv": (n, n_qkv),
                   "turns": (n, m.n_ropes, d), "scores": (n, cache.context),
-                  "up": (n, config.intermediate_size), "kept_x": (n, m.largest + AHEAD)}
+                  "up": (n, config.intermediate_size), "kept_x": (n, m.largest + PAD)}
         for name, shape in shapes.items():
             setattr(m, name, self.at(torch.zeros(shape)))
         m.logits = self.at(logits)
         m.fresh = self.at(torch.zeros(n, 2, config.n_kv_heads, d, dtype=cache.k.dtype))
-        m.kept_k = self.at(torch.zeros(n, m.largest + AHEAD, dtype=torch.int32))
-        m.positions = self.at(torch.arange(cache.context + AHEAD, dtype=torch.int32))
+        m.kept_k = self.at(torch.zeros(n, m.largest + PAD, dtype=torch.int32))
+        m.positions = self.at(torch.arange(cache.context + PAD, dtype=torch.int32))
         return logits
 
     def at(self, tensor):
-        """The address of a contiguous tensor, which is kept alive."""
-        assert tensor.is_contiguous() and tensor.device.type == "cpu"
+        """The address of a tensor, which is kept alive."""
         self.tensors.append(tensor)
-        return tensor.data_ptr()
+        return address(tensor)
+
+    def float32(self, tensor):
+        """A tensor's numbers as floats that are kept alive."""
+        self.tensors.append(tensor.float().contiguous())
+        return self.tensors[-1]
 
     def floats(self, tensor):
-        return self.at(tensor.float().contiguous())
+        return address(self.float32(tensor))

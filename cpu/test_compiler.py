@@ -11,7 +11,6 @@ import torch
 from conftest import CONFIGS, random_model
 from cpu import compiler
 from cpu.compiler import NoCompiler
-from cpu.step import SOURCE
 from decode import CpuDecoder
 from model import KVCache
 
@@ -26,9 +25,9 @@ needs_compiler = pytest.mark.skipif(not has_compiler, reason="there is no C comp
 
 @pytest.fixture(autouse=True)
 def forget():
-    compiler.load.cache_clear()
+    compiler.load_once.cache_clear()
     yield
-    compiler.load.cache_clear()
+    compiler.load_once.cache_clear()
 
 
 @pytest.mark.parametrize("there, module, wanted", [
@@ -54,7 +53,6 @@ def test_the_name_holds_what_the_library_depends_on(tmp_path, monkeypatch):
     source.write_text("int two(void) { return 2; }")
     assert compiler.load(source, tmp_path / "cache").two() == 2
     compiler.load(source, tmp_path / "cache", ("-DX",))
-    compiler.load.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "processor", lambda: "another")
         compiler.load(source, tmp_path / "cache")
@@ -68,7 +66,6 @@ def test_the_name_holds_what_the_library_depends_on(tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert len(names) == 5 and all(name.endswith(".so") for name in names)
     monkeypatch.setattr(compiler, "build", None)  # from now on nothing is compiled
-    compiler.load.cache_clear()
     compiler.load(source, tmp_path / "cache")
 
 
@@ -107,7 +104,7 @@ def test_without_a_compiler_decoding_is_right_and_says_so_once(
     for cc in (None, command, command):
         if cc:
             monkeypatch.setenv("CC", cc)
-        compiler.load.cache_clear()
+        compiler.load_once.cache_clear()
         cache = KVCache(model.config, 160)
         model.forward(torch.arange(5), cache)
         decoder = CpuDecoder(model, cache, lambda logits: logits.argmax(keepdim=True))
@@ -126,7 +123,7 @@ def test_without_a_compiler_decoding_is_right_and_says_so_once(
 
 
 def test_the_source_needs_no_header_of_a_package():
-    includes = {line.split()[1] for line in SOURCE.read_text().splitlines()
+    includes = {line.split()[1] for line in compiler.SOURCE.read_text().splitlines()
                 if line.startswith("#include")}
     assert includes <= {f"<{name}.h>" for name in (
         "math", "pthread", "sched", "stdint", "stdlib", "string", "time")}
@@ -141,10 +138,10 @@ def test_sanitizers(kind, runtime, tmp_path):
     if not done or not os.path.isabs(path.strip()):
         pytest.skip(f"the compiler has no {runtime}")
     environment = os.environ | {"LD_PRELOAD": path.strip(), "ASAN_OPTIONS": "detect_leaks=0",
-                                "TSAN_OPTIONS": "exitcode=66", "UBSAN_OPTIONS": "halt_on_error=1"}
-    program = ("import sys; from cpu import test_step; "
-               "test_step.run_for_sanitizers(sys.argv[1], sys.argv[2])")
-    done = subprocess.run([sys.executable, "-c", program, tmp_path, f"-fsanitize={kind}"],
+                                "TSAN_OPTIONS": "exitcode=66", "UBSAN_OPTIONS": "halt_on_error=1",
+                                "XDG_CACHE_HOME": str(tmp_path)}
+    program = "import sys; from cpu import test_step; test_step.run_for_sanitizers(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, f"-fsanitize={kind}"],
                           cwd=HERE.parent, env=environment, capture_output=True, text=True)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("this kernel's addresses are too random for ThreadSanitizer")

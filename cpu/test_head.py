@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import lm_head
-from checkpoint.files import cache_folder
 from conftest import DEVICE, HEAD_SIZES, HEADS, INTERPRETED, check_head, make_head, random_model
 from cpu.step import CStep
 from lm_head import bounds, certificate_for, certify, likely_rows, limits, logits_needed
@@ -23,7 +22,7 @@ def make_steps(v, k, dtype, change, *heads):
     model.blocks[0].o.w_t.zero_(), model.blocks[0].down.w_t.zero_()
     thresholds, kept = torch.full((1, 7), -1.0), torch.zeros(1, 7, dtype=torch.int64)
     return x, head, norm, [
-        CStep(model, KVCache(config, 8), thresholds, kept, cache_folder(), 2, **options)
+        CStep(model, KVCache(config, 8), thresholds, kept, 2, **options)
         for options in heads]
 
 

@@ -8,10 +8,10 @@ import torch
 
 import checkpoint
 from checkpoint.conftest import write_gguf
-from checkpoint.files import cache_folder
 from checkpoint.gguf_file import GROUPED, groups_of, to_float
-from cpu import compiler, step
+from cpu import compiler
 from cpu.conftest import fill
+from cpu.matrix import pieces
 from cpu.packed import Packed, PackedLinear
 from cpu.step import CStep
 from generate import generate_tokens
@@ -20,7 +20,7 @@ from session import Session, block_bytes, other_bytes, tensors
 
 torch.set_num_threads(1)  # tiny products: a second thread would only wait
 try:
-    compiler.load(step.SOURCE, cache_folder())
+    compiler.library()
 except compiler.NoCompiler as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -54,6 +54,9 @@ def test_the_numbers_are_those_of_gguf(name, n, size, monkeypatch):
     assert torch.equal(packed.weight(part.start, part.stop), packed.weight(0, n)[:, part])
     rows = torch.tensor([0, n - 1, n // 2])
     assert torch.equal(packed[rows], packed.weight(0, n).T[rows])
+    linear = PackedLinear(0, "o", 512, (n,), False, torch.float32, "cpu")
+    linear.parts = [packed]
+    torch.testing.assert_close(torch.cat(list(pieces(linear)), 1), packed.weight(0, n))  # in C
     # Where the columns are many, the memory is the file's and little more.
     kind = gguf.GGMLQuantizationType[name]
     file = n * 512 // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1]
@@ -117,7 +120,7 @@ def test_a_step_in_c(tied, n_shares):
     row_shares = {1: 1, 2: 2, 3: 3, 6: 3}[n_shares]
     for thresholds in (torch.full(shape, -1.0), torch.rand(shape) * 0.8):
         kept, wanted_kept = torch.zeros(2, *shape, dtype=torch.int64)
-        run = CStep(model, KVCache(config, 40), thresholds, kept, cache_folder(), n_shares)
+        run = CStep(model, KVCache(config, 40), thresholds, kept, n_shares)
         errors = []
 
         def product(x, part, threshold):
@@ -161,7 +164,7 @@ def test_rounding_x_is_the_only_rounding(name, sparsity):
     model.embedding = model.lm_head.parts[0]
     model.norm.copy_(torch.randn(512) * (torch.rand(512) >= sparsity))
     kept = torch.zeros(1, 7, dtype=torch.int64)
-    run = CStep(model, KVCache(config, 2), torch.full((1, 7), -1.0), kept, cache_folder(), 1)
+    run = CStep(model, KVCache(config, 2), torch.full((1, 7), -1.0), kept, 1)
     part = model.lm_head.parts[0]
     w = part.weight(0, 300).double()
     for token in range(3):
@@ -177,12 +180,12 @@ def test_rounding_x_is_the_only_rounding(name, sparsity):
 
 def test_numbers_that_are_no_numbers():
     model, kept = random_model(), torch.zeros(2, 7, dtype=torch.int64)
-    run = CStep(model, KVCache(CONFIG, 40), torch.full((2, 7), -1.0), kept, cache_folder(), 2)
+    run = CStep(model, KVCache(CONFIG, 40), torch.full((2, 7), -1.0), kept, 2)
     assert run(3, 0).isfinite().all()
     for value in (torch.nan, torch.inf):
         model = random_model()
         model.blocks[1].mlp_norm[7] = value
-        run = CStep(model, KVCache(CONFIG, 40), torch.full((2, 7), -1.0), kept, cache_folder(), 2)
+        run = CStep(model, KVCache(CONFIG, 40), torch.full((2, 7), -1.0), kept, 2)
         assert run(3, 0).isnan().all()
 
 

@@ -2,24 +2,21 @@
 here are sizes that divide by nothing, dtypes, threads, and numbers that are no numbers."""
 
 import ctypes
-import functools
 import math
 import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint.files import cache_folder
 from cpu import compiler, step
 from cpu.conftest import fill
 from cpu.step import CStep
 from model import Config, KVCache, Linear, Model, masked
-from quantize import Int8Linear
+from quantize import Int8Linear, int4_linear
 
 try:
-    compiler.load(step.SOURCE, cache_folder())
+    compiler.library()
 except compiler.NoCompiler as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -28,6 +25,7 @@ CONFIGS = {
     "odd": ODD,
     "one of each": Config(3, 2, 1, 1, 1, 1, 2, context=40),
     "wide": Config(130, 70, 4200, 1, 2, 1, 6, context=40, qkv_bias=True, o_bias=True),
+    "thirties": Config(130, 96, 4256, 1, 6, 2, 32, context=40, qkv_bias=True),
     "olmo": Config(67, 36, 130, 2, 3, 3, 12, context=40, qk_norm="all", norms_after=True),
 }
 
@@ -43,8 +41,8 @@ def in_float32(model):
     """The same model in float32: its weights are those numbers."""
     plain = Model(model.config)
     for ours, theirs in zip([*plain.linears(), plain.lm_head], [*model.linears(), model.lm_head]):
-        w_t = theirs.w_t.float()
-        ours.w_t.copy_(w_t if theirs.scale is None else w_t * theirs.scale)
+        theirs.dtype = torch.float32  # that of weight()
+        ours.w_t.copy_(theirs.weight(0, theirs.ends[-1]))
         if theirs.bias is not None:
             ours.bias.copy_(theirs.bias)
     for ours, theirs in zip(plain.blocks, model.blocks):
@@ -56,18 +54,18 @@ def in_float32(model):
     return plain
 
 
-def steps(model, thresholds, n_shares, n=12, folder=None, cache_dtype=torch.float32):
+def steps(model, thresholds, n_shares, n=12, cache_dtype=torch.float32):
     """The logits of n steps through the same tokens, and the rows that they read."""
     cache = KVCache(model.config, 40, cache_dtype)
     kept = torch.zeros(thresholds.shape, dtype=torch.int64)
-    run = CStep(model, cache, thresholds, kept, folder or cache_folder(), n_shares)
+    run = CStep(model, cache, thresholds, kept, n_shares)
     return [run(i % model.config.vocab_size, i).clone() for i in range(n)], kept
 
 
-def run_for_sanitizers(folder, flag):
-    step.load = functools.partial(compiler.load, flags=(flag, "-g", "-O0"))
+def run_for_sanitizers(flag):
+    step.library = lambda: compiler.library((flag, "-g", "-O0"))
     model, thresholds = fill(Model(ODD)), torch.full((2, 7), 0.2)
-    logits, kept = steps(model, thresholds, 4, 40, Path(folder))
+    logits, kept = steps(model, thresholds, 4, 40)
     print("fine", logits[-1].isfinite().all().item(), kept.sum().item())
 
 
@@ -75,6 +73,7 @@ def run_for_sanitizers(folder, flag):
 @pytest.mark.parametrize("dtype, linear, cache_dtype, close", [
     (torch.float32, Linear, torch.float32, 1e-4), (torch.bfloat16, Linear, torch.float32, 1e-4),
     (torch.float16, Linear, torch.float32, 1e-4), (torch.bfloat16, Int8Linear, torch.float32, 1e-4),
+    (torch.bfloat16, int4_linear, torch.float32, 1e-4),
     # sums of another order may round a key to the next number
     (torch.float32, Linear, torch.bfloat16, 0.05), (torch.float32, Linear, torch.float16, 0.01)])
 def test_dtypes_sizes_and_threads(name, dtype, linear, cache_dtype, close):
@@ -109,7 +108,7 @@ def test_the_same_bits_every_time():
         first, again = (steps(model, thresholds, n_shares)[0] for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again))
     before = len(os.listdir("/proc/self/task"))  # threads
-    run = CStep(model, KVCache(ODD, 40), thresholds, torch.zeros(2, 7).long(), cache_folder(), 300)
+    run = CStep(model, KVCache(ODD, 40), thresholds, torch.zeros(2, 7).long(), 300)
     assert run.m.n_shares == 64 and len(os.listdir("/proc/self/task")) == before + 63
     del run
     assert len(os.listdir("/proc/self/task")) == before
@@ -161,7 +160,7 @@ def test_every_float16():
     model.lm_head.w_t[:, :64] = torch.eye(64)
     kept = torch.zeros(1, 7, dtype=torch.int64)
     run = CStep(model, KVCache(model.config, 1024, torch.float16), torch.full((1, 7), -1.0), kept,
-                cache_folder(), 1)
+                1)
     for i, row in enumerate(halves.float()):
         wanted = torch.nn.functional.rms_norm(row, (64,), eps=1.0)
         torch.testing.assert_close(run(i, i)[:64], wanted, rtol=1e-5, atol=1e-12)
@@ -183,11 +182,11 @@ def test_the_cache_rounds_as_pytorch_does(dtype):
     model.blocks[0].qkv.bias = bias
     cache = KVCache(model.config, 4, dtype)
     kept = torch.zeros(1, 7, dtype=torch.int64)
-    CStep(model, cache, torch.full((1, 7), -1.0), kept, cache_folder(), 2)(1, 0)
+    CStep(model, cache, torch.full((1, 7), -1.0), kept, 2)(1, 0)
     assert torch.equal(cache.v[0, 0, 0], numbers.to(dtype))
     last = torch.tensor(0x7fffffff, dtype=torch.int32).view(torch.float32)  # of all NaN
     model.blocks[0].qkv.bias[2 * d:] = last
-    CStep(model, cache, torch.full((1, 7), -1.0), kept, cache_folder(), 2)(1, 0)
+    CStep(model, cache, torch.full((1, 7), -1.0), kept, 2)(1, 0)
     assert cache.v[0, 0, 0].isnan().all()
 
 
@@ -198,7 +197,7 @@ def test_denormals_change_no_speed():
     for scale in (1.0, 1e-38):
         model = fill(Model(config), scale)
         kept = torch.zeros(2, 7, dtype=torch.int64)
-        run = CStep(model, KVCache(config, 40), torch.full((2, 7), -1.0), kept, cache_folder(), 1)
+        run = CStep(model, KVCache(config, 40), torch.full((2, 7), -1.0), kept, 1)
         times = []
         for i in range(20):
             start = time.perf_counter()

@@ -7,9 +7,8 @@ import checkpoint
 import quantize
 from checkpoint.conftest import CONFIG, weights, write_folder
 from conftest import DEVICE
-from gpu.four_bits import GROUP
 from model import dense
-from quantize import Int4Linear, Int4OnCPU, Int8Linear, dequantize, quantize_int4, split_groups
+from quantize import Int4Linear, Int8Linear, dequantize, quantize_int4, split_groups
 from session import bytes_per_weight
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -83,41 +82,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
         checkpoint.load(write_folder(tmp_path / "source", tensors=tensors), quantize="int4")
 
 
-def test_a_cpu_runs_the_rounded_weights_as_int8(tmp_path):
-    source = write_folder(tmp_path / "source")
-    model, _ = checkpoint.load(source, quantize="int4")
-    plain, _ = checkpoint.load(source)
-    kinds = set()
-    for ours, other in zip(model.linears(), plain.linears()):
-        kinds.add(type(ours))
-        w = other.weight(0, other.ends[-1]).T
-        if isinstance(ours, Int4OnCPU):
-            w = torch.cat([dequantize(*rounded(part)).T for part in w.split(ours.widths)])
-        step = w.abs().amax(1) / 127
-        off = (ours.weight(0, ours.ends[-1]).T - w).abs().amax(1)
-        assert (off <= 0.51 * step).all()
-    assert Int4OnCPU in kinds and isinstance(model.lm_head, Int8Linear)
-
-
-@pytest.mark.parametrize("n_groups", [1, 2, 1000])
-def test_stored_groups_are_read_in_pieces(n_groups, monkeypatch):
-    """They give a CPU what rounding while loading gives, in as many pieces as there may be."""
-    monkeypatch.setattr(quantize, "PIECE", n_groups * 50 * GROUP)
-    ours, stored = (Int4OnCPU(0, "qkv", 50, (96, 32, 64), False, torch.float32, "cpu")
-                    for _ in range(2))
-    for i, width in enumerate(ours.widths):
-        weight = torch.randn(width, 50)
-        ours.load_weight(i, weight)
-        stored.load_weight(i, quantize_int4(weight))
-    assert torch.equal(ours.weight(0, 192), stored.weight(0, 192))
-
-
 def test_columns_that_are_no_multiple_of_32_are_int8(tmp_path):
     config = CONFIG | {"intermediate_size": 100}
     model, _ = checkpoint.load(write_folder(tmp_path / "m", config, weights(config)),
                                quantize="int4")
     assert type(model.blocks[0].gate_up) is Int8Linear
-    assert type(model.blocks[0].down) is Int4OnCPU
+    assert type(model.blocks[0].down) is Int4Linear
 
 
 def test_dense_products():
