@@ -4,6 +4,7 @@ C reads the weights where PyTorch keeps them; nothing is copied but biases, whic
 """
 
 import ctypes
+import functools
 from ctypes import POINTER, c_float, c_int32, c_void_p
 
 import torch
@@ -15,6 +16,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, 
 PIECE = 1 << 20  # weights unpacked at a time; they stay in the cache
 BLOCK = 384  # columns: a multiple of every type's block
 MOST = 3840  # columns that C unpacks at a time
+MOST_THREADS = 64
 
 
 class CPacked(ctypes.Structure):
@@ -62,21 +64,34 @@ def describe(matrix, linear, bias=None):
 def pieces(linear):
     """The few-bit weights of a Linear as floats [K, columns], some columns after others."""
     matrix, k = Matrix(), linear.in_features
-    step = min(max(1, PIECE // k // BLOCK) * BLOCK, MOST)
-    columns = ((part, first, min(first + step, width)) for part, width in enumerate(linear.widths)
-               for first in range(0, width, step))
-    try:
-        unpack = library().unpack
-    except NoCompiler:
-        for part, first, end in columns:
-            start = linear.starts[part]
-            yield linear.weight(start + first, start + end)
-        return
     describe(matrix, linear)
-    floats = torch.empty(k, step)
-    for part, first, end in columns:
-        unpack(ctypes.byref(matrix), part, first, end - first, step, c_void_p(floats.data_ptr()))
-        yield floats[:, :end - first]
+    step = min(max(1, PIECE // k // BLOCK) * BLOCK, MOST)
+    for part, (width, start) in enumerate(zip(linear.widths, linear.starts)):
+        for first in range(0, width, step):
+            # Memory that was used before saves time, but a backward pass needs all pieces.
+            floats = (torch.empty if torch.is_grad_enabled() else used)(k, step)
+            yield unpack(matrix, part, first, min(first + step, width), floats,
+                         lambda i, j, start=start: linear.weight(start + i, start + j))
+
+
+used = functools.lru_cache(2)(torch.empty)
+
+
+def unpack(matrix, part, first, end, floats, weight):
+    """Columns first ... end - 1 of a projection as floats [K, end - first].
+
+    first:  where a block begins
+    floats: float32 [K, whole blocks], which may hold them
+    weight: a function of first and end that computes them without C
+    """
+    try:
+        c = library()
+    except NoCompiler:
+        return weight(first, end)
+    n_threads = min(torch.get_num_threads(), MOST_THREADS, max(1, floats.numel() >> 16))
+    c.unpack(ctypes.byref(matrix), part, first, end - first, floats.shape[1],
+             c_void_p(floats.data_ptr()), n_threads)
+    return floats[:, :end - first]
 
 
 def multiply_pieces(x, linear):

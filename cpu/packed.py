@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from cpu.matrix import PIECE, multiply_pieces
+from cpu.matrix import PIECE, Matrix, describe_packed, multiply_pieces
+from cpu.matrix import unpack as unpack_columns
 from model import Linear
 
 COLUMNS = {4: 64, 5: 48, 6: 128, 8: 32}  # of a block
@@ -130,8 +131,14 @@ class Packed:
 
     def __getitem__(self, tokens):
         """Rows of W, [T, K]: an embedding's."""
-        rows = [self.weight(i, i + 1) for i in tokens.tolist()]
-        return torch.cat(rows, 1).T.to(self.dtype).contiguous()
+        k, rows = len(self.words), []
+        matrix = Matrix(packed=describe_packed([self]), k=k)
+        for i in tokens.tolist():
+            first = i // self.block * self.block
+            columns = unpack_columns(matrix, 0, first, i + 1, torch.empty(k, self.block),
+                                     self.weight)
+            rows.append(columns[:, -1].to(self.dtype))
+        return torch.stack(rows)
 
 
 class PackedLinear(Linear):

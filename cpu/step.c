@@ -32,7 +32,7 @@ enum {
     HEAD_AHEAD = 8192,  // bytes of the LM head that are prefetched
     SPINS = 200,        // looks at a barrier before a worker lets others run
     IDLE_NS = 1000000,  // how long a worker waits awake for the next token
-    REST = 32,          // tokens for which a crowded team stays halved at first
+    REST = 8,           // tokens for which a crowded team stays halved at first
     MOST_REST = 1024,
     GROUP = 64,         // rows of the LM head that share a lower bound
 };
@@ -551,15 +551,40 @@ static void product(const Model *m, const Matrix *a, const float *x, int worker,
     }
 }
 
-// Columns first ... first + width - 1 of a projection as floats, y [K, stride], whole blocks.
-void unpack(const Matrix *a, int32_t part, int32_t first, int32_t width, int32_t stride, float *y) {
+// Columns of a projection that become floats, and the rows of them that a thread takes.
+typedef struct {
+    const Matrix *a;
+    float *y;
+    int part, first, width, stride, top, bottom;
+} Piece;
+
+static void *unpack_rows(void *argument) {
+    const Piece *p = argument;
     const float one = 1;
-    memset(y, 0, (int64_t)a->k * stride * sizeof *y);
-    for (int k = 0; k < a->k; k++, y += stride) {
+    for (int k = p->top; k < p->bottom; k++) {
         int32_t rows[PAD];
         for (int i = 0; i < PAD; i++) rows[i] = k;
-        add_rows(y, a, part, first, width, rows, &one, 1);
+        memset(p->y + (int64_t)k * p->stride, 0, p->stride * sizeof *p->y);
+        add_rows(p->y + (int64_t)k * p->stride, p->a, p->part, p->first, p->width, rows, &one, 1);
     }
+    return NULL;
+}
+
+// Columns first ... first + width - 1 of a projection as floats, y [K, stride], whole blocks.
+void unpack(const Matrix *a, int32_t part, int32_t first, int32_t width, int32_t stride, float *y,
+            int32_t n_threads) {
+    Piece pieces[64];
+    pthread_t threads[64];
+    for (int t = 0; t < n_threads; t++) {
+        int top = (int64_t)a->k * t / n_threads, bottom = (int64_t)a->k * (t + 1) / n_threads;
+        pieces[t] = (Piece){a, y, part, first, width, stride, top, bottom};
+        if (t == n_threads - 1 || pthread_create(&threads[t], NULL, unpack_rows, &pieces[t])) {
+            pieces[t].bottom = a->k;  // the last rows are the caller's
+            n_threads = t;
+        }
+    }
+    unpack_rows(&pieces[n_threads]);
+    for (int t = 0; t < n_threads; t++) pthread_join(threads[t], NULL);
 }
 
 // Columns first ... first + n - 1 of a finished product, into y [n].

@@ -54,9 +54,13 @@ def test_the_numbers_are_those_of_gguf(name, n, size, monkeypatch):
     assert torch.equal(packed.weight(part.start, part.stop), packed.weight(0, n)[:, part])
     rows = torch.tensor([0, n - 1, n // 2])
     assert torch.equal(packed[rows], packed.weight(0, n).T[rows])
-    linear = PackedLinear(0, "o", 512, (n,), False, torch.float32, "cpu")
-    linear.parts = [packed]
-    torch.testing.assert_close(torch.cat(list(pieces(linear)), 1), packed.weight(0, n))  # in C
+    # The same in C, which unpacks them for prefill.
+    linear = PackedLinear(0, "gate_up", 512, (n, n), False, torch.float32, "cpu")
+    linear.parts, x = [packed, packed], torch.randn(3, 512, requires_grad=True)
+    wanted = torch.cat([packed.weight(0, n)] * 2, 1)
+    torch.testing.assert_close(torch.cat(list(pieces(linear)), 1), wanted)
+    linear(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], wanted.sum(1), rtol=1e-4, atol=1e-7)
     # Where the columns are many, the memory is the file's and little more.
     kind = gguf.GGMLQuantizationType[name]
     file = n * 512 // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1]
