@@ -117,7 +117,7 @@ def test_the_same_bits_every_time():
 def test_exponentials(tmp_path):
     """Against float64, from one end to the other and beyond."""
     source = tmp_path / "exponential.c"
-    source.write_text(f'#include "{step.SOURCE}"\n'
+    source.write_text(f'#include "{compiler.SOURCE}"\n'
                       "void all(float *x, int n) { while (n--) x[n] = exponential(x[n]); }")
     x = torch.cat((torch.linspace(-87, 88, 20_001), torch.tensor([-1e9, 1e9, math.nan])))
     y, expected = x.clone(), x.double().clamp(-87, 88).exp()
