@@ -5,11 +5,11 @@ al., arXiv:2408.14690) skips much of that: in y = W x, column k of W matters onl
 nearly zero. W is stored transposed, as w[K, N], so column k of W is one contiguous row of w.
 `keep_rows` lists the x[k] that matter, and `add_rows` reads only their rows.
 
-Read from the bottom: `decode` is the forward pass, a call per stage. Every stage is cut into
-n_shares equal shares, and the workers (threads) divide the shares among themselves. A sum depends
-only on its share, never on who computed it, so the logits do not depend on how many workers are
-awake. All activations are float32; weights and cache keep their dtypes. Rows are prefetched a few
-rows early, so reading overlaps with arithmetic.
+Start with `decode`, near the end: it is the forward pass, one call per stage. Every stage is cut
+into n_shares shares, whose number never changes, and the workers (threads) divide them among
+themselves: with fewer workers, each takes more shares. No sum depends on who computes it, so the
+logits do not depend on how many workers take part. All activations are float32; weights and cache
+keep their dtypes. Rows are prefetched a few rows early, so reading overlaps with arithmetic.
 
 Python fills in the structs (cpu/step.py) and calls start_team once, step for every token, and
 stop_team at the end. The file needs a C compiler that knows gnu11, and pthreads. */
@@ -82,12 +82,14 @@ typedef struct {
     const uint8_t *seen;      // [vocab], whose logits the penalty changes, or NULL
     float penalty;
     int32_t top;              // how many of the largest logits matter
-    float fill, limit, largest;  // of lm_head.py
-    // Written by all workers:
+    float fill;               // the logit of a row that is not read
+    float limit;              // a bound beyond +-limit proves nothing
+    float largest;            // the largest |v[i]|
+    // Shared: each worker writes its part, and the others read it after a barrier.
     float *upper;             // [vocab]
     float *lower;             // [groups], the largest lower bound of each group of rows
     int64_t *read;            // [n_shares], the rows of the head that each share read
-    // Of every worker:
+    // Private: one slice per worker.
     int16_t *v;               // [n_shares, hidden], the hidden state in integers
 } Bounds;
 
@@ -96,7 +98,7 @@ typedef struct Team Team;
 typedef struct {
     int32_t n_layers, hidden, inter, heads, kv_heads, head_dim, vocab, context;
     int32_t cache_dtype, embedding_dtype, qk_norm, norms_after, n_ropes;
-    int32_t largest;          // K of all matrices
+    int32_t largest;          // the largest K of a block's matrices
     int32_t n_shares;         // into which every stage is cut
     float eps;                // of RMSNorm
     float growth, growth_at;  // q is multiplied by 1 + growth * ln(1 + position / growth_at)
@@ -108,13 +110,13 @@ typedef struct {
     const Packed *packed_embedding;
     const float *norm;        // [hidden], of the last RMSNorm
     void (*reduce)(float *y, int32_t n);  // adds up y over all ranks, or NULL
-    // Written by all workers:
+    // Shared: each worker writes its part, and the others read it after a barrier.
     float *sums[2];           // [row_shares, N], of a product and of the one after it
     float *attended;          // [heads * head_dim], what attention found
     float *mlp;               // [inter], silu(gate) * up
     float *added;             // [hidden], a sum over all ranks
     float *logits;            // [vocab]
-    // Of every worker, so [n_shares, ...]:
+    // Private: one slice per worker, so [n_shares, ...].
     float *x, *h, *y;         // [hidden]: the residual stream, a block's input and its output
     float *qkv;               // [N of qkv]
     float *turns;             // [n_ropes, head_dim], cosines and sines
@@ -230,7 +232,7 @@ static void put(void *array, int64_t i, float x, int dtype) {
 // The entries of x [k] that matter: where each stands, and its value. Returns how many.
 static int keep_rows(const float *x, int k, float threshold, int32_t *rows, float *values) {
     int n = 0;
-    for (int i = 0; i < k; i++) {
+    for (int i = 0; i < k; i++) {  // no branch: the next one overwrites an entry that is not kept
         rows[n] = i;
         values[n] = x[i];
         n += !(fabsf(x[i]) <= threshold);  // "not", so that a NaN is kept and stays visible
@@ -333,14 +335,21 @@ static void add_int4(float *sums, const Matrix *a, int first, const int32_t *row
 
 // ---- few-bit weights: TEAL in integers --------------------------------------------------------
 //
-// Of one group, 16 or 32 inputs that share a row of scales, all kept x are rounded to multiples of
-// one step. The step is as fine as sums of 16 bits allow: the sum of |x| / step times the largest
-// q must stay below 2^16. So the error of y[n] is at most the sum over groups of
-// step / 2 * sum |w[k, n]| over the group's kept k, with step = sum |x| * largest q / 65500; for
-// 4 bits and 32 random x, an x rounds to one part in 600, root mean square.
+// Skip this section at first: the rest of the file does not depend on it. A weight is
+// s (q - offset) + m, with an integer q of few bits. A *group* of 16 or 32 inputs shares one row of
+// scales s and one of minimums m. In each group, the kept x are rounded to multiples of one step,
+// so that sums of x q are sums of integers, modulo 2^16.
 //
-// A word w holds several q. Multiplying w >> shift by x, modulo 2^16, and subtracting what the
-// fields above add leaves each field's own sum: a shift, a product and an addition per 16 weights.
+// A word of 16 bits holds several q, its *fields*. With 4 bits, w = a + 16 b + 256 c + 4096 d. Let
+// t[i] be the sum of x * (w >> 4 i) over the kept rows. Then t[0] - 16 t[1] is the sum of x a,
+// t[1] - 16 t[2] that of x b, and so on. A vector has 16 words, so a shift, a product and an
+// addition serve 16 weights. A q of 8 bits is two fields of 4. A *block* is the columns that one or
+// three vectors of words hold (cpu/packed.py); it needs block_sums sums t.
+//
+// The sum of |x| / step, times the largest field `most`, must stay below 2^16, and rounding adds up
+// to 1/2 for each of m kept x: step = sum |x| / (65535 / most - m / 2). The error of y[n] is at
+// most the sum over groups of step / 2 * sum |w[k, n]| over the group's kept k. With 4 bits and 32
+// random x, an x rounds to one part in 600, root mean square.
 
 INLINE int block_columns(const int bits) {
     return bits == 4 ? 64 : bits == 5 ? 48 : bits == 6 ? 128 : 32;
@@ -407,7 +416,9 @@ INLINE void split_fields(const Shorts *t, Shorts *field, const int bits) {
     }
 }
 
-// A float16 that is not denormal, infinite or NaN, times 2^-112.
+// float16 -> float32 by moving bits. The exponent keeps float16's bias, so this is 2^-112 times the
+// number, and `unit` in add_packed_of makes up for it. The mask clears copies of the sign bit. Not
+// for denormals, infinities or NaN.
 INLINE Floats small_halves(const uint16_t *array) {
     Ints halves;
     for (int l = 0; l < LANES; l++) halves[l] = array[l];
@@ -426,8 +437,10 @@ INLINE Floats columns_at(const Shorts *field, int j, uint16_t lift, const int bi
     return __builtin_convertvector(low + 16 * high, Floats);
 }
 
-// y += s * (q * step - base) + m * x for all columns of one group. q are the columns' numbers or
-// sums of them, which stand in sums [blocks, block_sums]; s and m stand at `at` of w.
+// Adds a group's part to y, for all columns: s * (sum * step - base) + m * x; s and m stand at `at`
+// of w. x has signs, so a field's sum may be negative, but it is known modulo 2^16 only. Adding
+// `lift`, as much as negative x can subtract, makes it positive; base subtracts it again, and the
+// offset. (8 bits: low + 16 * high, both lifted, so 17 lifts.)
 INLINE void add_group(float *restrict y, const Shorts *sums, const Packed *w, int64_t at,
                       int n_blocks, float step, float base, float x, uint16_t lift, const int bits) {
     const int n_sums = block_sums(bits), width = block_columns(bits);
@@ -492,16 +505,16 @@ static void add_packed(float *y, const Packed *w, int first, int n_blocks, const
     }
 }
 
-// Shares of a product lie in a grid: up to four share the kept rows, and `finish` adds up their
-// sums; more shares than that share the columns.
+// The shares of a product form a grid. Its row shares, four at most, split the list of kept rows:
+// each has sums of its own, and `finish` adds them up. Its column shares split the columns.
 static int row_shares(const Model *m) {
     int rows = m->n_shares < 4 ? m->n_shares : 4;
     while (m->n_shares % rows) rows--;
     return rows;
 }
 
-// The first column of column share c of `of`. Columns come in blocks: 64 touch no line of another
-// share's sums.
+// The first column of column share c of `of`: a multiple of a block, so that two shares never write
+// to the same line of the cache.
 static int first_column(int n, int c, int of, int block) {
     return c == of ? n : (int64_t)n * c / of / block * block;
 }
@@ -663,10 +676,12 @@ struct Team {
     pthread_cond_t wake;
     pthread_t *threads;
     Model *model;
-    int32_t size, active;         // workers there are; those that take part
+    int32_t size, active;         // all workers; the first `active` of them take part
     int64_t waited;               // nanoseconds in this token, of all workers
-    int64_t tokens, until;        // so far; when all workers are tried again
-    int32_t crowded, calm, rest;  // tokens in a row; the length of the last rest, in tokens
+    int64_t tokens, until;        // tokens so far; at which number all workers are tried again
+    int32_t crowded;              // tokens in a row with long waits
+    int32_t calm;                 // tokens since `active` last changed
+    int32_t rest;                 // tokens for which a halved team stays halved
     int64_t job;                  // the number of the token * 256 + active; -1 to end
     char line0[64];               // each counter below has a line of the cache to itself
     int32_t arrived;
@@ -689,7 +704,9 @@ static inline void pause_a_moment(void) {
 #endif
 }
 
-// Waits until all active workers have come here.
+// Waits until all active workers have come here. The last to arrive resets `arrived` and opens the
+// barrier by raising `generation`, which the others watch. RELEASE and ACQUIRE: what a worker wrote
+// before the barrier, every worker sees after it.
 static void barrier(Team *team) {
     int32_t active = team->active;  // read before arriving: after the last barrier it may change
     if (active == 1) return;
@@ -829,7 +846,8 @@ static void add_to_stream(const Model *m, const Matrix *a, const float *norm, in
 
 // ---- the LM head ------------------------------------------------------------------------------
 
-// A hidden state as integers v times t; the norms of h and of h - t v, in units of t.
+// The hidden state h is about t * v, with integers v. In units of t, norm is |h|, and rest is
+// |h - t v| with a margin for rounding. lm_head.py derives the bounds from them.
 typedef struct { const int16_t *v; float t, norm, rest; } Rounded;
 
 static Rounded round_state(const Model *m, const float *h, int worker, float *exact) {
@@ -844,7 +862,7 @@ static Rounded round_state(const Model *m, const float *h, int worker, float *ex
     grown = grown > 1 ? grown : 1;
     for (int i = 0; i < k; i++) {
         float z = exact[i] / grown, whole = floorf(z + 0.5f);
-        v[i] = fabsf(whole) <= INT16_MAX ? whole : 0;  // what is not, NaN too, has no finite norm
+        v[i] = fabsf(whole) <= INT16_MAX ? whole : 0;  // otherwise norm is NaN: no bound holds
         exact[i] = z - whole;
     }
     float rest = sqrtf(dot(exact, exact, k, FLOAT32));
@@ -858,7 +876,8 @@ static int32_t integer_dot(const int8_t *q, const int16_t *v, int k) {
     return sum;
 }
 
-// The share's upper bounds, and the lower bounds of its groups; infinite if a row proves nothing.
+// The share's upper bounds, and the lower bounds of its groups: infinite if a row proves nothing,
+// and then all rows are read. Shares begin at multiples of GROUP, so no group lies in two of them.
 static void bound(const Model *m, Rounded h, int share) {
     const Bounds *b = &m->bounds;
     int k = m->hidden, first = first_column(m->vocab, share, m->n_shares, 64);
@@ -880,7 +899,8 @@ static void bound(const Model *m, Rounded h, int share) {
     }
 }
 
-// What an upper bound must reach: the top-th largest lower bound of a group, or a little less.
+// What an upper bound must reach: the top-th largest of the groups' lower bounds, so that at least
+// `top` logits reach it. One bound per group can only make it lower than one per row would.
 static float least_upper(const Model *m) {
     const Bounds *b = &m->bounds;
     int groups = (m->vocab + GROUP - 1) / GROUP;
@@ -1066,7 +1086,8 @@ int start_team(Model *m) {
 }
 
 // After a token: halves the team if its workers waited an eighth of the time, on average, in two
-// tokens in a row. All take part again after a rest, which doubles if that came too early.
+// tokens in a row. After `rest` tokens, all take part again; if that soon makes them wait, the next
+// rest is twice as long.
 static void adapt(Team *team, int64_t elapsed) {
     int64_t waited = __atomic_exchange_n(&team->waited, 0, __ATOMIC_RELAXED);
     int crowded = waited * 8 > elapsed * team->active;
