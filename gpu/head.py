@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gpu.parts import inverse_rms_of, load_norm
 from gpu.product import product
 from lm_head import LARGEST_V, certificate_for, limits
 from sparse_gemv import PTX, launch_options, to_float32
@@ -26,8 +27,8 @@ from sparse_gemv import PTX, launch_options, to_float32
 def _normalised(x_ptr, norm_ptr, k, inside, eps, K: tl.constexpr):
     """RMSNorm of x [K] in float32, in the shape of k; 0 where not inside."""
     x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    return x * tl.rsqrt(tl.sum(x * x) / K + eps) * weight
+    weight = load_norm(norm_ptr, k, inside)
+    return x * inverse_rms_of(x, eps, K) * weight
 
 
 @triton.jit

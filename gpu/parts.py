@@ -20,7 +20,12 @@ def load_norm(norm_ptr, k, inside):
 def inverse_rms(x_ptr, eps, K: tl.constexpr, K_PADDED: tl.constexpr):
     """1 / the root of the mean square of x [K]."""
     k = tl.arange(0, K_PADDED)
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    return inverse_rms_of(tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32), eps, K)
+
+
+@triton.jit
+def inverse_rms_of(x, eps, K: tl.constexpr):
+    """The same of an x that is loaded, in float32 and any shape, with 0 beyond its K numbers."""
     return tl.rsqrt(tl.sum(x * x) / K + eps)
 
 
