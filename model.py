@@ -240,10 +240,8 @@ class KVCache:
 
 
 def rotation(config, kind):
-    """RoPE of each pair of channels: radians per position, and a factor; float32 [head_dim / 2].
-
-    A pair that does not rotate (no RoPE, or a part of Phi-4-mini's head) has divisor infinity.
-    """
+    """RoPE of each pair of channels: radians per position, and a factor; float32 [head_dim / 2]. A
+    pair that does not rotate (no RoPE, or a part of Phi-4-mini's head) has divisor infinity."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     divisors = {"none": torch.inf, "plain": 1.0, "scaled": config.rope_divisors or 1.0}[kind]
     freq = 1.0 / config.rope_theta ** exponents / torch.tensor(divisors)
