@@ -382,9 +382,10 @@ def test_numbers_of_a_run(tiny):
     assert numbers["tokens_per_second"] == 3 / 0.25  # the first new token comes from prefill
     assert summary(numbers).startswith("prompt 3 tokens, 6.0 tok/s | new 4 tokens, 12.0 tok/s | ")
     assert "unread" not in summary(numbers | {"realised_sparsity": 0.1})
-    session.stats.prefill_seconds = 100.0
-    list(session.generate([4, 5], 1))
+    session.stats.prefill_seconds = session.stats.decode_seconds = 100.0
+    list(session.generate([4, 5], 3))
     assert 100 < session.stats.prefill_seconds < 200 and session.stats.prompt_tokens == 5
+    assert 100 < session.stats.decode_seconds < 200
 
 
 def test_numbers_are_those_of_the_answer(tiny):

@@ -55,7 +55,7 @@ SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=56, num_hidden_la
              num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
              initializer_range=0.2)
 MULTIPLIERS = {"embedding_multiplier": 12.0, "attention_multiplier": 0.2,
-               "residual_multiplier": 0.22, "logits_scaling": 3.0}
+               "residual_multiplier": 0.22, "logits_scaling": 3.0, "rms_norm_eps": 0.5}
 PHI = {"pad_token_id": None}
 CASES = {  # name: (class stem in transformers, changes to SMALL, rope)
     "llama-2": ("Llama", {}, "default"),
