@@ -42,6 +42,9 @@ ROPE = {
     "yarn, its factor": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0,
                          "original_max_position_embeddings": 32, "attention_factor": 1.4},
 }
+# no pair of channels turns less than once within the original context
+ROPE["yarn, all turn"] = ROPE["yarn"] | {"rope_theta": 100.0,
+                                         "original_max_position_embeddings": 4096}
 ROPE["ministral"] = ROPE["yarn"] | {"mscale": 1.0, "mscale_all_dim": 1.0,
                                     "llama_4_scaling_beta": 0.7}
 ROPE["olmo3"] = {"full_attention": ROPE["yarn"], "sliding_attention": ROPE["default"]}

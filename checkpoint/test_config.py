@@ -8,7 +8,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from checkpoint.config import FAMILIES, parse_config
+from checkpoint.config import FAMILIES, parse_config, text_part
 from checkpoint.conftest import CASES, LLAMA, ROPE, SMALL
 from checkpoint.known_models import KNOWN_MODELS
 from checkpoint.rope import yarn_factor
@@ -199,6 +199,16 @@ def test_ropes_settings_are_read_from_rope_alone():
         "rope_type": "default", "hidden_size": 64, "num_hidden_layers": 9}}) == plain
     with pytest.raises(ValueError, match="factor is None"):
         parse_config(LLAMA | {"factor": 4.0, "rope_scaling": {"rope_type": "linear"}})
+
+
+def test_what_counts_in_one_place_alone():
+    """A bias of o in some families; beside a part about images, the text's own ends."""
+    for model_type, biased in (("llama", True), ("qwen3", True), ("qwen2", False),
+                               ("mistral", False), ("ministral3", False)):
+        assert parse_config(written(model_type) | {"attention_bias": True}).o_bias == biased
+    text = {"model_type": "ministral3", "eos_token_id": 2}
+    found = text_part({"model_type": "mistral3", "text_config": text, "eos_token_id": [5]})
+    assert found == text | {"eos_token_id": [5], "tie_word_embeddings": True}
 
 
 def test_put_errors():
