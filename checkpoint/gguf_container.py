@@ -149,16 +149,19 @@ class Header:
 
     def strings(self, count):
         """`count` strings, each a uint64 length, then UTF-8."""
-        result, length = [], struct.Struct("<Q").unpack_from
-        for _ in range(count):
-            n, = length(self.data, self.skip(8))
-            start = self.skip(n)
-            try:
-                result.append(self.data[start:start + n].decode())
-            except UnicodeDecodeError:
-                raise ValueError(
-                    f"its header has a string that is not UTF-8 at byte {start}") from None
-        return result
+        data, at, end, found = self.data, self.at, len(self.data), []
+        length = struct.Struct("<Q").unpack_from
+        for _ in range(count):  # without a call, for there are 100,000s
+            if end - at < 8 or (n := length(data, at)[0]) > end - at - 8:
+                self.at = at
+                self.skip(end)
+            at += 8 + n
+            found.append(data[at - n:at])
+        self.at = at
+        try:
+            return [text.decode() for text in found]
+        except UnicodeDecodeError:
+            raise ValueError("its header has a string that is not UTF-8") from None
 
     def value(self, kind):
         """One value of a type: a number, a bool, a string, or a flat array of one of these."""

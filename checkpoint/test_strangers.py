@@ -267,4 +267,5 @@ def test_the_first_bytes_tell_what_a_file_is(tmp_path):
     with pytest.raises(CheckpointError, match="Git LFS"):
         read_parts(tmp_path / "x.gguf")
     refused("x" * 5000, "cannot be read (", "File name too long")
+    refused(tmp_path / "nowhere", "does not exist")
     refused(write_gguf(tmp_path / "a.gguf", **{"general.type": "adapter"}), "no model by itself")

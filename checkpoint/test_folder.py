@@ -1,0 +1,187 @@
+"""Hugging Face folders: what transformers saved loads; what is damaged is refused."""
+
+import fnmatch
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError, open_checkpoint
+from checkpoint.conftest import (
+    CONFIG,
+    refused,
+    same,
+    spm_tokenizer,
+    weights,
+    write_folder,
+)
+from checkpoint.folder_tokenizer import NAMES
+
+
+def test_context_is_bounded(tmp_path):
+    with pytest.raises(CheckpointError, match="context 65 is outside 1 to 64"):
+        checkpoint.load(write_folder(tmp_path / "m"), context=65)
+
+
+@pytest.mark.parametrize("family, options", [
+    ("Llama", {"tie_word_embeddings": True}), ("Llama", {"tie_word_embeddings": False}),
+    ("Llama", {"attention_bias": True}), ("Qwen2", {}), ("Mistral", {"sliding_window": 16})])
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_saved_by_transformers(tmp_path, family, options, shard_size):
+    import transformers
+    torch.manual_seed(0)
+    config = getattr(transformers,
+                     f"{family}Config")(**{k: v for k, v in CONFIG.items() if k not in (
+        "model_type", "architectures", "tie_word_embeddings", "rope_theta")}, **options)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    spm_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    ours = open_checkpoint(tmp_path)
+    shards = [f for f in ours.files if f.suffix == ".safetensors"]
+    assert len(shards) == (1 if shard_size == "5GB" else len(list(tmp_path.glob("model-*"))))
+    state = theirs.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    assert same(ours, state)
+    network, tokenizer = checkpoint.load(tmp_path)
+    ids = torch.tensor(tokenizer.encode("the wor and in"))
+    with torch.no_grad():
+        torch.testing.assert_close(network.logits(network.forward(ids)),
+                                   theirs(ids[None]).logits[0])
+
+
+def test_hub_cache_offline(tmp_path, monkeypatch):
+    """A hub repository in the local cache, blobs behind symlinks, needs no network."""
+    import huggingface_hub.constants
+    source = write_folder(tmp_path / "source")
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    snapshot, sha = repo / "snapshots" / ("a" * 40), "a" * 40
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(sha)
+    (repo / "blobs").mkdir()
+    for file in source.iterdir():
+        shutil.copy(file, repo / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(repo / "blobs" / file.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert same(open_checkpoint("someone/tiny"), weights())
+    refused("someone/other", "cannot download someone/other")
+
+
+def test_what_is_downloaded_from_the_hub(tmp_path, monkeypatch):
+    """All that `open_folder` reads, and no code, no pickles, no second copy of the weights."""
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns, **_: (
+        asked.append((repo, allow_patterns)) or write_folder(tmp_path / "m")))
+    assert open_checkpoint("some/one").folder == tmp_path / "m"
+    (repo, patterns), = asked
+    for name, wanted in {
+            **dict.fromkeys(("config.json", "generation_config.json", "tokenizer.json",
+                             "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
+                             "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+                             "adapter_config.json", *NAMES), True),
+            **dict.fromkeys(("pytorch_model.bin", "modeling.py", "consolidated.safetensors",
+                             "original/params.json"), False)}.items():
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns) == wanted, name
+    assert repo == "some/one"
+
+
+def test_harmless_extra_tensors(tmp_path):
+    config = CONFIG | {"tie_word_embeddings": True}
+    extra = {"lm_head.weight": weights(config)["model.embed_tokens.weight"],
+             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    folder = write_folder(tmp_path / "m", config, weights(config) | extra)
+    assert same(open_checkpoint(folder), weights(config))
+    extra["lm_head.weight"] = torch.zeros(320, 32)
+    refused(write_folder(folder, config, weights(config) | extra),
+            "lm_head.weight is not the embedding")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{", "not JSON"), ("[]", "expected an object"), ("[" * 100_000, "not JSON"),
+    ("\xff", "not JSON"),
+    (json.dumps(CONFIG | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}),
+     "MambaForCausalLM"),
+    (json.dumps(CONFIG | {"hidden_size": 10**9}), "hidden_size"),
+    (json.dumps(CONFIG | {"num_hidden_layers": 1000}), "missing"),
+    (json.dumps(CONFIG | {"vocab_size": 4_000_000, "hidden_size": 1 << 20}), "has shape"),
+    (" " * (25 << 20), "at most")])
+def test_bad_config(tmp_path, text, words):
+    folder = write_folder(tmp_path / "m")
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    refused(folder, "config.json" if words not in ("missing", "has shape") else str(folder),
+            words)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("model.norm.weight"), ("model.norm.weight", "missing")),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(31)}),
+     ("model.norm.weight", "[31]", "[32]")),
+    (lambda t: t.update({"model.layers.0.mlp.experts.weight": torch.zeros(3)}),
+     ("unexpected", "experts")),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}),
+     ("model.norm.weight", "I8"))])
+def test_bad_tensors(tmp_path, change, words):
+    tensors = weights()
+    change(tensors)
+    refused(write_folder(tmp_path / "m", tensors=tensors), *words)
+
+
+def edit_header(file, edit):
+    """Rewrite a safetensors file's JSON header."""
+    data = file.read_bytes()
+    n, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + n])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n:])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b""),
+    lambda f: f.write_bytes(b"\x80\x04}."),
+    lambda f: f.write_bytes(b"\xff" * 100),
+    lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(data_offsets=[0, 128])),
+    lambda f: edit_header(
+        f, lambda h: h["model.norm.weight"].update(data_offsets=[10**15, 10**15 + 128])),
+    lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(shape=[1 << 62, 1 << 62]))])
+def test_bad_safetensors(tmp_path, damage):
+    folder = write_folder(tmp_path / "m")
+    damage(folder / "model.safetensors")
+    refused(folder, "model.safetensors")
+
+
+def test_safetensors_with_a_long_header(tmp_path):
+    """Sound but for its length, of which spaces are most."""
+    file = write_folder(tmp_path / "m") / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for longer, words in (1 << 20, None), (4 << 20, "header claims"):
+        header = data[8:8 + length] + b" " * longer
+        file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length:])
+        if words:
+            refused(tmp_path / "m", words)
+        else:
+            checkpoint.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("index, words", [
+    ({"weight_map": {"a": "../model.safetensors"}}, "same folder"),
+    ({"weight_map": {"a": "/etc/passwd"}}, "same folder"),
+    ({"weight_map": {"a": "pytorch_model.bin"}}, "same folder"),
+    ({"weight_map": {"a": 3}}, "same folder"),
+    ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "missing"),
+    ({"weight_map": []}, "weight_map"),
+    ({}, "weight_map"),
+    ({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}, "another shard")])
+def test_bad_index(tmp_path, index, words):
+    folder = write_folder(tmp_path / "m")
+    shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, words)
