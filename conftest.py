@@ -375,7 +375,8 @@ def start(main, *words, streams, **environment):
 def in_process(main, words, streams, environment):
     """What a process of `start` does."""
     os.environ.update(environment)
-    os.setsid()  # so that the first terminal that it opens is its own
+    if str(streams[0]).startswith("/dev/pts/"):
+        os.setsid()  # so that the terminal becomes its own
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for i, path in enumerate(streams):
         os.close(i)
