@@ -148,8 +148,12 @@ class CStep:
         """What adds up y over all ranks, as a function for C; NULL where there is one rank."""
         if model.ranks is None:
             return Reduce()
-        return Reduce(lambda y, n: model.ranks.all_reduce(torch.frombuffer(
-            ctypes.cast(y, POINTER(c_float * n)).contents, dtype=torch.float32)) and None)
+
+        def add_up(y, n):
+            y = ctypes.cast(y, POINTER(c_float * n)).contents
+            model.ranks.all_reduce(torch.frombuffer(y, dtype=torch.float32))
+
+        return Reduce(add_up)
 
     def allocate(self, model, cache, n):
         """C's working memory, described in step.c; returns the logits."""
