@@ -197,7 +197,7 @@ def strings(n=200):
     """Text of every kind: words, code, emoji, many scripts, white space, random characters."""
     made = ["", " ", "  ", "\n", "\t\n \r\n", " " * 300, "Hello, world!", "the and the wor in ts",
             "I'm don't we'LL 12345 3.14", "def f(x):\n    return x**2  # é\n\n\n",
-            "👩‍👩‍👧‍👦🇫🇷 ok", "日本語のテキスト", "Ünïcödé ẞ ﬁ Å", "مرحبا بالعالم",
+            "👩‍👩‍👧‍👦🇫🇷 ok", "日本語のテキスト", "Ünïcödé ẞ ﬁ Å e\u0301", "مرحبا بالعالم",
             "<|im_end|>x<|im_start|>", "a" * 500, "\x00\x7f\x80\ufffd", "trailing  ", "  leading",
             "mixed\u00a0spaces\u3000here", "https://a.b/c?d=e&f=%20"]
     rng = random.Random(0)

@@ -99,11 +99,9 @@ def add_tokens(tokenizer, settings, special_map, added):
         listed = {i: added_token(token) for i, token in listed.items()}
     if not all(str(i).isdecimal() for i in listed):
         raise ValueError(f"its added tokens have the ids {str([*listed])[:80]}")
-    exact, names = {repr(token) for token in known.values()}, {t.content for t in named.values()}
+    exact = {repr(token) for token in known.values()}
     new = {token.content: token for _, token in sorted(listed.items(), key=lambda x: int(x[0]))
            if repr(token) not in exact}
-    for token in new.values():
-        token.special = token.special or token.content in names
     present = {token.content for token in known.values()}
     for token in (*named.values(), *extra):
         if token.content not in present:

@@ -282,7 +282,7 @@ def llama3_scaling(divisors, config):
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
         raise ValueError("its rope_freqs.weight does not follow Llama-3's formula, the only one "
                          "supported")
-    return scaling if scaling["factor"] != 1 else None
+    return scaling
 
 
 def hf_name(name, arch):
