@@ -22,7 +22,7 @@ from checkpoint.digest import Digest
 from checkpoint.files import one_line
 from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
 from checkpoint.hub import download
-from checkpoint.memory import require_memory
+from checkpoint.memory import require_memory, return_freed_memory
 from checkpoint.opened import Checkpoint, CheckpointError, refuse_stand_in
 from checkpoint.tensors import put, tensor_shapes, weight_bytes
 from cpu.packed import PackedLinear
@@ -83,6 +83,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
     network.folder, network.own_config = checkpoint.folder, checkpoint.config
     if ranks is not None:
         ranks.connect(network)
+    return_freed_memory()
     return network, checkpoint.tokenizer
 
 

@@ -4,6 +4,8 @@ A computer hands out more memory than it has, and kills the program that begins 
 container has a lower limit of its own. Linux tells both in text files (proc(5), cgroups(7)).
 """
 
+import contextlib
+import ctypes
 import math
 from pathlib import Path
 
@@ -52,3 +54,9 @@ def require_memory(n_bytes, device, what, advice):
     if n_bytes > free:
         raise ValueError(f"{what} needs {n_bytes / 1e9:.1f} GB of memory, but {free / 1e9:.1f} "
                          f"GB are free on {device}; {advice}")
+
+
+def return_freed_memory():
+    """Give the system what the allocator keeps of freed memory: after loading, much (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):  # of another libc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -32,6 +32,7 @@ enum {
     HEAD_AHEAD = 8192,  // bytes of the LM head that are prefetched
     SPINS = 200,        // looks at a barrier before a worker lets others run
     IDLE_NS = 1000000,  // how long a worker waits awake for the next token
+    CROWDED = 4,        // crowded tokens in a row before a team halves
     REST = 8,           // tokens for which a crowded team stays halved at first
     MOST_REST = 1024,
     GROUP = 64,         // rows of the LM head that share a lower bound
@@ -1085,14 +1086,14 @@ int start_team(Model *m) {
     return team->size;
 }
 
-// After a token: halves the team if its workers waited an eighth of the time, on average, in two
+// After a token: halves the team if its workers waited an eighth of the time, on average, in four
 // tokens in a row. After `rest` tokens, all take part again; if that soon makes them wait, the next
 // rest is twice as long.
 static void adapt(Team *team, int64_t elapsed) {
     int64_t waited = __atomic_exchange_n(&team->waited, 0, __ATOMIC_RELAXED);
     int crowded = waited * 8 > elapsed * team->active;
     team->crowded = crowded ? team->crowded + 1 : 0;
-    if (team->crowded == 2 || (crowded && team->calm == 0)) {
+    if (team->crowded == CROWDED || (crowded && team->calm == 0)) {
         team->active = (team->active + 1) / 2;
         team->rest = team->calm < REST ? 2 * team->rest : REST;
         if (team->rest > MOST_REST) team->rest = MOST_REST;

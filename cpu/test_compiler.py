@@ -56,7 +56,6 @@ def test_the_name_holds_what_the_library_depends_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "processor", lambda: "another")
         compiler.load(source, tmp_path / "cache")
-    compiler.load.cache_clear()
     with monkeypatch.context() as patch:  # another compiler of this name
         patch.setattr(compiler, "run", lambda command, run=compiler.run: (
             (True, "another") if "--version" in command else run(command)))
