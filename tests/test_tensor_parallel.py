@@ -163,9 +163,13 @@ def test_generate_prints_once(run, folder):
     assert read[1] == pytest.approx(read[0] + 64 * 256 * 4 / 1e6, abs=0.1)
 
 
+def quick_speeds(*arguments, decode_speeds=benchmark.decode_speeds):
+    return decode_speeds(*arguments[:4], n_tokens=32, runs=1)
+
+
 def quick_benchmark():
     """benchmark.py, which need not know this machine; in a process of its own."""
-    benchmark.read_bandwidth = lambda device: 1e9
+    benchmark.read_bandwidth, benchmark.decode_speeds = lambda device: 1e9, quick_speeds
     benchmark.main()
 
 
@@ -175,6 +179,7 @@ def test_benchmark_counts_a_rank(run, folder, monkeypatch):
     words = ["--model", folder, "--device", "cpu", "--sparsity", 0, 0.5, "--context", 70, "--dtype",
              "float32", "--json"]
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(benchmark, "decode_speeds", quick_speeds)
     one = run(benchmark.main, *words, folder / "1.json")
     two = ranks(2, quick_benchmark, *words, folder / "2.json")
     assert one.code == two.code == 0, two.err
