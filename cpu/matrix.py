@@ -70,14 +70,14 @@ def pieces(linear):
         for first in range(0, width, step):
             # Memory that was used before saves time, but a backward pass needs all pieces.
             floats = (torch.empty if torch.is_grad_enabled() else used)(k, step)
-            yield unpack(matrix, part, first, min(first + step, width), floats,
-                         lambda i, j, start=start: linear.weight(start + i, start + j))
+            yield unpack_columns(matrix, part, first, min(first + step, width), floats,
+                                 lambda i, j, start=start: linear.weight(start + i, start + j))
 
 
 used = functools.lru_cache(2)(torch.empty)
 
 
-def unpack(matrix, part, first, end, floats, weight):
+def unpack_columns(matrix, part, first, end, floats, weight):
     """Columns first ... end - 1 of a projection as floats [K, end - first].
 
     first:  where a block begins

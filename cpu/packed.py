@@ -26,8 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from cpu.matrix import PIECE, Matrix, describe_packed, multiply_pieces
-from cpu.matrix import unpack as unpack_columns
+from cpu.matrix import PIECE, Matrix, describe_packed, multiply_pieces, unpack_columns
 from model import Linear
 
 COLUMNS = {4: 64, 5: 48, 6: 128, 8: 32}  # of a block
