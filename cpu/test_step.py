@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from cpu import compiler, step
+from cpu import compiler, matrix, step
 from cpu.conftest import fill
 from cpu.step import CStep
 from model import Config, KVCache, Linear, Model, masked
@@ -63,10 +63,14 @@ def steps(model, thresholds, n_shares, n=12, cache_dtype=torch.float32):
 
 
 def run_for_sanitizers(flag):
-    step.library = lambda: compiler.library((flag, "-g", "-O0"))
-    model, thresholds = fill(Model(ODD)), torch.full((2, 7), 0.2)
-    logits, kept = steps(model, thresholds, 4, 40)
-    print("fine", logits[-1].isfinite().all().item(), kept.sum().item())
+    step.library = matrix.library = lambda: compiler.library((flag, "-g", "-O0"))
+    few_bits = Config(40, 32, 96, 2, 1, 1, 32, context=40)
+    for model in (fill(Model(ODD)), fill(Model(few_bits, linear=int4_linear))):
+        logits, kept = steps(model, torch.full((2, 7), 0.2), 4, 20)
+        print("fine", logits[-1].isfinite().all().item(), kept.sum().item())
+    torch.set_num_threads(4)
+    for piece in matrix.pieces(model.blocks[1].down):
+        print(piece[-1, -1].item())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
