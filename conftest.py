@@ -196,7 +196,7 @@ HEADS = {  # changes W [V, K] and x [K] in place; whether the largest logits are
     "a row of zeros": (lambda w, x: w[11].zero_(), True),
     "zeros": (lambda w, x: w.zero_(), True),
     "negative logits": (lambda w, x: w.copy_(-x + 0.1 * w), True),
-    "hugely negative logits": (lambda w, x: w.copy_(1e34 * (-x + 0.1 * w)), None),
+    "hugely negative logits": (lambda w, x: w.copy_(-1e34 * x * (1 + torch.rand(len(w), 1))), None),
     "sums beyond 2**31": (lambda w, x: (x.fill_(1), w[3].fill_(1)), True),  # of integers
     "rows of all sizes": (lambda w, x: scaled_rows(w, x, -3, 2), True),
     "huge and tiny rows": (lambda w, x: scaled_rows(w, x, -44, 36), None),
