@@ -1,5 +1,7 @@
 """Tests of thresholds.py: the calibration's file and its look-up, and the files shipped."""
 
+import copy
+import dataclasses
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -290,3 +292,6 @@ def test_a_file_that_a_short_context_shaped_is_not_trusted(
     metadata.pop("context", None)
     Calibration(calibration.table, calibration.sparsities, metadata | made).save(cache_path(model))
     assert (find(model) is not None) == trusted
+    short = copy.copy(model)  # what context this run asks for is no matter
+    short.own_config, short.config = CONFIG, dataclasses.replace(CONFIG, context=8)
+    assert (find(short) is not None) == trusted
