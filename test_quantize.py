@@ -261,7 +261,7 @@ def test_damaged_folders_are_refused(tmp_path):
         checkpoint.open_checkpoint(tmp_path / "int8")
     # int8 under a plain config
     shutil.copy(tmp_path / "int8" / "model-00001.safetensors", source / "model.safetensors")
-    with pytest.raises(checkpoint.CheckpointError, match="is stored as I8; supported are"):
+    with pytest.raises(checkpoint.CheckpointError, match="does not say whose"):
         checkpoint.open_checkpoint(source)
 
 
@@ -317,6 +317,9 @@ def test_a_folder_cannot_become_something_else(tmp_path):
         checkpoint.load(tmp_path / kind, quantize=kind)
         with pytest.raises(checkpoint.CheckpointError, match=f"cannot become {other}; leave out"):
             checkpoint.load(tmp_path / kind, quantize=other)
+    for options in ({"quantize": "int3"}, {"dtype": "float32"}, {"dtype": torch.int8}):
+        with pytest.raises(ValueError, match="expected None or int8|expected torch.float32 or"):
+            checkpoint.load(source, **options)
 
 
 def test_what_int4_does_not_cover_is_said(quantized, tmp_path, monkeypatch, capfd):

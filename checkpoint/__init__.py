@@ -31,6 +31,8 @@ from quantize import Int8Linear, int4_linear
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint"]
 
+LINEARS = {"int8": Int8Linear, "int4": int4_linear, "gguf": PackedLinear}
+
 
 def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, context=None,
          ranks=None):
@@ -41,9 +43,14 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
         already; "gguf" keeps the few bits of a file whose Checkpoint has `groups`, on a CPU
     context: replaces the model's context; at most its max_position_embeddings
     ranks: the processes that share the model (tensor_parallel.py); each loads its slices
-    Raises CheckpointError if the checkpoint is bad, and ValueError if the model does not fit into
-    memory, both before memory is allocated. Infinite or NaN weights are found while loading.
+    Raises CheckpointError if the checkpoint is bad, and ValueError for another dtype or `quantize`
+    and if the model does not fit into memory, all before memory is allocated. Infinite or NaN
+    weights are found while loading.
     """
+    for name, value, known in (("dtype", dtype, (torch.float32, torch.bfloat16, torch.float16)),
+                               ("quantize", quantize, (None, *LINEARS))):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(str, known))}")
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     config, quantized = checkpoint.config, checkpoint.quantized or quantize
     if quantize not in (None, quantized):
@@ -64,9 +71,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
         n_bytes = 1.15 * checkpoint.files[0].stat().st_size
     require_memory(n_bytes, device, f"the model in {kind}",
                    f"try {' or '.join([*advice, 'a smaller model'])}")
-    linear = {"int8": Int8Linear, "int4": int4_linear, "gguf": PackedLinear,
-              None: Linear}[quantized]
-    network = Model(config, dtype, device, linear)
+    network = Model(config, dtype, device, LINEARS.get(quantized, Linear))
     digest = Digest(ranks)
     progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor",
                     leave=False, delay=1, disable=None)

@@ -26,7 +26,8 @@ FOREIGN = ("quantized the weights, which is not read here; use the original chec
 METHOD_OF = {  # the end of a tensor's name -> what made it
     **dict.fromkeys(("qweight", "qzeros", "g_idx"), "AWQ or GPTQ"),
     **dict.fromkeys(("absmax", "quant_map", "SCB"), "bitsandbytes"),
-    **dict.fromkeys(("weight_scale", "weight_scale_inv", "input_scale"), "fp8"),
+    **dict.fromkeys(("weight_scale_inv", "input_scale"), "fp8"),
+    "weight_scale": "rounding to 8 bits (config.json does not say whose)",
     "weight_packed": "compressed-tensors", "scales": "MLX or GPTQ", "W_q": "HQQ"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEADER_LIMIT = 4 << 20  # bytes of a safetensors header; one tensor takes about 130
