@@ -98,9 +98,9 @@ def test_dtypes_sizes_and_threads(name, dtype, linear, cache_dtype, close):
                                              project))[0] for i in range(12)]
         for n_shares in (1, 2, 3, 5, 8, 16):
             logits, kept = steps(model, thresholds, n_shares, cache_dtype=cache_dtype)
-            # one x in thousands may be within rounding of its threshold
+            # one x in thousands may be within rounding of its threshold, and more after it
             wrong = (kept - wanted_kept).abs().sum()
-            assert wrong <= (1 if close == 1e-4 else 12)
+            assert wrong <= (12 if thresholds.max() > 0 else 0)
             for found, expected in zip(logits, wanted):
                 most = 0.1 if wrong else close
                 assert (found - expected).abs().max() <= most * expected.abs().max()

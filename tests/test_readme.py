@@ -85,7 +85,7 @@ def printed(words):
     if "--help" in words:
         return rf"^usage: {script} ", "^$"
     if script == "quantize.py":
-        return rf"^{words[-1]}: 1\d\d\.\d MB, made from 98\.4 MB$", ""
+        return rf"^{words[-1]}: 2\d\d\.\d MB, made from 98\.4 MB$", ""
     if script == "calibrate.py":
         return rf"^{words[words.index('--out') + 1]}$", ""
     if script == "evaluate.py":
