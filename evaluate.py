@@ -211,7 +211,8 @@ def main():
     windows = begin_with(tokenizer.bos_id, cut(tokens, args.window, args.offset, args.windows))
 
     measured = settings(model, args.sparsity, args.calibration, args.allocation)
-    earlier = require_rows(args.json, "perplexity") if args.json else []
+    if args.json:  # a file that cannot be added to must fail now, not after the measurement
+        require_rows(args.json, "perplexity")
     if args.plot:
         require_writable(args.plot, "--plot")
     rows, shares = [], byte_shares(model.config)
@@ -229,6 +230,7 @@ def main():
             "projections": dict(zip(PROJECTIONS, dropped.tolist()))})
     print_table(rows)
     if args.json:
+        earlier = require_rows(args.json, "perplexity")  # another run may have added to it
         write_rows(args.json, replaced(earlier, rows, IDENTITY))
     if args.plot:
         plot(args.plot, rows)

@@ -28,8 +28,9 @@ from calibrations.thresholds import (
     find,
     places,
 )
-from checkpoint.files import cache_folder, one_line, write_whole
+from checkpoint.files import one_line, write_whole
 from conftest import CONFIG, tiny_model
+from cpu.compiler import cache_folder
 from model import SITES, Config
 
 

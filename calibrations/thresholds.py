@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from checkpoint.digest import weights_digest
-from checkpoint.files import cache_folder, one_line, write_whole
+from checkpoint.files import one_line, write_whole
+from cpu.compiler import cache_folder
 from model import PROJECTIONS
 
 FORMAT = "1"

@@ -285,11 +285,16 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, whole=None, **metad
                               raw_dtype=quant)
         else:
             writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", array)
+    write_out(writer)
+    return file
+
+
+def write_out(writer):
+    """Write what a GGUFWriter has gathered to its file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return file
 
 
 def add_metadata(writer, values):
@@ -383,10 +388,7 @@ def convert_to_gguf(theirs, file, arch, reordered):
             tensor = rows.transpose(1, 2).reshape(tensor.shape)
         name, suffix = name.rsplit(".", 1)
         writer.add_tensor(f"{names.get_name(name)}.{suffix}", tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     return file
 
 

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 
-from checkpoint.files import cache_folder, one_line, write_whole
+from checkpoint.files import one_line, write_whole
 from checkpoint.opened import CheckpointError
+from cpu.compiler import cache_folder
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -1,4 +1,4 @@
-"""What every script does with files: cache, UTF-8, whole files or none, short errors."""
+"""What every script does with files: UTF-8, whole files or none, short errors."""
 
 import contextlib
 import fcntl
@@ -7,11 +7,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-
-
-def cache_folder():
-    """This machine's downloads and calibrations: nanoteal in $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
 
 
 @contextlib.contextmanager

@@ -80,13 +80,18 @@ def build(command, source, library, flags=()):
                      f"{HOW}, and name it in the environment variable CC")
 
 
+def cache_folder():
+    """The folder of libraries, downloads and calibrations: nanoteal in $XDG_CACHE_HOME or
+    ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
+
+
 def library(flags=()):
     """step.c as a ctypes.CDLL. Raises NoCompiler, with a sentence for the user.
 
     flags: more flags for the compiler, a tuple
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
-    found = load_once(SOURCE, folder, flags)
+    found = load_once(SOURCE, cache_folder(), flags)
     if isinstance(found, NoCompiler):
         raise found
     return found

@@ -881,8 +881,8 @@ static int32_t integer_dot(const int8_t *q, const int16_t *v, int k) {
 // and then all rows are read. Shares begin at multiples of GROUP, so no group lies in two of them.
 static void bound(const Model *m, Rounded h, int share) {
     const Bounds *b = &m->bounds;
-    int k = m->hidden, first = first_column(m->vocab, share, m->n_shares, 64);
-    int end = first_column(m->vocab, share + 1, m->n_shares, 64);
+    int k = m->hidden, first = first_column(m->vocab, share, m->n_shares, GROUP);
+    int end = first_column(m->vocab, share + 1, m->n_shares, GROUP);
     for (int i = first; i < end; i++) {
         const int8_t *q = b->q + (int64_t)i * k;
         for (int j = 0; j < k; j += 64) __builtin_prefetch(q + HEAD_AHEAD + j, 0, 2);
@@ -929,8 +929,8 @@ static void logits(const Model *m, const float *x, float least, int share) {
     const Matrix *head = &m->head;
     const Bounds *b = &m->bounds;
     int64_t row_bytes = (int64_t)head->k * bytes_of(head->dtype), read = 0;
-    int first = first_column(m->vocab, share, m->n_shares, 64);
-    int end = first_column(m->vocab, share + 1, m->n_shares, 64);
+    int first = first_column(m->vocab, share, m->n_shares, GROUP);
+    int end = first_column(m->vocab, share + 1, m->n_shares, GROUP);
     if (head->packed) {
         finish(m, head, m->sums[0], first, end - first, m->logits + first);
         return;
