@@ -141,7 +141,8 @@ def test_piped_lines(run, tiny, tmp_path):
 
 
 def test_errors_leave_a_piped_conversation_alive(run, tiny):
-    words = ["--model", tiny, "--chat", "--max-new-tokens", 6, "--calibration", "no-such-file"]
+    words = ["--model", tiny, "--chat", "--max-new-tokens", 6, "--temperature", 0,
+             "--calibration", "no-such-file"]
     done = run(generate.main, *words, stdin="Hi\n/sparsity 0.5\nHo\n")
     assert done.code == 0 and "new 12 tokens" in done.err
     assert "no-such-file: No such file" in done.err
