@@ -26,6 +26,7 @@ from checkpoint.files import require_writable
 from checkpoint.known_models import KNOWN_MODELS
 from checkpoint.memory import require_memory
 from checkpoint.tensors import weight_bytes
+from cli.accounting import block_bytes, cache_bytes, other_bytes, tokens_attended
 from cli.command_line import (
     COUNT,
     add_model_flags,
@@ -41,7 +42,6 @@ from lm_head import head_saving
 from model import PROJECTIONS, KVCache, Linear, Model
 from quantize import GROUP, GROUP_BYTES, Int4Linear, Int8Linear, int4_linear
 from sampling import likeliest
-from session import block_bytes, cache_bytes, other_bytes, seen
 from tensor_parallel import from_first, mean, rank, ranks, start, world_size
 
 if torch.cuda.is_available():
@@ -195,7 +195,7 @@ def decode_speeds(decoder, thresholds, prompt, context, n_tokens, runs):
             blocks[i] = mean(block_bytes(model, decoder.kept) / n_tokens)
             savings[i] = head_saving(model.lm_head, decoder.bounds,
                                      (decoder.head_rows() - rows) / n_tokens)
-    cache = seen(config, first + n_tokens / 2) * cache_bytes(config, model.dtype)
+    cache = tokens_attended(config, first + n_tokens / 2) * cache_bytes(config, model.dtype)
     rest = other_bytes(model) + cache
     return [(n_tokens / sorted(t)[runs // 2], read + rest - saved, 1 - read / block_bytes(model))
             for t, read, saved in zip(times, blocks, savings)]
@@ -287,7 +287,8 @@ def parse_args():
     add_sparsities(add, [0, 0.25, 0.4, 0.5, 0.65])
     add("--context", type=COUNT, nargs="+", default=[200], metavar="N",
         help="tokens in the KV cache (default: %(default)s)")
-    add("--head", choices=("auto", "whole"), default="auto", help="see generate.py")
+    add("--head", choices=("auto", "whole"), default="auto",
+        help="whole: read the whole LM head (default: only rows that matter)")
     add("--compare", choices=["transformers"],
         help="also time this engine on the same weights, dense")
     add("--timeline", action="store_true",

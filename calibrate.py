@@ -35,7 +35,7 @@ from calibrations.thresholds import (
 from checkpoint.digest import weights_digest
 from checkpoint.files import read_text, require_writable
 from cli.command_line import COUNT, add_model_flags, between, load_model, make_parser, run_script
-from cli.progress import Progress
+from cli.progress import progress
 from model import PROJECTIONS, SITES, KVCache, dense, masked
 
 BINS = 0x7F80  # the upper 16 bits of a float32 magnitude: one bin for each finite bfloat16
@@ -195,10 +195,10 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source="", bos_id
     windows = begin_with(bos_id, tokens[:n * window].view(n, window))
     checked = windows[:4]
     passes = n + n_passes(allocation, n) + len(checked) * (1 + len(ANCHORS)) / 2
-    with Progress("calibrating", passes) as progress:
-        counts = count(model, windows, progress.update)
+    with progress("calibrating", passes) as bar:
+        counts = count(model, windows, bar.update)
         sparsities = ALLOCATE[allocation](
-            model, windows, lambda p: quantile(counts, p), progress.update)
+            model, windows, lambda p: quantile(counts, p), bar.update)
         metadata = {"format": FORMAT, "fingerprint": fingerprint(model.config),
                     "weights": weights_digest(model), "allocation": allocation,
                     "tokens": str(windows.numel()), "window": str(window), "source": source,
@@ -206,7 +206,7 @@ def calibrate(model, tokens, window=1024, allocation="fisher", source="", bos_id
         calibration = Calibration(quantile(counts, sparsities), sparsities, metadata)
         shares = byte_shares(model.config).expand(model.config.n_layers, -1)
         return correct(calibration, shares / model.config.n_layers,
-                       lambda tables: realised(model, checked, tables, progress.update))
+                       lambda tables: realised(model, checked, tables, bar.update))
 
 
 def begin_with(bos_id, windows):

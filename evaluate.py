@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from calibrate import begin_with, second_half
 from calibrations.allocations import byte_shares
@@ -38,6 +37,7 @@ from cli.command_line import (
     make_parser,
     run_script,
 )
+from cli.progress import progress
 from cli.results import replaced, require_rows, write_rows
 from model import PROJECTIONS
 
@@ -80,8 +80,7 @@ def evaluate(model, windows, tables):
     """`score` over windows [n, T]: for each table a dict of means, and `perplexity`."""
     # Window by window, so that all tables share a window's dense reference.
     scores = [score(model, tokens, tables)
-              for tokens in tqdm(windows.to(model.device), "evaluating", unit="window",
-                                 disable=None)]
+              for tokens in progress("evaluating", len(windows), of=windows.to(model.device))]
     means = [{name: sum(result[name] for result in results) / len(results) for name in results[0]}
              for results in zip(*scores)]
     return [{"perplexity": math.exp(mean["nll"]), **mean} for mean in means]

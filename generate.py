@@ -1,9 +1,7 @@
-"""Generates text, each decode step reading only the weight rows that matter.
+"""Generates text, reading in each decode step only the weight rows that matter.
 
 The command line and the Python API. Behind them: `session.py` (one text), `cli/chat.py` (a
 conversation).
-
-Method: Liu et al., "TEAL" (arXiv:2408.14690).
 
     python generate.py --sparsity 0.4 --prompt "Explain in one sentence why the sky is blue."
     python generate.py --chat --model meta-llama/Llama-3.2-1B-Instruct --sparsity 0.5
@@ -11,12 +9,10 @@ Method: Liu et al., "TEAL" (arXiv:2408.14690).
 
 import argparse
 import json
-import math
 import os
 import secrets
 import shlex
 import sys
-from numbers import Integral
 
 # Before PyTorch starts OpenMP: threads that spin for long while they wait for each other, as
 # they do by default, make decoding several times slower on a busy machine.
@@ -29,7 +25,9 @@ from calibrations.thresholds import CalibrationError, cache_path, find
 from checkpoint.files import read_input
 from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
+from cli.accounting import cache_bytes
 from cli.chat import Chat, edit_lines
+from cli.checks import require
 from cli.command_line import (
     COUNT,
     SHARE,
@@ -39,18 +37,9 @@ from cli.command_line import (
     make_parser,
     run_script,
 )
-from cli.report import (
-    SparsityWatch,
-    explain_end,
-    report,
-    say,
-    summary,
-    warn_of_broken_text,
-    warn_of_sparsity,
-    write,
-)
-from session import Session, cache_bytes, require, token_ids
-from tensor_parallel import from_first, rank, refuse
+from cli.report import explain_end, report, say, summary, warn_of_sparsity, write
+from session import Session
+from tensor_parallel import from_first, rank, require_one_process
 
 # Defaults where a checkpoint recommends nothing.
 SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.0,
@@ -63,8 +52,7 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
              stop=(), **options):
     """Yield the text that continues `prompt`, in pieces of about a word.
 
-    prompt:      text, which the pieces continue, or ids such as those of `tokenizer.chat`, which
-                 they answer
+    prompt:      text to continue, or ids to answer, such as those of `tokenizer.chat`
     sparsity:    share of the blocks' weights that decoding skips, 0 to 0.95
     calibration: a file of thresholds; None uses this model's, and calibrates it if need be
     stop:        a text, or several, that ends the answer and is not part of it
@@ -73,12 +61,11 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
     Raises ValueError with a message of one sentence.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(text and isinstance(text, str) for text in stop):
-        raise ValueError(f"stop is {stop}; expected texts of at least one character")
+    # text_pieces gets the prompt where the text continues it; an answer is a text of its own
     if isinstance(prompt, str):
         ids = continued = tokenizer.encode(prompt)
     else:
-        ids, continued = prompt, ()  # the pieces are an answer, a text of its own
+        ids, continued = prompt, ()
     thresholds = find_thresholds(model, tokenizer, sparsity, calibration)
     ids = generate_tokens(model, ids, max_new_tokens, thresholds=thresholds,
                           stop=tokenizer.eos_ids, **options)
@@ -87,8 +74,6 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
 
 def generate_tokens(model, ids, max_new_tokens, **options):
     """Yield the ids that continue `ids`, a list; options as for `Session`."""
-    require("max_new_tokens", max_new_tokens, 0, math.inf, Integral)
-    ids = token_ids(ids, model.config.vocab_size)
     context = max(1, min(model.config.context, len(ids) + max_new_tokens))
     session = open_session(model, **{"context": context} | options)
     yield from session.generate(ids, max_new_tokens)
@@ -100,6 +85,7 @@ def open_session(model, thresholds=None, *, context, **options):
     advice = "" if model.dtype.itemsize == 2 else " or --dtype bfloat16"
     require_memory(context * cache_bytes(model.config, model.dtype), model.device,
                    f"a context of {context} tokens", f"try a shorter one with --context{advice}")
+    # the certificate of the LM head (lm_head.py): int8 rows, and three float32 for each
     certificate = model.config.vocab_size * (model.config.hidden_size + 12)
     if context * cache_bytes(model.config, model.dtype) + certificate > free_memory(model.device):
         options["head"] = "whole"
@@ -117,11 +103,11 @@ def find_thresholds(model, tokenizer, sparsity, path=None, name=None):
         return None
     calibration = find(model, path=path)
     if calibration is not None and not calibration.is_own(model):
-        own = "calibrate.py" + (f" --model {shlex.quote(name)}" if name else "")
+        command = "python calibrate.py" + (f" --model {shlex.quote(name)}" if name else "")
         say(f"thresholds: {calibration.origin()}, made for other weights of this shape; "
-            f"python {own} makes this model's own")
+            f"{command} makes this model's own")
     if calibration is None:
-        refuse("the calibration of a new model")
+        require_one_process("the calibration of a new model")
         path = cache_path(model)
         say(f"no calibration for this model yet; making one, once, into {path}")
         calibration = calibrate.calibrate_briefly(model, tokenizer)
@@ -142,6 +128,7 @@ def nonempty(text):
 
 
 def parse_args():
+    """The flags; skip them at first."""
     parser = make_parser(__doc__)
     add = add_model_flags(parser, "bfloat16", quantize="auto")
     add("--threads", type=between(int, 1, 4096), metavar="N",
@@ -182,8 +169,6 @@ def parse_args():
         help="leave out tokens less likely than P times the likeliest (default: 0)")
     add("--repetition-penalty", type=between(float, 0.01, 100), metavar="R",
         help="above 1, make tokens of the text so far less likely (default: 1.0)")
-    add("--head", choices=("auto", "whole"), default="auto",
-        help="whole: read the whole LM head, for the same text (default: only rows that matter)")
     add("--seed", type=between(int, 0, 2**63 - 1), metavar="N",
         help="same seed, same text (default: a new one, which the summary names)")
     add = parser.add_argument_group("output").add_argument
@@ -213,7 +198,7 @@ def check(args, error):
 
 def choose_sampling(args, tokenizer):
     """Sampling options: from the flags, else from the model's recommendation, else the defaults."""
-    sampling = {"seed": args.seed, "head": args.head}
+    sampling = {"seed": args.seed}
     for name, default in SAMPLING.items():
         given = getattr(args, name)
         sampling[name] = tokenizer.sampling.get(name, default) if given is None else given
@@ -221,7 +206,7 @@ def choose_sampling(args, tokenizer):
 
 
 def fitting_context(model):
-    """Tokens of a KV cache in half of the free memory, at least 512, which may then not fit."""
+    """Tokens of a KV cache in half of the free memory; at least 512, even if those do not fit."""
     fits = free_memory(model.device) / 2 / cache_bytes(model.config, model.dtype)
     return int(min(model.config.context, max(fits, 512)))
 
@@ -234,6 +219,7 @@ def main():
     if args.prompt == "-":
         args.prompt = read_input(sys.stdin.read) if rank() == 0 else None
     model, tokenizer = load_model(args, context=args.context)
+    # under torchrun, every process takes the first one's
     prompt, args.seed = from_first((args.prompt, args.seed))
     if args.thinking is not None and not tokenizer.can_think:
         raise ValueError("this model's chat template has no switch for --thinking")
@@ -252,18 +238,19 @@ def main():
         context = fitting_context(model)
 
     def thresholds(sparsity):
-        warn_of_broken_text(model, sparsity)
         return find_thresholds(model, tokenizer, sparsity, args.calibration, args.model)
 
     session = open_session(model, thresholds(args.sparsity), context=context,
                            stop=tokenizer.eos_ids, **sampling)
-    watch = SparsityWatch(session, warn_of_sparsity)
 
     def respond(ids, sparsity):
-        ids = watch.watch(session.generate(ids, args.max_new_tokens), sparsity)
-        text, ended = write(ids, tokenizer, args.stop, continued)
+        before = session.measured()
+        new = session.generate(ids, args.max_new_tokens)
+        text, ended = write(new, tokenizer, args.stop, continued)
+        # Ctrl-C first, then what ended the session, else a stop text
         session.ended = ended if ended == "interrupted" else session.ended or ended
         explain_end(session, args.max_new_tokens)
+        warn_of_sparsity(session, session.measured() - before, sparsity)
         return text
 
     def describe(stats, sparsity):

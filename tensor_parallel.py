@@ -68,7 +68,7 @@ def stop():
         dist.destroy_process_group()
 
 
-def refuse(what):
+def require_one_process(what):
     """Raise ValueError under torchrun, for what only one process can make."""
     if world_size() > 1:
         raise ValueError(f"{what} takes one process; run it without torchrun first")

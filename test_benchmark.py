@@ -11,10 +11,10 @@ import torch
 import benchmark
 import checkpoint.memory
 from cli import transformers_speed
+from cli.accounting import block_bytes, other_bytes
 from decode import CpuDecoder
 from model import PROJECTIONS, Config, KVCache, Linear
 from quantize import Int4Linear, Int8Linear
-from session import block_bytes, other_bytes
 
 TINY = Config(320, 64, 96, 2, 4, 2, 16, context=512, norm_eps=0.1)
 TIED = Config(320, 64, 96, 2, 4, 2, 16, context=512, tie_embeddings=True, sliding_window=8,

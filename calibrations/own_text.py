@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from cli.progress import Progress
+from cli.progress import progress
 from session import Session
 
 PROMPTS = (
@@ -27,10 +27,10 @@ def write_text(model, tokenizer, n_tokens, seed=0):
         starts = [tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     context, text = min(512, model.config.context), []
     session = Session(model, temperature=1.0, seed=seed, stop=eos_ids, context=context)
-    with Progress("writing text", n_tokens) as progress:
+    with progress("writing text", n_tokens) as bar:
         for start in itertools.cycle(starts):
             for token in itertools.chain(start, session.generate(start[:context], context)):
                 text.append(token)
-                progress.update(1)
+                bar.update(1)
                 if len(text) == n_tokens:
                     return torch.tensor(text)

@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from checkpoint.config import parse_config
 from checkpoint.default_model import fetch
@@ -25,6 +24,7 @@ from checkpoint.hub import download
 from checkpoint.memory import require_memory, return_freed_memory
 from checkpoint.opened import Checkpoint, CheckpointError, refuse_stand_in
 from checkpoint.tensors import put, tensor_shapes, weight_bytes
+from cli.progress import progress
 from cpu.packed import PackedLinear
 from model import Linear, Model
 from quantize import Int8Linear, int4_linear
@@ -73,9 +73,8 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
                    f"try {' or '.join([*advice, 'a smaller model'])}")
     network = Model(config, dtype, device, LINEARS.get(quantized, Linear))
     digest = Digest(ranks)
-    progress = tqdm(checkpoint.tensors, "loading", len(checkpoint.shapes), unit="tensor",
-                    leave=False, delay=1, disable=None)
-    for name, tensor in progress:
+    n_tensors = len(checkpoint.shapes)
+    for name, tensor in progress("loading", n_tensors, delay=1, of=checkpoint.tensors):
         with checkpoint.blame_for(name):  # weights may be no numbers
             groups = quantize == "gguf" and tensor.ndim == 2
             put(network, name, tensor, *([checkpoint.groups(name)] if groups else []))

@@ -20,7 +20,7 @@ from checkpoint.files import one_line
 from checkpoint.memory import free_memory
 from model import SITES
 from quantize import can_be_int4
-from tensor_parallel import rank, ranks, refuse, start, stop, world_size
+from tensor_parallel import rank, ranks, require_one_process, start, stop, world_size
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,7 +138,7 @@ def load_model(args, context=None, alone=None):
     Raises ValueError (often CheckpointError) and OSError. Under torchrun, the ranks meet here.
     """
     if alone is not None:
-        refuse(alone)
+        require_one_process(alone)
     args.device = start(args.device)
     checkpoint, named = args.model, args.dtype
     args.dtype = named or "bfloat16"

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from checkpoint import open_checkpoint
 from checkpoint.files import write_whole
 from checkpoint.tensors import METHODS, VERSION, is_quantized, tensor_shapes
 from cli.command_line import add_model_flag, make_parser, run_script, tell_int8
+from cli.progress import progress
 from quantize import quantize_int4, quantize_tensor
 
 SHARD = 1 << 30  # bytes of weights in one file
@@ -60,8 +60,7 @@ def write_weights(checkpoint, folder, kind):
         places.update(dict.fromkeys(shard, file))
         shard.clear()
 
-    for name, tensor in tqdm(checkpoint.tensors, "quantizing", len(checkpoint.shapes),
-                             unit="tensor", leave=False, disable=None):
+    for name, tensor in progress("quantizing", len(checkpoint.shapes), of=checkpoint.tensors):
         with checkpoint.blame_for(name):  # weights may be NaN
             if len(shapes[name]) == 3:
                 shard[name] = quantize_int4(tensor, name)

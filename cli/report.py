@@ -3,7 +3,7 @@
 import sys
 
 from checkpoint.tokenizer import text_pieces
-from session import block_bytes
+from cli.accounting import block_bytes
 from tensor_parallel import mean, world_size
 
 
@@ -71,47 +71,6 @@ def summary(numbers):
     return " | ".join(parts)
 
 
-class SparsityWatch:
-    """Compares the sparsity that a session reaches with the requested one, 64 steps at a time.
-
-    Thresholds that were found on other weights or other text may drop far more or far less.
-    """
-
-    STEPS, TOLERANCE = 64, 0.05
-
-    def __init__(self, session, warn):
-        """warn: a function of the sparsities asked and reached; called once at most"""
-        self.session, self.warn = session, warn
-        self.asked = None
-
-    def begin(self, asked):
-        """From here on, `asked` is the sparsity of the session's thresholds."""
-        self.asked, session = asked, self.session
-        self.read, self.n_steps = block_bytes(session.model, session.kept), session.decoder.n_steps
-
-    def watch(self, ids, asked):
-        """Pass on ids, those of the session's `generate`, decoded with this sparsity."""
-        if asked != self.asked:
-            self.begin(asked)
-        for id in ids:
-            yield id
-            steps = self.session.decoder.n_steps - self.n_steps
-            if self.warn is None or asked == 0 or steps < self.STEPS:
-                continue
-            model = self.session.model
-            read = block_bytes(model, self.session.kept) - self.read
-            reached = 1 - mean(read / steps / block_bytes(model))
-            if abs(reached - asked) > self.TOLERANCE:
-                self.warn(asked, reached)
-                self.warn = None
-            self.begin(asked)
-
-
-def warn_of_sparsity(asked, reached):
-    say(f"\nwarning: sparsity {asked:g} was requested, but the last {SparsityWatch.STEPS} tokens "
-        f"reached {reached:.3f}; the calibration does not fit these weights or this text")
-
-
 def explain_end(session, max_new_tokens):
     """Say why an answer is not complete, if it is not."""
     if session.ended == "length":
@@ -120,10 +79,10 @@ def explain_end(session, max_new_tokens):
         say(f"(cut: the context of {session.cache.context} tokens is full)")
 
 
-def warn_of_broken_text(model, sparsity):
-    """Warn where high sparsity breaks the text of a small model."""
-    parameters = sum(linear.in_features * linear.ends[-1]
-                     for linear in [*model.linears(), model.lm_head])
-    if sparsity > 0.7 and parameters < 3e9:
-        say(f"warning: sparsity {sparsity:g} breaks the text of a model of {parameters / 1e9:.1f} "
-            "billion weights; try 0.4 or 0.5")
+def warn_of_sparsity(session, stats, asked):
+    """Warn if an answer reached another sparsity: its thresholds are of other weights or texts."""
+    if asked and stats.decoder_steps >= 64:
+        reached = mean(session.sparsity(stats))
+        if abs(reached - asked) > 0.05:
+            say(f"warning: sparsity {asked:g} was requested, but this answer reached {reached:.3f};"
+                " the calibration does not fit these weights or this text")

@@ -6,9 +6,15 @@ from pathlib import Path
 from checkpoint.files import require_writable, write_whole
 
 
-def read_rows(path, key):
-    """The rows of a file, each of which holds `key`. Raises OSError, and ValueError for a file that
-    holds anything else."""
+def require_rows(path, key):
+    """The rows of a file that results will be added to, none if there is no file yet.
+
+    Raises ValueError for a file that cannot be written, and for one of another kind, whose rows
+    do not hold `key`: before any measurement.
+    """
+    require_writable(path, "--json")
+    if not Path(path).exists():
+        return []
     try:
         rows = json.loads(Path(path).read_text())
     except ValueError:
@@ -16,13 +22,6 @@ def read_rows(path, key):
     if not isinstance(rows, list) or not all(isinstance(row, dict) and key in row for row in rows):
         raise ValueError(f"{path} holds no results with {key}; name another file")
     return rows
-
-
-def require_rows(path, key):
-    """The rows of a file that results will be added to, none if there is no file yet. Raises
-    ValueError for a file of another kind or one that cannot be written, before any measurement."""
-    require_writable(path, "--json")
-    return read_rows(path, key) if Path(path).exists() else []
 
 
 def write_rows(path, rows):

@@ -9,6 +9,7 @@ import torch
 import checkpoint
 from checkpoint.conftest import write_gguf
 from checkpoint.gguf_file import GROUPED, groups_of, to_float
+from cli.accounting import block_bytes, other_bytes, tensors
 from cpu import compiler
 from cpu.conftest import fill
 from cpu.matrix import pieces
@@ -16,7 +17,7 @@ from cpu.packed import Packed, PackedLinear
 from cpu.step import CStep
 from generate import generate_tokens
 from model import Config, KVCache, Model
-from session import Session, block_bytes, other_bytes, tensors
+from session import Session
 
 torch.set_num_threads(1)  # tiny products: a second thread would only wait
 try:

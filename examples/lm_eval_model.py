@@ -29,8 +29,8 @@ from checkpoint.tokenizer import text_pieces
 from cli.command_line import run_script
 from evaluate import find_calibrations
 from generate import find_thresholds, open_session
-from model import KVCache
-from session import common_start, masked_by
+from model import KVCache, dense, masked
+from session import common_start
 
 
 @register_model("nanoteal")
@@ -119,11 +119,17 @@ class NanoTEAL(TemplateLM):
         if same < n:
             self.model.forward(torch.tensor(ids[same:n], device=device), self.cache)
         hidden = self.model.forward(torch.tensor(ids[n:-1], device=device), self.cache,
-                                    masked_by(self.thresholds))
+                                    self.project)
         logits = self.model.logits(hidden).float().log_softmax(-1)
         expected = torch.tensor(continuation, device=device)
         greedy = bool((logits.argmax(-1) == expected).all())
         return logits.gather(1, expected[:, None]).sum().item(), greedy
+
+    def project(self, x, linear):
+        """A product of the tokens that are scored, see `Model.forward`."""
+        if self.thresholds is None:
+            return dense(x, linear)
+        return masked(x, linear, self.thresholds[linear.layer, linear.places].to(x.device))
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         results = []

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from cli.accounting import block_bytes
 from model import PROJECTIONS, Block, apply_rope, causal_mask, dense, masked, rms_norm
-from session import block_bytes
 
 CHECK = 32  # after so many tokens, texts that have ended are looked for and left out
 PART = 96  # prompts that go through the model at once

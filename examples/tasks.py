@@ -29,8 +29,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from checkpoint import default_model
 from checkpoint.digest import weights_digest
 from cli.command_line import (
@@ -43,6 +41,7 @@ from cli.command_line import (
     make_parser,
     run_script,
 )
+from cli.progress import progress
 from cli.results import replaced, require_rows, write_rows
 from evaluate import settings
 from examples.many_texts import read, write
@@ -140,7 +139,8 @@ def solve(model, tokenizer, problems, tables, batch=64):
     right, unread = [[] for _ in tables], [0.0] * len(tables)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each template and each program is a process
         prompts = list(pool.map(prompt, problems))
-        for start in tqdm(range(0, len(problems), batch), "answering", disable=None):
+        starts = range(0, len(problems), batch)
+        for start in progress("answering", len(starts), of=starts):
             part = problems[start:start + batch]
 
             def has_ended(i, ids):

@@ -6,10 +6,10 @@ import torch
 import checkpoint
 import quantize
 from checkpoint.conftest import CONFIG, weights, write_folder
+from cli.accounting import bytes_per_weight
 from conftest import DEVICE
 from model import dense
 from quantize import Int4Linear, Int8Linear, dequantize, quantize_int4, split_groups
-from session import bytes_per_weight
 
 pytestmark = pytest.mark.usefixtures("seed")
 

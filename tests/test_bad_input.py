@@ -92,11 +92,7 @@ quantize  | --quantize int4 | arguments are required: --out
 tasks     | --tasks humaneval | allow it with --execute
 tasks     | --json TEXT/a.json | name another file with --json
 tasks     | --sparsity 1 | '1' is not a number from 0 to 0.95
-draw      | | arguments are required: FIGURE
-draw      | idea | arguments are required: FILE.png
-draw      | speed p.png | arguments are required: RESULTS.json
-draw      | speed p.png TEXT | holds no results with tokens_per_second
-draw      | picture.png | invalid choice: 'picture.png'
+draw      | | arguments are required: FILE.png
 convert   | all | unrecognized arguments: all
 """
 
