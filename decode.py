@@ -1,8 +1,8 @@
 """Decoding: the prompt at once, then token after token.
 
-`prefill` and `decode_one_token` are all there is to it. A decoder runs the second one n times,
+`prefill` and `decode_one_token` define the result. A decoder computes the second one n times,
 faster: on a CPU in one C file (cpu/step.c), on a GPU in Triton kernels (gpu/decoder.py). Both skip
-the weights that belong to small inputs. `session.py` puts a text together from such steps.
+the weights that belong to small inputs. `session.py` builds a text from such steps.
 
 Method: Liu et al., "TEAL" (arXiv:2408.14690).
 """
@@ -47,36 +47,35 @@ def decode_one_token(model, cache, token, thresholds, kept):
     return model.logits(hidden)[0]
 
 
-def new_decoder(model, *arguments, **options):
-    """The decoder for a model's device, with the arguments of `CpuDecoder`."""
+def new_decoder(model, cache, choose, generators=(), graph=True, **head):
+    """The decoder for a model's device. `GpuDecoder` explains generators and graph."""
     if model.device.type == "cpu":
-        return CpuDecoder(model, *arguments, **options)
+        return CpuDecoder(model, cache, choose, **head)
     from gpu.decoder import GpuDecoder  # Triton is not everywhere
 
-    return GpuDecoder(model, *arguments, **options)
+    return GpuDecoder(model, cache, choose, generators, graph, **head)
 
 
 class CpuDecoder:
     """Decodes tokens of a model on a CPU over a KV cache: in C, or slowly in PyTorch.
 
-    choose:     a function of logits [V] that returns a token id, int64 [1]
-    generators, graph: see `GpuDecoder`; they are ignored here
-    head:       which logits `choose` needs: see `CStep`; the default is all
+    choose: a function of logits [V] that returns a token id, int64 [1]
+    head:   which logits `choose` needs: see `CStep`; the default is all
 
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far. `bounds` is the
     LM head's Certificate (lm_head.py: an int8 copy that rules out most rows), or None.
     """
 
-    def __init__(self, model, cache, choose, generators=(), graph=True, **head):
+    def __init__(self, model, cache, choose, **head):
         self.model, self.cache, self.choose, self.bounds = model, cache, choose, None
         self.thresholds = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
-        self.kept, self.rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
-        self.n_steps = self.likely_rows_read = 0
+        self.kept, self.step_rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
+        self.n_steps = self.head_rows_read = 0
         try:
-            self.logits = CStep(model, cache, self.thresholds, self.rows, **head)
-            self.bounds = self.logits.bounds
+            self.read_token = CStep(model, cache, self.thresholds, self.step_rows, **head)
+            self.bounds = self.read_token.bounds
         except NoCompiler as error:
-            self.logits = self.logits_without_c
+            self.read_token = self.read_token_without_c
             warn_once(f"decoding on this CPU is slow: {error}")
 
     def set_thresholds(self, thresholds):
@@ -90,26 +89,26 @@ class CpuDecoder:
     @torch.inference_mode()
     def step(self):
         """Read `token`, at `position`, and put the next one in its place."""
-        self.rows.zero_()  # of this step; Ctrl-C may end it before it counts
-        # -1, which marks infinite or NaN logits (`Session.choose`), is no token to read
-        self.token = self.choose(self.logits(max(0, self.token.item()), self.position))
+        self.step_rows.zero_()  # counted below, when the step is done: Ctrl-C may end it before
+        # After infinite or NaN logits, the token is -1. Session stops there, benchmark.py goes on.
+        self.token = self.choose(self.read_token(max(0, self.token.item()), self.position))
         self.position += 1
-        self.kept += self.rows
+        self.kept += self.step_rows
         if self.bounds is not None:
-            self.likely_rows_read += self.logits.head_rows.sum().item()
+            self.head_rows_read += self.read_token.head_rows.sum().item()
         self.n_steps += 1
 
-    def logits_without_c(self, token, position):
+    def read_token_without_c(self, token, position):
         length, self.cache.length = self.cache.length, position
         logits = decode_one_token(
-            self.model, self.cache, torch.tensor([token]), self.thresholds, self.rows)
-        self.cache.length = length  # the caller counts the tokens
+            self.model, self.cache, torch.tensor([token]), self.thresholds, self.step_rows)
+        self.cache.length = length  # `Session.generate` counts the tokens, whichever decoder runs
         return logits
 
     def head_rows(self):
         """Rows of the LM head read so far. Its int8 copy is not counted."""
         every_row = self.n_steps * self.model.config.vocab_size
-        return every_row if self.bounds is None else self.likely_rows_read
+        return every_row if self.bounds is None else self.head_rows_read
 
     def tokens(self, n_steps):
         """Yield the ids that n_steps steps choose."""

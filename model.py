@@ -1,6 +1,6 @@
 """The Llama forward pass in plain PyTorch, and TEAL's idea: skip the weights that hardly matter.
 
-Llama, Mistral, Qwen, SmolLM, OLMo and many others are one stack of equal blocks; only the
+Llama, Mistral, Qwen, SmolLM, OLMo and many others are a stack of identical blocks; only the
 numbers in `Config` differ. Every product with weights goes through one function, `project(x,
 linear)`: `dense` reads every weight, `masked` first drops the entries of x up to a threshold.
 Prefill, which reads a prompt at once, is dense. While decoding, which adds one token at a time, a
@@ -8,9 +8,8 @@ kernel that computes the same as `masked` skips the weights that belong to dropp
 (`sparse_gemv.py`). The engine runs one text at a time, so no tensor has a batch dimension: T is
 the number of new tokens, S the number of tokens that attention sees.
 
-Sources: Touvron et al., "Llama 2" (arXiv:2307.09288, section 2.2); Su et al., "RoFormer" (RoPE,
-arXiv:2104.09864); Ainslie et al., "GQA" (arXiv:2305.13245); Shazeer, "GLU Variants"
-(arXiv:2002.05202); Liu et al., "TEAL" (arXiv:2408.14690). This file needs only torch.
+Sources on arXiv: Llama 2 (2307.09288, section 2.2), RoPE (2104.09864), grouped-query attention
+(2305.13245), SwiGLU (2002.05202), TEAL (2408.14690). This file needs only torch.
 """
 
 from dataclasses import dataclass
@@ -41,8 +40,8 @@ class Config:
     tie_embeddings: bool = False  # the LM head is the embedding
 
     # What Llama 2 does not have, and later releases and other families set. Skip it at first.
-    rope_divisors: tuple = ()  # stretch RoPE's wavelengths, one per pair of channels; () is 1
-    rope_factor: float = 1.0  # multiplies what RoPE rotated: scores by its square (YaRN, Granite)
+    rope_divisors: tuple = ()  # stretch RoPE's wavelengths, one per pair; () means 1 for all
+    rope_factor: float = 1.0  # multiplies rotated q and k, so scores by its square (YaRN, Granite)
     plain_rope_layers: tuple = ()  # layers whose RoPE both of these leave alone (OLMo 3)
     no_rope_layers: tuple = ()  # layers without RoPE (SmolLM3)
     query_growth: tuple = (0.0, 1)  # (b, c): q times 1 + b ln(1 + position // c) (Ministral 3)
@@ -59,8 +58,10 @@ class Config:
 
     def rope_kind(self, i):
         """What RoPE does in layer i: "plain", "none", or "scaled" by divisors and factor."""
-        scaled = (self.rope_divisors or self.rope_factor != 1) and i not in self.plain_rope_layers
-        return "none" if i in self.no_rope_layers else "scaled" if scaled else "plain"
+        if i in self.no_rope_layers:
+            return "none"
+        scales = self.rope_divisors or self.rope_factor != 1
+        return "scaled" if scales and i not in self.plain_rope_layers else "plain"
 
     def linear_shape(self, site):
         """(in_features, out_features of each projection) of the matrices at a site."""
@@ -70,8 +71,10 @@ class Config:
                 "gate_up": (h, (mlp, mlp)), "down": (mlp, (h,))}[site]
 
 
+# ---- Two products, and the idea of TEAL --------------------------------------------------------
+
 def dense(x, linear):
-    """x [T, K] -> [T, N], reading every weight."""
+    """x [T, K] -> [T, N] through a site's matrix (a `Linear`, below), reading every weight."""
     return linear(x)
 
 
@@ -87,24 +90,28 @@ def masked(x, linear, thresholds):
     return y if linear.bias is None else y + linear.bias
 
 
+# ---- The block ---------------------------------------------------------------------------------
+
 class Block:
     """One transformer block: attention, then the MLP, each added to the residual stream."""
 
-    def __init__(self, i, config, dtype, device, linear):
+    def __init__(self, i, config, dtype, device, linear_class):
         def make(site, has_bias=False):
-            return linear(i, site, *config.linear_shape(site), has_bias, dtype, device)
+            return linear_class(i, site, *config.linear_shape(site), has_bias, dtype, device)
 
         self.i, self.config = i, config
-        norm = partial(torch.empty, dtype=dtype, device=device)
-        self.attn_norm, self.mlp_norm = norm(config.hidden_size), norm(config.hidden_size)
+        new_norm = partial(torch.empty, dtype=dtype, device=device)
+        self.attn_norm, self.mlp_norm = new_norm(config.hidden_size), new_norm(config.hidden_size)
         if config.qk_norm:
             n_q, n_k = {"head": (1, 1), "all": (config.n_heads, config.n_kv_heads)}[config.qk_norm]
-            self.q_norm, self.k_norm = norm(n_q * config.head_dim), norm(n_k * config.head_dim)
+            self.q_norm = new_norm(n_q * config.head_dim)
+            self.k_norm = new_norm(n_k * config.head_dim)
         self.qkv, self.o = make("qkv", config.qkv_bias), make("o", config.o_bias)
         self.gate_up, self.down = make("gate_up"), make("down")
 
     def attention(self, x, ropes, cache, project):
-        """Causal attention of the T new tokens over all S tokens so far."""
+        """Causal attention of the T new tokens over all S tokens so far. ropes: see `Model.rope`;
+        project: `dense`, or `masked` with thresholds."""
         config = self.config
         q, k, v = project(x, self.qkv).split(self.qkv.widths, dim=-1)
         if config.qk_norm:
@@ -135,7 +142,7 @@ class Block:
 
 
 class PostNormBlock(Block):
-    """OLMo 2's block: the norms stand after attention and MLP, not before them."""
+    """OLMo 2's block: the norms come after attention and MLP, not before them."""
 
     def __call__(self, x, ropes, cache=None, project=dense):
         eps = self.config.norm_eps
@@ -160,9 +167,12 @@ def rms_norm(x, weight, eps):
 def apply_rope(x, cos, sin):
     """Rotate the pairs of channels (j, j + head_dim / 2) of x [T, heads, head_dim], in float32."""
     a, b = x.chunk(2, dim=-1)
+    # addcmul adds a product in one pass: a * cos - b * sin, b * cos + a * sin
     rotated = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     return torch.cat([half.to(x.dtype) for half in rotated], dim=-1)
 
+
+# ---- Weights, KV cache and model ---------------------------------------------------------------
 
 def cpu_dtype(dtype):
     """The dtype in which this CPU multiplies fast: 16 bits can take 40 times as long as 32."""
@@ -181,9 +191,9 @@ def multiply(x, w):
 class Linear:
     """The projections of one site in one matrix: y = x @ w_t + bias, their outputs side by side.
 
-    W [N, K] is stored transposed, as w_t [K, N]: x[k] multiplies row k, contiguous in memory, which
-    is skipped if x[k] is dropped. `places` are those of the projections in PROJECTIONS, the order
-    of thresholds and counts.
+    W [N, K] is stored transposed, as w_t [K, N]: x[k] multiplies row k, which is contiguous in
+    memory and skipped if x[k] is dropped. `places` is the slice of PROJECTIONS that this site
+    holds: it picks the site's part of a layer's 7 thresholds and 7 counts of rows read (decode.py).
     """
 
     scale = None  # float32 [N], multiplies the sums of int8 weights (quantize.py)
@@ -193,13 +203,14 @@ class Linear:
         self.widths = widths  # out_features of each projection
         self.ends = tuple(sum(widths[:i + 1]) for i in range(len(widths)))  # last column + 1
         self.starts = (0, *self.ends[:-1])
-        first = 0 if layer is None else PROJECTIONS.index(SITES[site][0])
+        first = 0 if layer is None else PROJECTIONS.index(SITES[site][0])  # None: the LM head
         self.places = slice(first, first + len(widths))
         self.bias = torch.zeros(self.ends[-1], dtype=dtype, device=device) if has_bias else None
         self.allocate(device)
 
     def allocate(self, device, dtype=None):
-        """Make w_t. An LM head, unless in int8 on a GPU, lies as W [N, K]: a logit is one row."""
+        """Make w_t [K, N] in dtype, or else in self.dtype. An LM head lies in memory as W, and w_t
+        is a view: a logit reads one contiguous row (lm_head.py). Not so in int8 on a GPU."""
         by_logit = self.site == "lm_head" and (dtype is None or torch.device(device).type == "cpu")
         shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
         w = torch.empty(shape, dtype=dtype or self.dtype, device=device)
@@ -226,22 +237,23 @@ class KVCache:
 
     def __init__(self, config, context, dtype=torch.float32, device="cpu"):
         shape = (2, config.n_layers, config.n_kv_heads, context, config.head_dim)
-        # zeros: a decoder may read rows without a token (its trial step), and 0 * NaN is NaN
+        # zeros: a GPU decoder's first, discarded step reads rows without a token; 0 * NaN is NaN
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.context, self.length = context, 0  # tokens: room for, held
+        self.context, self.length = context, 0  # in tokens: capacity, and how many it holds
 
     def append(self, layer, k, v):
         """Store new k, v [n_kv_heads, T, head_dim] -> all so far, [n_kv_heads, S, head_dim]."""
         end = self.length + k.shape[1]
         if end > self.context:
-            raise ValueError(f"{end} tokens do not fit into a KV cache of {self.context}")
+            raise ValueError(f"{end} tokens do not fit in a KV cache of {self.context}")
         self.k[layer, :, self.length:end], self.v[layer, :, self.length:end] = k, v
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
 
 def rotation(config, kind):
-    """RoPE of each pair of channels: radians per position, and a factor; float32 [head_dim / 2]. A
-    pair that does not rotate (no RoPE, or a part of Phi-4-mini's head) has divisor infinity."""
+    """RoPE of each pair of channels: radians per position, and a factor; float32 [head_dim / 2].
+    Skip all but "plain" at first. A pair that does not rotate has divisor infinity (layers without
+    RoPE, a part of Phi-4-mini's head)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     divisors = {"none": torch.inf, "plain": 1.0, "scaled": config.rope_divisors or 1.0}[kind]
     freq = 1.0 / config.rope_theta ** exponents / torch.tensor(divisors)
@@ -249,17 +261,18 @@ def rotation(config, kind):
 
 
 class Model:
-    """Weights and forward pass. `checkpoint.load` fills the weights, matrices of class `linear`."""
+    """Weights and forward pass. `checkpoint.load` fills the weights, matrices of `linear_class`."""
 
-    def __init__(self, config, dtype=torch.float32, device="cpu", linear=Linear):
+    def __init__(self, config, dtype=torch.float32, device="cpu", linear_class=Linear):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.ranks = None  # the processes that share the model, if several do (tensor_parallel.py)
         block = PostNormBlock if config.norms_after else Block
-        self.blocks = [block(i, config, dtype, device, linear) for i in range(config.n_layers)]
+        self.blocks = [block(i, config, dtype, device, linear_class)
+                       for i in range(config.n_layers)]
         v, h = config.vocab_size, config.hidden_size
         self.norm = torch.empty(h, dtype=dtype, device=device)
-        self.lm_head = linear(None, "lm_head", h, (v,), False, dtype, device)
-        # A tied embedding is the LM head's columns, unless the head stores them in another dtype.
+        self.lm_head = linear_class(None, "lm_head", h, (v,), False, dtype, device)
+        # A tied embedding shares the LM head's memory, unless the head is in int8 (it has a scale).
         tied = config.tie_embeddings and self.lm_head.scale is None
         self.embedding = None if tied else torch.empty(v, h, dtype=dtype, device=device)
         self.set_context(config)

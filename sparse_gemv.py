@@ -1,7 +1,7 @@
 """y = W x for one token (GEMV), reading only the rows of W that matter: PyTorch to fast kernels.
 
 When a language model decodes one token at a time, it uses every weight once. So the time of y = W x
-is the time to read W. If x[k] is nearly zero, column k of W hardly changes y: skip it.
+is the time to read W. If x[k] is nearly zero, column k of W (row k of w_t, below) can be skipped:
 
     keep x[k]  iff  not (|x[k]| <= threshold)      compared in float32; "not", so that NaN is kept
 
@@ -42,9 +42,9 @@ def definition(x, w_t, threshold):
 # ---- 2. A naive kernel -------------------------------------------------------------------------
 #
 # A *kernel* is a function that a GPU runs in many *programs* at once. `kernel[(8, 3)](...)` starts
-# 24 of them, and `tl.program_id` tells each which it is. A program works on tiles, whose sizes are
-# powers of two known at compile time (`tl.constexpr`). `tl.load(pointer + offsets, mask)` reads a
-# tile from memory and skips the places where the mask is false.
+# 24 of them, and `tl.program_id` tells each which it is. A tensor argument arrives as a pointer to
+# its first element. Programs work on tiles, whose sizes are powers of two known at compile time
+# (`tl.constexpr`). `tl.load(pointer + offsets, mask)` reads a tile where the mask is true.
 
 @triton.jit
 def naive_kernel(x_ptr, w_ptr, y_ptr, threshold, K, N, BLOCK_N: tl.constexpr):
@@ -68,20 +68,20 @@ def naive_gemv(x, w_t, threshold):
 # ---- 3. What makes it fast ---------------------------------------------------------------------
 #
 # A GPU has some 130 *multiprocessors*, which run the programs. A load takes half a microsecond to
-# arrive, however small it is. To keep the memory busy, each needs tens of kilobytes in flight. The
-# naive program loads 64 columns of one row, must then look at the next x[k], and mostly waits.
+# arrive, however small it is. To keep the memory busy, each multiprocessor needs tens of kilobytes
+# in flight. The naive program loads 64 columns of a row, must then look at x[k], and mostly waits.
 #
 # **Lists.** If the kept rows are known beforehand, many can be loaded at once. So *select* looks
 # at x, a few kilobytes, and lists the kept k and x[k]. *Sum rows* walks down that list. In each
-# turn it loads a tile [BLOCK_K, BLOCK_N] of the next BLOCK_K rows, and adds up in float32.
+# iteration it loads a tile [BLOCK_K, BLOCK_N] of the next BLOCK_K rows, and adds up in float32.
 #
 # **Split-K.** There are too few tiles of columns for all multiprocessors. So K is cut into SPLITS
-# chunks, each with a list of its own. The program that finishes last adds up the chunks' sums,
-# always in the same order: the result has the same bits every time.
+# chunks, each with a list of its own; a chunk's sums are a *split*. The program that finishes last
+# adds up the splits, always in the same order: the result has the same bits every time.
 #
 # **Dependent launch** (PDL below). A kernel normally begins when the one before it has ended. Since
 # Hopper, it may begin as soon as all programs of that one have called `gdc_launch_dependents` or
-# ended. It does what does not depend on the other kernel, then waits for it in `gdc_wait`.
+# ended. It first does whatever does not depend on the other kernel, then waits in `gdc_wait`.
 
 PTX = tl.constexpr(not INTERPRETED)  # The interpreter cannot run PTX, NVIDIA's assembly language.
 WARPS = 2  # of a program that sums rows; a warp is 32 threads, and a tile is spread over all
@@ -103,7 +103,7 @@ def write_list(k, x, keep, chunk, rows_ptr, values_ptr, counts_ptr, CHUNK: tl.co
 @triton.jit
 def list_entries(rows_ptr, values_ptr, i, count, CHUNK: tl.constexpr):
     """Row numbers and values of a list's entries i; past its end, an arbitrary row and value 0."""
-    place = tl.minimum(i, CHUNK - 1)  # not count - 1: these loads need not wait for the count
+    place = tl.minimum(i, CHUNK - 1)  # not count - 1: so these loads need not wait for it
     values = tl.load(values_ptr + place).to(tl.float32)
     return tl.load(rows_ptr + place), tl.where(i < count, values, 0.0)
 
@@ -113,9 +113,10 @@ def to_float32(w):
     """Weights as float32 in few instructions, which matter here as much as the bytes.
 
     A bfloat16 is the upper half of a float32, so a shift and a mask convert two of them. GPUs
-    convert integers slowly. But the float32 with the bits 0x4B0000bb is 2**23 + bb. So the byte
-    w + 128 of an int8 w (xor) is put there (prmt: 0x7440 picks 0x4B, 0, 0 and byte 0 of `bytes`),
-    and 2**23 + 128 subtracted. $0 ... are the outputs, then the input: `pack` weights each.
+    convert integers slowly, but the float32 with the bits 0x4B000000 + b is 2**23 + b, for a byte
+    b. xor turns each int8 w into b = w + 128. prmt builds 0x4B0000bb: 0x7440 picks 0x4B, 0, 0 and
+    byte 0 of `bytes`, 0x7441 byte 1. Then 2**23 + 128 is subtracted. $0, $1 ... are the outputs,
+    one per weight, then the input, a register of `pack` weights.
     """
     if PTX and w.dtype == tl.bfloat16:
         bits = tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
@@ -145,13 +146,13 @@ def sum_list(rows_ptr, values_ptr, count, w_ptr, n, end, K: tl.constexpr, N: tl.
         # The next entries are on their way while these rows are loaded.
         next_k, next_x = list_entries(rows_ptr, values_ptr, first + BLOCK_K + i, count, CHUNK)
         offsets = (k.to(tl.int64) if K * N >= 2 ** 31 else k)[:, None] * N + n[None, :]
-        inside = (first + i < count)[:, None]  # not the last row again: infinity times 0 is NaN
+        inside = (first + i < count)[:, None]  # past the end, load 0: infinity times 0 is NaN
         if not FULL_TILES:
             inside &= (n < end)[None, :]
         # "evict_first": a weight is used once, so the cache may drop it before anything else
         w = tl.load(w_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         products = to_float32(w) * x[:, None]
-        # All threads together hold ROWS_AT_ONCE rows at a time, so this sum stays within threads.
+        # The threads lie side by side over ROWS_AT_ONCE rows: this sum needs no exchange.
         products = tl.reshape(products, [BLOCK_K // ROWS_AT_ONCE, ROWS_AT_ONCE, BLOCK_N])
         total += tl.sum(products, axis=0)
         k, x = next_k, next_x
@@ -163,14 +164,14 @@ def finish(y, n, end, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr, fini
            N: tl.constexpr, SPLITS: tl.constexpr, squares=None, K: tl.constexpr = 1, eps=0.0):
     """Turn one split's sums y [BLOCK_N] of the columns n < end into the result, and store it.
 
-    The last of a tile's splits to finish adds up all of them. Only other files give a residual,
-    and `squares`, a split's sum of x * x, by which RMSNorm divides."""
+    The last of a tile's splits to finish adds up all of them. Skip the residual and `squares`,
+    which only gpu/ gives: a split's sum of x * x, by which RMSNorm divides."""
     tile, n_tiles, split = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     if SPLITS > 1:
         tl.store(sums_ptr + split * N + n, y, mask=n < end)
         if squares is not None:
             tl.store(sums_ptr + SPLITS * N + split * n_tiles + tile, squares)
-        tl.debug_barrier()  # all threads have stored
+        tl.debug_barrier()  # all threads have stored (it is not only for debugging)
         # atomic_add returns the count before it, so only a tile's last program goes on.
         # "acq_rel": that one then sees the sums that the others stored before they counted.
         if tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
@@ -208,7 +209,7 @@ def _select_kernel(x_ptr, rows_ptr, values_ptr, counts_ptr, threshold_ptr, K: tl
     inside = (i < CHUNK) & (k < K)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()  # at once: the next kernel, launched now, waits for the list itself
+        gdc_launch_dependents()  # at once: the next kernel waits for this list in its own gdc_wait
     x = tl.load(x_ptr + k, mask=inside, other=0.0)
     keep = inside & ~(tl.abs(x.to(tl.float32)) <= tl.load(threshold_ptr))
     write_list(k, x, keep, chunk, rows_ptr, values_ptr, counts_ptr, CHUNK)
@@ -225,8 +226,9 @@ def _sum_rows_kernel(rows_ptr, values_ptr, counts_ptr, w_ptr, out_ptr, scale_ptr
     if PDL:
         gdc_wait()
     total = sum_list(rows_ptr + chunk * CHUNK, values_ptr + chunk * CHUNK,
-                     tl.load(counts_ptr + chunk), w_ptr, n, N, K, N, CHUNK, N % BLOCK_N == 0,
-                     BLOCK_N, BLOCK_K, ROWS_AT_ONCE)
+                     tl.load(counts_ptr + chunk), w_ptr, n, end=N, K=K, N=N, CHUNK=CHUNK,
+                     FULL_TILES=N % BLOCK_N == 0, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+                     ROWS_AT_ONCE=ROWS_AT_ONCE)
     if PDL:  # Not earlier: waiting programs of the next kernel would fill multiprocessors unevenly.
         gdc_launch_dependents()
     finish(tl.sum(total, axis=0), n, N, out_ptr, scale_ptr, bias_ptr, None, sums_ptr,
@@ -255,7 +257,7 @@ def launch_options(device):
 
 @functools.lru_cache(maxsize=None)  # never freed: a CUDA graph replays launches at old addresses
 def workspace(device, *parts):
-    """What programs hand over: for each (size, dtype) of `parts`, a tensor of zeros at first."""
+    """Scratch memory that passes results between programs, zeros at first; parts: (size, dtype)."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("call the product with these shapes before capturing a CUDA graph")
     return [torch.zeros(size, dtype=dtype, device=device) for size, dtype in parts]
@@ -281,7 +283,7 @@ def _gemv_gpu(x, w_t, threshold, scale, bias, out):
 
 def _gemv_cpu(x, w_t, threshold):
     """x [K] -> y [N]. `embedding_bag` adds up chosen rows of a table, each times a number. Each row
-    of w_t is cut into n_blocks table rows, so that each thread sums up one block of columns."""
+    of w_t is n_blocks rows of the table, and each bag sums one block of columns, for a thread."""
     rows = (~(x.float().abs() <= threshold)).nonzero().view(-1)
     if w_t.dtype == torch.int8:  # embedding_bag takes floats only
         return x[rows].float() @ w_t[rows].float()
@@ -306,10 +308,9 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, out=None):
     out:       where to put the result, [N] or of y's shape
 
     Returns y in x's dtype, shaped like x with N in place of K. Sums are float32, and the same
-    inputs give the same bits. With `out`, a GPU call never synchronises, and allocates only when
-    it meets a new shape: call it once before capturing a CUDA graph. Calls on different streams
-    must not overlap. Raises ValueError, naming the argument, for shapes, dtypes, strides or devices
-    that do not fit.
+    inputs give the same bits. With `out`, a GPU call never synchronises and allocates only for a
+    new shape: call it once before capturing a CUDA graph. Calls on different streams must not
+    overlap. Raises ValueError, which names an argument that does not fit.
     """
     if not isinstance(threshold, torch.Tensor):
         threshold = _on_device(float(threshold), x.device)
@@ -339,7 +340,7 @@ def _check(x, w_t, threshold, scale, bias, out):
     require(w_t.dim() == 2, "w_t", f"of shape {tuple(w_t.shape)}", "a matrix [K, N]")
     (k, n), floats = w_t.shape, (torch.float32, torch.float16, torch.bfloat16)
     require(x.shape[-1:] == (k,), "x", f"of shape {tuple(x.shape)}", f"[{k}] for {k} rows")
-    require(w_t.dtype != torch.int8 or scale is not None, "scale", None, f"[{n}], for w_t is int8")
+    require(w_t.dtype != torch.int8 or scale is not None, "scale", None, f"[{n}], as w_t is int8")
     for name, t, size, dtypes in (
             ("x", x, k, floats), ("w_t", w_t, k * n, (x.dtype, torch.int8)),
             ("threshold", threshold, 1, (torch.float32,)), ("scale", scale, n, floats),

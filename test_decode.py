@@ -76,6 +76,10 @@ def test_what_a_trial_step_changes_is_put_back(guard, monkeypatch):
     assert len(steps) == 3 and steps[1] == (0, 158)  # the cache's last rows
 
 
+def new_decoder(*arguments):
+    return GpuDecoder(*arguments, graph=False) if KERNELS else CpuDecoder(*arguments)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "linear", [Linear] + [Int8Linear] * (not INTERPRETED)
@@ -100,8 +104,7 @@ def test_step(name, linear):
                 (~(x.float().abs() <= thresholds[linear.layer, place])).sum())
         return masked(x, linear, thresholds[linear.layer, linear.places].to(x.device))
 
-    decoder = GpuDecoder(model, ours, choose, graph=False) if KERNELS else CpuDecoder(
-        model, ours, choose)
+    decoder = new_decoder(model, ours, choose)
     decoder.start(token.item(), len(prompt))
     for share in (0, 0.5, 0.5):
         thresholds = torch.rand(kept.shape) * share if share else torch.full(kept.shape, -1.0)
@@ -124,9 +127,8 @@ def test_a_token_that_is_none_counts_as_the_first():
     model, caches = random_model(CONFIGS["llama"]), []
     for token in -1, 0:
         caches.append(KVCache(model.config, 160, torch.float32, DEVICE))
-        decoder = (GpuDecoder if KERNELS else CpuDecoder)(
-            model, caches[-1], lambda logits, token=token: torch.tensor([token], device=DEVICE),
-            graph=False)
+        decoder = new_decoder(
+            model, caches[-1], lambda logits, token=token: torch.tensor([token], device=DEVICE))
         decoder.start(5, 0)
         for _ in range(2):
             decoder.step()

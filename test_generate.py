@@ -390,7 +390,7 @@ def test_too_little_memory(tiny, monkeypatch):
     expected = 4 * (2 * 2 + 2 + 2 * 2 + 4 * 4 + 3 * 6)
     assert weight_bytes(Config(1, 2, 3, 1, 1, 1, 2), torch.float32) == expected
     tied = Config(64, 32, 48, 1, 4, 2, 8, tie_embeddings=True)  # int8 has an embedding of its own
-    model = Model(tied, linear=Int8Linear)
+    model = Model(tied, linear_class=Int8Linear)
     assert weight_bytes(tied, torch.float32, "int8") == pytest.approx(
         block_bytes(model) + other_bytes(model) + 63 * 32 * 4, rel=0.02)
     with pytest.raises(ValueError, match="try --dtype bfloat16 or a smaller model"):

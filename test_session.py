@@ -305,7 +305,7 @@ def test_every_byte_that_the_model_holds_is_counted(kind, tie):
     counts with its share of the scales."""
     config = Config(64, 32, 96, 2, 2, 2, 16, qk_norm="head", qkv_bias=True, tie_embeddings=tie)
     blocks, head = KINDS[kind]
-    model = Model(config, torch.bfloat16, linear=lambda layer, *rest: (
+    model = Model(config, torch.bfloat16, linear_class=lambda layer, *rest: (
         head if layer is None else blocks)(layer, *rest))
     row = 0 if model.embedding is None else 32 * 2
     assert block_bytes(model) + other_bytes(model) == sum(held(model).values()) + row
@@ -358,12 +358,12 @@ def test_rows_of_a_step_cut_short_are_not_counted(monkeypatch):
     tokens = cut.generate([1, 2, 3], 6)
     next(tokens)
 
-    def interrupted(token, position, logits=cut.decoder.logits):
-        logits(token, position)  # Python sees Ctrl-C when C returns
+    def interrupted(token, position, read_token=cut.decoder.read_token):
+        read_token(token, position)  # Python sees Ctrl-C when C returns
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cut.decoder, "logits", interrupted)
+        patch.setattr(cut.decoder, "read_token", interrupted)
         next(tokens)
     assert cut.decoder.n_steps == 0 and not cut.kept.any()
     list(cut.generate([1, 2, 3], 6))

@@ -87,7 +87,7 @@ def expected_numbers(victim):
     linear = Linear if victim.network.lm_head.scale is None else Int8Linear
     if any(tensor.dtype == torch.uint8 for tensor in tensors.values()):
         linear = int4_linear
-    network = Model(victim.network.config, linear=linear)
+    network = Model(victim.network.config, linear_class=linear)
     for name, tensor in tensors.items():
         put(network, name, tensor)
     return numbers(network)

@@ -76,7 +76,7 @@ KINDS = [*GROUPED] * 2  # of the projections: all meet all
 def random_model(config=CONFIG):
     """A model whose matrices have all types side by side."""
     model, count = fill(Model(config)), iter(range(100))
-    packed = Model(config, linear=PackedLinear)
+    packed = Model(config, linear_class=PackedLinear)
     for ours, theirs in zip([*packed.linears(), packed.lm_head],
                             [*model.linears(), model.lm_head]):
         for i, width in enumerate(ours.widths):
@@ -158,7 +158,7 @@ def test_a_step_in_c(tied, n_shares):
 def test_rounding_x_is_the_only_rounding(name, sparsity):
     """A product in C against float64 with x rounded as documented, and within the bound of x."""
     config = Config(300, 512, 64, 1, 1, 1, 512, context=2, tie_embeddings=True)
-    model = Model(config, linear=PackedLinear)
+    model = Model(config, linear_class=PackedLinear)
     for linear in model.linears():
         for i, width in enumerate(linear.widths):
             linear.load_weight(i, *random_tensor("Q4_0", width, linear.in_features, size=0))

@@ -65,7 +65,7 @@ def steps(model, thresholds, n_shares, n=12, cache_dtype=torch.float32):
 def run_for_sanitizers(flag):
     step.library = matrix.library = lambda: compiler.library((flag, "-g", "-O0"))
     few_bits = Config(40, 32, 96, 2, 1, 1, 32, context=40)
-    for model in (fill(Model(ODD)), fill(Model(few_bits, linear=int4_linear))):
+    for model in (fill(Model(ODD)), fill(Model(few_bits, linear_class=int4_linear))):
         logits, kept = steps(model, torch.full((2, 7), 0.2), 4, 20)
         print("fine", logits[-1].isfinite().all().item(), kept.sum().item())
     torch.set_num_threads(4)
@@ -83,7 +83,7 @@ def run_for_sanitizers(flag):
 def test_dtypes_sizes_and_threads(name, dtype, linear, cache_dtype, close):
     """1 to 16 threads, dense and with thresholds of each projection's own."""
     config = CONFIGS[name]
-    model = fill(Model(config, dtype, linear=linear))
+    model = fill(Model(config, dtype, linear_class=linear))
     plain, shape = in_float32(model), (config.n_layers, 7)
     for thresholds in (torch.full(shape, -1.0), torch.rand(shape) * 0.8):
         wanted_kept, cache = torch.zeros(shape, dtype=torch.int64), RoundedCache(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from checkpoint import load
 
-model, tokenizer = load()
+model, tokenizer = load()  # the default model, SmolLM2-135M-Instruct
 text = Path(sys.argv[1] if len(sys.argv) > 1 else "README.md").read_text(encoding="utf-8")
 first, second = torch.tensor(tokenizer.encode(text)[:1024]).chunk(2)
 
@@ -22,6 +22,7 @@ magnitudes = {}
 
 
 def look(x, linear):
+    # q, k and v are one linear, as are gate and up
     magnitudes[linear] = x.abs().flatten().sort().values
     return linear(x)
 
@@ -31,10 +32,11 @@ model.forward(first, project=look)
 
 # The threshold that drops a share s of the inputs is the s-quantile of |x|.
 def perplexity(sparsity):
-    """Of the second half, if every product drops this share of its inputs."""
+    """Perplexity of the second half when every product drops this share of its inputs."""
     def masked(x, linear):
         sorted_x = magnitudes[linear]
         threshold = sorted_x[int(sparsity * len(sorted_x))]
+        # The engine drops equal ones, too. With < here, a share of 0 drops nothing.
         return linear(torch.where(x.abs() < threshold, 0, x))  # a zero needs no row of W
 
     logits = model.logits(model.forward(second, project=masked))

@@ -26,10 +26,10 @@ class GpuDecoder:
     A step reads weights for a few milliseconds. Hundreds of small kernels, launched from Python,
     would cost as much again in gaps. So a layer is five operations: RMSNorm + q|k|v, attention
     with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down + residual. A product
-    is one kernel if all rows are read or a program has few, else two: gpu/product.py chooses.
-    Whatever changes from token to token lives in GPU memory: the token, its position, thresholds,
-    random state. So each of the two kinds of step is captured once, when it is first needed. Then
-    the host only launches replays and fetches tokens.
+    is one kernel if all rows are read or each program sums few rows, else two (select, sum rows):
+    gpu/product.py chooses. Whatever changes from token to token lives in GPU memory: the token, its
+    position, thresholds, random state. So each of the two kinds of step is captured once, when it
+    is first needed. Then the host only launches replays and fetches tokens.
 
     choose:     a function from any logits [V] to a token id, int64 [1], with GPU operations only
     generators: the torch.Generators that `choose` draws from
@@ -45,7 +45,8 @@ class GpuDecoder:
         self.thresholds = torch.full((config.n_layers, len(PROJECTIONS)), -1.0, device=device)
         self.kept = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
+        # of the last token read: embed adds 1
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.ropes = model.rope(0, cache.context)
 
         def buffer(size):
@@ -107,7 +108,7 @@ class GpuDecoder:
         """Read `token`, one position after `position`, and put the next one in its place."""
         model, cache, config = self.model, self.cache, self.model.config
         x, eps = self.x, config.norm_eps
-        embed(model, self.token, self.position, x)  # and one position on
+        embed(model, self.token, self.position, x)
         for block in model.blocks:
             before = None if config.norms_after else (block.attn_norm, eps)
             self.project(x, block.qkv, self.qkv, norm=before)
