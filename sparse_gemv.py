@@ -177,15 +177,14 @@ def finish(y, n, end, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr, fini
         if tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
             return
         y = tl.zeros_like(y)
-        for other in tl.static_range(SPLITS):
+        for i in tl.static_range(SPLITS):
             # ".cg": not from this multiprocessor's own cache, which may hold old sums
-            y += tl.load(sums_ptr + other * N + n, mask=n < end, other=0.0, cache_modifier=".cg")
+            y += tl.load(sums_ptr + i * N + n, mask=n < end, other=0.0, cache_modifier=".cg")
         tl.store(finished_ptr + tile, 0)  # for the next launch
         if squares is not None:
             squares = 0.0
-            for other in tl.static_range(SPLITS):
-                squares += tl.load(sums_ptr + SPLITS * N + other * n_tiles + tile,
-                                   cache_modifier=".cg")
+            for i in tl.static_range(SPLITS):
+                squares += tl.load(sums_ptr + SPLITS * N + i * n_tiles + tile, cache_modifier=".cg")
     if squares is not None:
         y *= tl.rsqrt(squares / K + eps)
     if scale_ptr is not None:
