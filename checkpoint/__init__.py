@@ -9,7 +9,6 @@ pickles, no code from the hub. A chat template is a program by nature, and runs 
 (chat_template.py).
 """
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -62,27 +61,28 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     if ranks is not None:
-        config, checkpoint = ranks.slim(config), dataclasses.replace(checkpoint, cut=ranks.cut)
+        config = ranks.slim(config)
         check_slices(config, checkpoint, ranks)
     advice = ["--dtype bfloat16"] * (dtype.itemsize > 2) + ["--quantize int8"] * (not quantized)
     kind = quantized or str(dtype).removeprefix("torch.")
     n_bytes = weight_bytes(config, dtype, quantized)
     if quantize == "gguf":  # which pads rows and has wider scales
-        n_bytes = 1.15 * checkpoint.files[0].stat().st_size
+        n_bytes = 1.15 * sum(file.stat().st_size for file in checkpoint.files)
     require_memory(n_bytes, device, f"the model in {kind}",
                    f"try {' or '.join([*advice, 'a smaller model'])}")
     network = Model(config, dtype, device, LINEARS.get(quantized, Linear))
     digest = Digest(ranks)
-    n_tensors = len(checkpoint.shapes)
-    for name, tensor in progress("loading", n_tensors, delay=1, of=checkpoint.tensors):
+    shapes = checkpoint.shapes
+    for name, shape in progress("loading", len(shapes), delay=1, of=shapes.items()):
+        part = ... if ranks is None else ranks.cut(name, shape)
         with checkpoint.blame_for(name):  # weights may be no numbers
+            tensor = checkpoint.read(name, part)
             groups = quantize == "gguf" and tensor.ndim == 2
             put(network, name, tensor, *([checkpoint.groups(name)] if groups else []))
         if ranks is None:
             digest.add(name, tensor)
         else:
-            shape = checkpoint.shapes[name]
-            digest.add_slice(name, tensor, shape, ranks.cut(name, shape))
+            digest.add_slice(name, tensor, shape, part)
     network.digest = digest.hexdigest()
     network.folder, network.own_config = checkpoint.folder, checkpoint.config
     if ranks is not None:

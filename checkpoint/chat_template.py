@@ -8,6 +8,7 @@ for its answer. Templates see the same environment as in transformers' `apply_ch
 """
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -74,11 +75,7 @@ def environment():
 
 def main():
     """Read a request from standard input, write {"text": ...} or {"error": ...}."""
-    try:
-        import resource
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except ImportError:  # Windows has only the time limit
-        pass
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     request = json.load(sys.stdin.buffer)
     try:
         pieces, length = [], 0

@@ -5,42 +5,24 @@ the forward pass does not compute is refused.
 """
 
 from checkpoint.rope import parse_rope
-from checkpoint.values import flag, number
+from checkpoint.values import choices, flag, number
 from model import Config
 
-FAMILIES = {  # model_type in config.json -> the architecture there
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "ministral": "MinistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_vl_text": "Qwen3VLForConditionalGeneration",
-    "smollm3": "SmolLM3ForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-}
+FAMILIES = (  # model_type in config.json
+    "llama", "mistral", "ministral", "qwen2", "qwen3", "qwen3_vl_text", "smollm3", "ministral3",
+    "olmo2", "olmo3", "granite", "granitemoehybrid", "phi3")
 DEFAULTS = {  # what a config.json means where it leaves a key out
     "": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096,
-                "max_position_embeddings": 131072},
-    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096,
-                  "max_position_embeddings": 131072},
+    **dict.fromkeys(("mistral", "ministral"), {
+        "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}),
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
     "qwen3_vl_text": {"num_key_value_heads": 32, "max_position_embeddings": 128000,
                       "head_dim": 128, "rope_theta": 5e5},
     "smollm3": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
                 "tie_word_embeddings": True},
-    "ministral3": {
-        "num_key_value_heads": 8, "max_position_embeddings": 262144, "head_dim": 128,
-        "rms_norm_eps": 1e-5, "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "mscale": 1.0,
-            "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
-            "llama_4_scaling_beta": 0.1}},
+    "ministral3": {"num_key_value_heads": 8, "max_position_embeddings": 262144, "head_dim": 128,
+                   "rms_norm_eps": 1e-5, "rope_theta": None},  # None: must be there
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
     "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
@@ -67,11 +49,7 @@ def parse_config(config, context=None):
     Raises ValueError, naming the key and its value.
     """
     model_type = check_family(config)
-    defaults = DEFAULTS[""] | DEFAULTS.get(model_type, {})
-    rope = defaults.pop("rope_parameters", None)  # counts where the file says nothing of RoPE
-    config = defaults | config
-    if config.get("rope_parameters") is None and not config.get("rope_scaling"):
-        config["rope_parameters"] = rope
+    config = DEFAULTS[""] | DEFAULTS.get(model_type, {}) | config
     for key, allowed in FIXED.items():
         if config.get(key) not in (*allowed, None):
             raise ValueError(f"config value {key} is {repr(config[key])[:100]}; only "
@@ -133,12 +111,13 @@ def check_heads(n_heads, n_kv_heads, head_dim):
 def check_family(config):
     """The model_type, if it is supported and the architecture belongs to it."""
     model_type = str(config.get("model_type"))
-    architectures = config.get("architectures") or [FAMILIES.get(model_type)]
+    name = f"{model_type.replace('_', '')}forcausallm"
+    architectures = config.get("architectures") or [name]
     if (model_type not in FAMILIES or not isinstance(architectures, list)
-            or FAMILIES[model_type] not in architectures):
+            or name not in [str(architecture).lower() for architecture in architectures]):
         raise ValueError(
             f"unsupported architecture: model_type {model_type!r}, architectures "
-            f"{architectures!r}; supported are {', '.join(FAMILIES.values())}; "
+            f"{architectures!r}; supported are {', '.join(FAMILIES)}; "
             "examples/transformers_model.py makes any transformers model sparse (README.md)")
     return model_type
 
@@ -181,12 +160,8 @@ def parse_window(config, model_type, n_layers, no_rope_layers):
         windowed = windowed[number(config, "max_window_layers", 28, low=0):]
     kinds = config.get("layer_types")
     if kinds is not None and model_type != "granitemoehybrid":
-        names = ("sliding_attention", "full_attention")
-        if (not isinstance(kinds, list) or len(kinds) != n_layers
-                or any(kind not in names for kind in kinds)):
-            raise ValueError(f"config value layer_types is {str(kinds)[:100]}; expected "
-                             f"{' or '.join(names)} for each of the {n_layers} layers")
-        named = [i for i, kind in enumerate(kinds) if kind == names[0]]
+        kinds = choices(config, "layer_types", n_layers, ("sliding_attention", "full_attention"))
+        named = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
         if named != [*windowed] and (model_type not in LAYERED or not window):
             raise ValueError(f"config value layer_types gives {len(named)} layers a window, but "
                              f"by sliding_window {len(windowed)} of this model have one")
@@ -197,12 +172,8 @@ def parse_window(config, model_type, n_layers, no_rope_layers):
 
 def parse_no_rope(config, n_layers):
     """The layers without RoPE: those with a 0 in SmolLM3's no_rope_layers; else every fourth."""
-    flags = config.get("no_rope_layers")
-    if flags is None:
+    if config.get("no_rope_layers") is None:
         step = number(config, "no_rope_layer_interval", 4)
-        flags = [int((i + 1) % step != 0) for i in range(n_layers)]
-    if (not isinstance(flags, list) or len(flags) != n_layers
-            or any(value not in (0, 1) for value in flags)):
-        raise ValueError(f"config value no_rope_layers is {str(flags)[:100]}; expected 0 or 1 for "
-                         f"each of the {n_layers} layers")
+        return tuple(range(step - 1, n_layers, step))
+    flags = choices(config, "no_rope_layers", n_layers, (0, 1))
     return tuple(i for i, value in enumerate(flags) if not value)

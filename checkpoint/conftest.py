@@ -165,7 +165,7 @@ def pair(name):
     longer = changes.get("original_max_position_embeddings") == 32
     ours = Model(parse_config(config_json, 256 if longer else None))
     state = theirs.state_dict()
-    _, read = unify(config_json, ours.config, {n: tuple(t.shape) for n, t in state.items()},
+    _, read, _ = unify(config_json, ours.config, {n: tuple(t.shape) for n, t in state.items()},
                     lambda name, part: state[name][part])
     for tensor_name in tensor_shapes(ours.config):
         put(ours, tensor_name, read(tensor_name))

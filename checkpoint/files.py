@@ -1,11 +1,11 @@
 """What every script does with files: UTF-8, whole files or none, short errors."""
 
 import contextlib
-import fcntl
 import glob
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 
@@ -13,38 +13,16 @@ from pathlib import Path
 def temporary_folder(path):
     """Yield a new hidden folder beside `path`, for what is to become `path`; removed at the end.
 
-    A killed process cannot remove its own. The next one for the same path does: what no living
-    process has locked is stale. Raises OSError.
+    A killed process cannot remove its own. Those older than a day are removed here. Raises OSError.
     """
     prefix = f".nanoteal-{path.name[:60]}-"
-    for stale in path.parent.glob(glob.escape(prefix) + "*"):
-        if (lock := lock_folder(stale)) is not None:
-            shutil.rmtree(stale, ignore_errors=True)
-            os.close(lock)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))
-    lock = lock_folder(folder)
-    try:
-        folder = folder.rename(folder.with_name(prefix + folder.name[1:]))  # locked: now visible
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def lock_folder(folder):
-    """A file descriptor that keeps others from locking a folder until it is closed or its process
-    ends; None if that is impossible."""
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except OSError:  # locked, or a file system without locks
-        os.close(lock)
-        return None
+    for left in path.parent.glob(glob.escape(prefix) + "*"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=prefix, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager

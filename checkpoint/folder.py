@@ -16,7 +16,7 @@ from checkpoint.files import one_line
 from checkpoint.folder_tokenizer import json_object, open_folder_tokenizer
 from checkpoint.opened import Checkpoint, CheckpointError, blame, refuse_stand_in
 from checkpoint.tensors import METHODS, VERSION, check_shapes, is_quantized
-from checkpoint.unify import stored_names, unify
+from checkpoint.unify import unify
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PICKLES = ("is a pickle, which can run code when loaded and is never read; convert it to "
@@ -65,10 +65,9 @@ def open_folder(folder):
         for name, (_, shape, dtype) in found.items():
             check_dtype(name, shape, dtype, quantized)
         stored = {name: shape for name, (_, shape, _) in found.items()}
-        places = {name: (name, 0) for name in stored}
+        origins = {name: name for name in stored}
         if not quantized:  # quantize.py writes what `unify` made
-            places = stored_names(config, stored)[1]
-            stored, read = unify(config_json, config, stored, read)
+            stored, read, origins = unify(config_json, config, stored, read)
         shapes = check_shapes(config, stored, quantized)
         if config.tie_embeddings and "lm_head.weight" in stored:  # harmless if it says the same
             if not torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
@@ -76,8 +75,9 @@ def open_folder(folder):
                                  "tie_word_embeddings in config.json says so; set it to false")
     tokenizer, files = open_folder_tokenizer(folder, config_json, config.vocab_size)
     files = [config_file, *shards, *files]
-    return Checkpoint(config, tokenizer, files, shapes, read, config_json, quantized, folder,
-                      source=lambda name: found[places[name][0]][0])
+    sources = {name: found[origins[name]][0] for name in shapes}
+    return Checkpoint(config, tokenizer, files, shapes, read, sources, config_json, quantized,
+                      folder)
 
 
 def parse_quantization(config):

@@ -20,18 +20,15 @@ NAMES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
          "generation_config.json", "chat_template.jinja")
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
-# Keys of generation_config.json that would change the text and that nothing here computes, and
-# the values at which they do nothing.
-LEFT_OUT = {
-    **dict.fromkeys((
-        "bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers",
-        "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id",
-        "forced_eos_token_id", "min_new_tokens", "penalty_alpha", "sequence_bias",
-        "stop_strings", "suppress_tokens", "top_h", "watermarking_config"), ()),
-    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-                     "epsilon_cutoff", "eta_cutoff"), (0,)),
-    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale", "num_beams"),
-                    (1,))}
+# Keys of generation_config.json that would change the text and that nothing here computes. Empty, 0
+# and 1 turn them off.
+LEFT_OUT = (
+    "bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers",
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id",
+    "forced_eos_token_id", "guidance_scale", "min_length", "min_new_tokens",
+    "no_repeat_ngram_size", "num_beams", "penalty_alpha", "sequence_bias", "stop_strings",
+    "suppress_tokens", "top_h", "typical_p", "watermarking_config")
 TEXT_LIMIT = 24 << 20  # bytes; the largest tokenizer.json known here, Llama-3's, takes 17 MB
 
 
@@ -54,8 +51,7 @@ def open_folder_tokenizer(folder, config_json, vocab_size):
     eos = generation.get("eos_token_id")
     if eos in (None, []):  # without it, what the model was trained with
         eos = config_json.get("eos_token_id")
-    left_out = [key for key, off in LEFT_OUT.items()
-                if generation.get(key) not in (None, [], {}, *off)]
+    left_out = [key for key in LEFT_OUT if generation.get(key) not in (None, [], {}, 0, 1)]
     if left_out:
         print(f"{folder / NAMES[3]} asks for {', '.join(left_out)}, which is left out here",
               file=sys.stderr)

@@ -14,14 +14,13 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import Q4_K, dequantize
 
-from checkpoint.config import FAMILIES, parse_config
+from checkpoint.config import parse_config
 from checkpoint.files import one_line
 from checkpoint.gguf_container import read_parts
 from checkpoint.gguf_tokenizer import open_gguf_tokenizer
 from checkpoint.opened import Checkpoint, CheckpointError
-from checkpoint.rope import parse_rope
 from checkpoint.tensors import check_shapes
-from checkpoint.unify import stored_names, unify
+from checkpoint.unify import unify
 from cpu.packed import Groups
 
 CHUNK = 1 << 17  # weights dequantized at a time; they stay in the cache, twice as fast as all
@@ -58,9 +57,9 @@ def open_gguf(file):
     try:
         gguf = GGUFFile(file)
         config_json = gguf.config()
-        config_json |= gguf.rope(parse_config(config_json))
+        config_json |= gguf.rope(parse_config(config_json).head_dim)
         config = parse_config(config_json)
-        shapes, read = unify(config_json, config, gguf.shapes(), gguf.read)
+        shapes, read, origins = unify(config_json, config, gguf.shapes(), gguf.read)
         shapes = check_shapes(config, shapes)
         tokenizer = open_gguf_tokenizer(gguf.metadata, config.vocab_size,
                                         config_json["eos_token_id"])
@@ -72,16 +71,14 @@ def open_gguf(file):
                    for name, (shape, quant, *_) in gguf.tensors.items()
                    if name.startswith("blk.") and len(shape) == 2)
 
-    def source(name):
-        return gguf.tensors[gguf.names[stored_names(config, gguf.shapes())[1][name][0]]][3]
-
-    matrices = {gguf.tensors[gguf.names[name]][1].name for name, shape in shapes.items()
-                if name in gguf.names and len(shape) == 2}
+    stored = {name: gguf.tensors[gguf.names[origins[name]]] for name in shapes}
+    matrices = {quant.name for shape, quant, *_ in stored.values() if len(shape) == 2}
     # unify() changes some families' weights
     own = matrices <= GROUPED.keys() and gguf.arch not in ("granite", "phi3")
+    sources = {name: path for name, (*_, path) in stored.items()}
     files = sorted({path for *_, path in gguf.tensors.values()})
-    return Checkpoint(config, tokenizer, files, shapes, read, config_json, few_bits=few_bits,
-                      source=source, groups=gguf.groups if own else None)
+    return Checkpoint(config, tokenizer, files, shapes, read, sources, config_json,
+                      few_bits=few_bits, groups=gguf.groups if own else None)
 
 
 # ---- what the file means ------------------------------------------------------------------------
@@ -148,11 +145,8 @@ class GGUFFile:
             windowed = ["sliding_attention" if flag else "full_attention" for flag in windowed]
         ends = [self.metadata.get(f"tokenizer.ggml.{role}_token_id")
                 for role in ("eos", "eot", "eom")]
-        if not all(i is None or isinstance(i, int) for i in ends):
-            raise ValueError("its tokenizer.ggml.eos_token_id, or eot or eom, is no id of a token")
         config = {
             "model_type": model_type,
-            "architectures": [FAMILIES[model_type]],
             "vocab_size": self.tensors["token_embd.weight"][0][0],
             "hidden_size": self.get("embedding_length"),
             "intermediate_size": self.get("feed_forward_length"),
@@ -165,7 +159,6 @@ class GGUFFile:
             "layer_types": windowed,
             "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon"),
             "rope_theta": self.get("rope.freq_base", 10000.0),
-            "rope_parameters": {},  # a config.json may mean YaRN without saying so
             "rope_scaling": self.rope_scaling(),
             "attention_bias": "blk.0.attn_q.bias" in self.tensors,
             "tie_word_embeddings": "output.weight" not in self.tensors,
@@ -203,36 +196,34 @@ class GGUFFile:
                                                self.get("rope.scaling.yarn_attn_factor")),
                   "beta_fast": self.get("rope.scaling.yarn_beta_fast"),
                   "beta_slow": self.get("rope.scaling.yarn_beta_slow"),
+                  "mscale": 1.0,
+                  "mscale_all_dim": self.get("rope.scaling.yarn_log_multiplier"),
                   "llama_4_scaling_beta": growth}
-        if self.get("rope.scaling.yarn_log_multiplier"):
-            values |= {"mscale": 1.0,
-                       "mscale_all_dim": self.get("rope.scaling.yarn_log_multiplier")}
         return {"rope_type": kind, **{k: v for k, v in values.items() if v is not None}}
 
-    def rope(self, config):
-        """What a config.json says of RoPE that GGUF keeps in tensors; config: without it."""
+    def rope(self, head_dim):
+        """What a config.json says of RoPE that GGUF keeps in tensors: divisors, as for longrope."""
         def read(name):
             if name not in self.tensors:
                 raise ValueError(f"tensor {name} is missing")
-            if math.prod(self.tensors[name][0]) > config.head_dim:
+            if math.prod(self.tensors[name][0]) > head_dim:
                 raise ValueError(f"tensor {name} has shape {list(self.tensors[name][0])}, more "
-                                 f"than a head of {config.head_dim} dimensions needs")
-            return self.read(name).flatten()
+                                 f"than a head of {head_dim} dimensions needs")
+            return self.read(name).flatten().tolist()
 
-        if "rope_freqs.weight" in self.tensors:
-            return {"rope_scaling": llama3_scaling(read("rope_freqs.weight"), config)}
-        found, turned = {}, self.get("rope.dimension_count", config.head_dim)
-        if turned != config.head_dim:  # Phi-4-mini
+        found, turned = {}, self.get("rope.dimension_count", head_dim)
+        if turned != head_dim:  # Phi-4-mini
             # half a dimension more, because the product with head_dim is rounded down
-            found["partial_rotary_factor"] = (turned + 0.5) / config.head_dim
-        if "rope_factors_short.weight" in self.tensors:
-            found["rope_scaling"] = {
-                "rope_type": "longrope",
-                "short_factor": read("rope_factors_short.weight").tolist(),
-                "long_factor": read("rope_factors_long.weight").tolist(),
-                "attention_factor": self.get("rope.scaling.attn_factor")}
-            found["original_max_position_embeddings"] = self.get(
-                "rope.scaling.original_context_length")
+            found["partial_rotary_factor"] = (turned + 0.5) / head_dim
+        freqs, short, long = ROPE_TENSORS
+        original, factor = (self.get(f"rope.scaling.{key}")
+                            for key in ("original_context_length", "attn_factor"))
+        if freqs in self.tensors:  # Llama 3's: the same for texts of every length
+            short, long, original, factor = freqs, freqs, self.get("context_length"), 1.0
+        if short in self.tensors:
+            found["original_max_position_embeddings"] = original
+            found["rope_scaling"] = {"rope_type": "longrope", "short_factor": read(short),
+                                     "long_factor": read(long), "attention_factor": factor}
         return found
 
     def shapes(self):
@@ -265,24 +256,6 @@ class GGUFFile:
             row_bytes = len(raw) // shape[0]
             raw = raw.reshape(n_heads, -1, 2, row_bytes).swapaxes(1, 2)
         return shape, quant, raw
-
-
-def llama3_scaling(divisors, config):
-    """The rope_scaling of a config.json for the divisors of RoPE's frequencies, [head_dim / 2].
-
-    GGUF keeps only this result of Llama-3's scaling. All Llama-3 models share its parameters
-    except the factor, which is the divisor of the lowest frequency. So guess, and compare.
-    """
-    scaling = {"rope_type": "llama3", "factor": divisors.flatten()[-1].item(),
-               "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
-    expected = parse_rope({"rope_theta": config.rope_theta, "rope_scaling": scaling,
-                           "max_position_embeddings": 8192}, config.head_dim)["rope_divisors"]
-    expected = torch.tensor(expected)
-    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
-        raise ValueError("its rope_freqs.weight does not follow Llama-3's formula, the only one "
-                         "supported")
-    return scaling
 
 
 def hf_name(name, arch):

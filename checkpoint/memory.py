@@ -32,16 +32,14 @@ def free_in_container():
     """Bytes that Linux's control groups leave this process; infinity without a limit."""
     free = math.inf
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, kind, path = line.split(":", 2)  # 0::/a/b in version 2, 4:memory:/a/b in version 1
-        names = ("limit_in_bytes", "usage_in_bytes") if kind else ("max", "current")
-        cache_name = "total_inactive_file" if kind else "inactive_file"
+        _, kind, path = line.split(":", 2)  # 0::/a/b; a kind is one of version 1, which is not read
         # The limits of all groups around this one count. A container may see its own as /.
-        for group in (Path(path), *Path(path).parents):
+        for group in () if kind else (Path(path), *Path(path).parents):
             try:
-                file = f"/sys/fs/cgroup/{kind}{group}/memory."
-                limit, used = (int(Path(file + name).read_text()) for name in names)
+                file = f"/sys/fs/cgroup{group}/memory."
+                limit, used = (int(Path(file + name).read_text()) for name in ("max", "current"))
                 stat = Path(file + "stat").read_text().split()
-                cache = int(stat[stat.index(cache_name) + 1])  # of files; given back on demand
+                cache = int(stat[stat.index("inactive_file") + 1])  # given back on demand
                 free = min(free, max(0, limit - used + cache))
             except (OSError, ValueError):  # the group is hidden, or its limit is "max"
                 pass

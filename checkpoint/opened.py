@@ -14,11 +14,6 @@ from cpu.packed import Groups
 from model import Config
 
 
-def whole(name, shape):
-    """The slices that are all of a tensor."""
-    return (slice(None),) * len(shape)
-
-
 class CheckpointError(ValueError):
     """One sentence: which file, what is wrong with it, and what to do if anything helps."""
 
@@ -31,41 +26,36 @@ class Checkpoint:
     tokenizer: Tokenizer
     files: list[Path]  # all that it consists of
     shapes: dict[str, tuple]  # Hugging Face tensor name -> shape, exactly those the model needs
-    read: Callable[..., torch.Tensor]  # name, slices -> tensor on the CPU
+    read: Callable[..., torch.Tensor]  # name, slices (default: all) -> tensor on the CPU
+    sources: dict[str, Path]  # a tensor's name -> the file that holds it
     config_json: dict  # what `config` was made from
     quantized: str | None = None  # "int8" or "int4" if quantize.py wrote it
     folder: Path | None = None  # with config.json; None for a single file
     few_bits: bool = False  # its matrices have 8 bits or fewer, in blocks of a GGUF file
-    source: Callable[[str], Path] | None = None  # a tensor's name -> the file that holds it
-    cut: Callable = whole  # name, shape -> the slices of a tensor that are read
     # name of a matrix -> its cpu.packed.Groups; None where some matrix has none
     groups: Callable[..., Groups] | None = None
 
     @property
     def tensors(self):
         """Every (name, tensor), each read when it is asked for."""
-        for name, shape in self.shapes.items():
+        for name in self.shapes:
             with self.blame_for(name):
-                tensor = self.read(name, self.cut(name, shape))
+                tensor = self.read(name)
             yield name, tensor
 
     def blame_for(self, name):
         """`blame`, for the file that holds this tensor."""
-        return blame(lambda: self.source(name) if self.source else self.files[0])
+        return blame(self.sources[name])
 
 
 @contextlib.contextmanager
 def blame(path):
-    """Turn an error about a file's or folder's content into a CheckpointError that names it.
-
-    path: of the file, or a function that finds it
-    """
+    """Turn an error about a file's or folder's content into a CheckpointError that names it."""
     try:
         yield
     except CheckpointError:
         raise
     except (OSError, SafetensorError, ValueError) as error:
-        path = path() if callable(path) else path
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from None
 
 

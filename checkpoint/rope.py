@@ -94,31 +94,23 @@ def rope_settings(config):
     New configs keep all of RoPE in rope_parameters, old ones in rope_theta and rope_scaling.
     """
     new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
-    if not isinstance(new, dict) or not isinstance(old, dict):
+    if config.get("model_type") == "olmo3" and isinstance(new, dict) and new:
+        # Layers with a window have the plain RoPE: `Config.plain_rope_layers`.
+        windowed, new = (new[key] if isinstance(new.get(key), dict) else {}
+                         for key in ("sliding_attention", "full_attention"))
+        plain = {"rope_type": "default", "rope_theta": new.get("rope_theta")}
+        if {"rope_type": "default"} | windowed != plain:
+            raise ValueError(f"config value rope_parameters is {config['rope_parameters']!r}; "
+                             "expected one object for full_attention and one for "
+                             "sliding_attention, the latter plain RoPE of the same rope_theta")
+    if (not isinstance(new, dict) or not isinstance(old, dict)
+            or any(isinstance(value, dict) for value in (*new.values(), *old.values()))):
         raise ValueError(f"config value rope_scaling is {old or new!r}; expected one flat object "
                          "for all layers")
-    rope = old or new
-    if config.get("model_type") == "olmo3":
-        # Layers with a window have the plain RoPE: `Config.plain_rope_layers`.
-        windowed, full = new.get("sliding_attention") or {}, new.get("full_attention") or {}
-        if new and not full and not windowed:
-            raise ValueError(f"config value rope_parameters is {new!r}; expected one object for "
-                             "full_attention and one for sliding_attention")
-        if (not isinstance(full, dict) or not isinstance(windowed, dict)
-                or windowed.get("rope_type", "default") != "default"
-                or windowed.get("rope_theta") not in (None, full.get("rope_theta"))):
-            raise ValueError(f"config value rope_parameters has {windowed!r} for layers with a "
-                             "window; only the plain RoPE, theta as in the others, is supported")
-        rope = {"rope_type": "default"} | full | old
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"config value rope_scaling is {rope!r}; expected one flat object for "
-                         "all layers")
-    if old and config.get("model_type") != "olmo3":  # only it counts, as in transformers
-        for key, default in {"rope_theta": None, "partial_rotary_factor": 1.0}.items():
-            found = rope.get(key, config.get(key, default))
-            if found is not None and new.get(key) not in (None, found):
-                raise ValueError(f"config value {key} is {new[key]!r} in rope_parameters, but "
-                                 f"{found!r} beside rope_scaling; remove one of the two")
+    if old and new and new | old != new:
+        raise ValueError(f"config value rope_scaling is {old!r}, but rope_parameters is {new!r}; "
+                         "write into the latter what counts, and remove the former")
+    rope = new or old
     names = [str(rope[key]) for key in ("rope_type", "type") if rope.get(key) is not None]
     if config.get("model_type") == "phi3":  # its names in old configs of this family
         names = ["longrope" if name in ("su", "yarn") else name for name in names]

@@ -104,14 +104,14 @@ def test_every_key_of_generation_config(tmp_path, capsys):
                               "repetition_penalty": 1}), "do_sample", "eos_token_id"}
     keys = {key for key in transformers.GenerationConfig().to_dict()
             if not key.startswith(("output_", "assistant_", "num_assistant"))}
-    assert keys <= harmless | honoured | LEFT_OUT.keys() and not harmless & LEFT_OUT.keys()
+    assert keys <= harmless | honoured | {*LEFT_OUT} and not harmless & {*LEFT_OUT}
     plain = {key: 0 for key in ("min_length", "no_repeat_ngram_size")} | {"num_beams": 1}
     write_folder(tmp_path / "m", generation_config=plain | {"bad_words_ids": None})
     open_checkpoint(tmp_path / "m")
     assert capsys.readouterr().err == ""
     write_folder(tmp_path / "m", generation_config={"num_beams": 4, "stop_strings": ["x"]})
     open_checkpoint(tmp_path / "m")
-    assert "asks for stop_strings, num_beams, which is left out" in capsys.readouterr().err
+    assert "asks for num_beams, stop_strings, which is left out" in capsys.readouterr().err
 
 
 # ---- control tokens, and the continuation of a text --------------------------------------------

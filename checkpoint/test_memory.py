@@ -20,28 +20,20 @@ from cli import quantize_folder
 G = 1 << 30
 
 
-def v2(limit, used, cache):
+def group(limit, used, cache):
     return {"max": limit, "current": used,
             "stat": f"anon 5\nfile 7\ninactive_file {cache}\nactive_file 4"}
-
-
-def v1(limit, used, cache):
-    return {"limit_in_bytes": limit, "usage_in_bytes": used,
-            "stat": f"inactive_file 3\ntotal_inactive_file {cache}"}
 
 
 @pytest.mark.parametrize("groups_of_process, groups, expected", [
     ("", {}, math.inf),
     ("0::/", {}, math.inf),  # no container
-    ("0::/", {"/": v2(8 * G, 3 * G, G)}, 6 * G),
-    ("0::/", {"/": v2("max", 3 * G, G)}, math.inf),
+    ("0::/", {"/": group(8 * G, 3 * G, G)}, 6 * G),
+    ("0::/", {"/": group("max", 3 * G, G)}, math.inf),
     # the limit of the group around this one
-    ("0::/a/b", {"/a/b": v2("max", G, 0), "/a": v2(4 * G, 3 * G, 0)}, G),
-    ("0::/a", {"/a": v2(G, G + 5, 0)}, 0),
-    ("9:name=systemd:/x\n4:memory:/docker/id\n0::/docker/id", {"memory/": v1(8 * G, 5 * G, G)},
-     4 * G),
-    ("4:memory:/a:b\n1:cpu:/k", {"memory/a:b": v1(3 * G, G, 0), "memory/": v1(1 << 62, 5 * G, G)},
-     2 * G),
+    ("0::/a/b", {"/a/b": group("max", G, 0), "/a": group(4 * G, 3 * G, 0)}, G),
+    ("0::/a", {"/a": group(G, G + 5, 0)}, 0),
+    ("4:memory:/a\n0::/b", {"/a": group(G, 0, 0), "/b": group(3 * G, G, 0)}, 2 * G),
 ])
 def test_containers(monkeypatch, groups_of_process, groups, expected):
     files = {"/proc/self/cgroup": groups_of_process}

@@ -57,9 +57,9 @@ def test_a_rank_reads_its_slices(saved):
     opened = open_checkpoint(saved[0])
     whole = dict(opened.tensors)
     for rank in range(2):
-        opened.cut = Ranks(rank, 2).cut
-        for name, tensor in opened.tensors:
-            assert torch.equal(tensor, whole[name][opened.cut(name, tuple(whole[name].shape))])
+        for name, shape in opened.shapes.items():
+            part = Ranks(rank, 2).cut(name, shape)
+            assert torch.equal(opened.read(name, part), whole[name][part])
 
 
 PHI = LLAMA | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
@@ -69,10 +69,12 @@ NAME = "model.layers.0.self_attn.qkv_proj.weight"
 def test_no_row_of_another_part_is_read():
     config = parse_config(PHI)  # 4 heads of 8 channels
     asked = []
-    shapes, read = unify(PHI, config, {NAME: (96, 32)},
-                         lambda name, part: asked.append((name, part)) or torch.zeros(8, 32))
+    shapes, read, origins = unify(
+        PHI, config, {NAME: (96, 32)},
+        lambda name, part: asked.append((name, part)) or torch.zeros(8, 32))
     k = NAME.replace("qkv", "k")
     assert shapes == {NAME.replace("qkv", part): (32, 32) for part in "qkv"}
+    assert {*origins.values()} == {NAME}
     read(k)
     read(k, (slice(16, 24), slice(None)))
     assert asked == [(NAME, (slice(32, 64),)), (NAME, (slice(48, 56), slice(None)))]
@@ -214,13 +216,13 @@ def test_layers_of_olmo3():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"layer_types": ["full_attention"]}, "layer_types is .*each of the 4 layers"),
+    ({"layer_types": ["full_attention"]}, "layer_types is .*a list of 4 values, sliding_at"),
     ({"layer_types": [["full_attention"]] * 4}, "layer_types is "),
-    ({"rope_parameters": {"full_attention": 3}}, "rope_parameters has"),
+    ({"rope_parameters": {"full_attention": 3}}, "the latter plain RoPE"),
     ({"rope_parameters": {"full_attention": ROPE["yarn"], "sliding_attention": ROPE["yarn"]}},
-     "for layers with a window"),
+     "the latter plain RoPE"),
     ({"rope_parameters": {"full_attention": ROPE["yarn"],
-                          "sliding_attention": {"rope_theta": 99.0}}}, "for layers with a window")])
+                          "sliding_attention": {"rope_theta": 99.0}}}, "the latter plain RoPE")])
 def test_olmo3_config_errors(change, words):
     with pytest.raises(ValueError, match=words):
         parse_config(OLMO | change)

@@ -25,7 +25,8 @@ FUSED = {"qkv_proj": "qkv", "gate_up_proj": "gate_up"}  # the projections of a s
 
 
 def unify(config_json, config, stored, read):
-    """What a checkpoint holds -> the same as Llama would hold it: ({name: shape}, read).
+    """What a checkpoint holds -> the same as Llama would hold it: ({name: shape}, read, {name: its
+    name in the files}).
 
     config_json, config: the same in a config.json's words and in those of `Config`
     stored: {name: shape} in the files
@@ -49,7 +50,7 @@ def unify(config_json, config, stored, read):
             tensor = tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
         return tensor
 
-    return shapes, read_unified
+    return shapes, read_unified, {name: stored_name for name, (stored_name, _) in places.items()}
 
 
 def stored_names(config, stored):

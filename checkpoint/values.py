@@ -22,10 +22,18 @@ def flag(config, key, default=False):
     return bool(value)
 
 
+def choices(config, key, length, allowed=None):
+    """A list of so many values, each of them one of `allowed`."""
+    values = config.get(key)
+    if (not isinstance(values, list) or len(values) != length
+            or allowed and any(value not in allowed for value in values)):
+        kinds = " or ".join(map(str, allowed or ["numbers"]))
+        raise ValueError(f"config value {key} is {str(values)[:80]}; expected a list of {length} "
+                         f"values, {kinds}")
+    return values
+
+
 def numbers(config, key, length):
     """A list of so many positive numbers."""
-    values = config.get(key)
-    if not isinstance(values, list) or len(values) != length:
-        raise ValueError(f"config value {key} is {str(values)[:80]}; expected a list of {length} "
-                         "numbers")
-    return [number({key: value}, key, None, 1e-6, 1e8, float) for value in values]
+    return [number({key: value}, key, None, 1e-6, 1e8, float)
+            for value in choices(config, key, length)]
