@@ -15,7 +15,7 @@ from model import cpu_dtype
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 PIECE = 1 << 20  # weights unpacked at a time; they stay in the cache
 BLOCK = 384  # columns: a multiple of every type's block
-MOST = 3840  # columns that C unpacks at a time
+MOST = 3840  # columns that C unpacks at a time: its TILE
 MOST_THREADS = 64
 
 

@@ -17,7 +17,6 @@ from lm_head import LARGEST_V, certificate_for, limits
 from model import SITES
 
 QK_NORMS = {None: 0, "head": 1, "all": 2}
-PAD = 12  # entries that C reads past the end of a list of rows
 MOST_SHARES = 64
 Reduce = ctypes.CFUNCTYPE(None, POINTER(c_float), c_int32)
 
@@ -32,7 +31,7 @@ class Layer(ctypes.Structure):
 class Bounds(ctypes.Structure):
     _fields_ = [*((name, c_void_p) for name in ("q", "scale", "error", "norm", "seen")),
                 ("penalty", c_float), ("top", c_int32), ("fill", c_float), ("limit", c_float),
-                ("largest", c_float),
+                ("largest_v", c_float),
                 *((name, c_void_p) for name in ("upper", "lower", "read", "v"))]
 
 
@@ -43,16 +42,16 @@ class Rope(ctypes.Structure):
 class CModel(ctypes.Structure):
     _fields_ = [*((name, c_int32) for name in (
                     "n_layers", "hidden", "inter", "heads", "kv_heads", "head_dim", "vocab",
-                    "context", "cache_dtype", "embedding_dtype", "qk_norm", "norms_after",
-                    "n_ropes", "largest", "n_shares")),
-                ("eps", c_float), ("growth", c_float), ("growth_at", c_float),
-                ("layers", POINTER(Layer)), ("ropes", POINTER(Rope)), ("head", Matrix),
-                ("bounds", Bounds), ("embedding", c_void_p),
-                ("packed_embedding", POINTER(CPacked)), ("norm", c_void_p), ("reduce", Reduce),
-                ("sums", c_void_p * 2),
+                    "context", "cache_dtype", "embedding_dtype", "n_ropes", "qk_norm",
+                    "norms_after")),
+                *((name, c_float) for name in ("growth", "growth_at", "eps")),
+                ("layers", POINTER(Layer)), ("ropes", POINTER(Rope)), ("embedding", c_void_p),
+                ("packed_embedding", POINTER(CPacked)), ("norm", c_void_p), ("head", Matrix),
+                ("bounds", POINTER(Bounds)), ("reduce", Reduce), ("positions", c_void_p),
+                ("n_shares", c_int32), ("largest_k", c_int32), ("sums", c_void_p * 2),
                 *((name, c_void_p) for name in (
                     "attended", "mlp", "added", "logits", "x", "h", "y", "qkv", "turns", "scores",
-                    "up", "fresh", "kept_x", "kept_k", "positions", "team")),
+                    "up", "kept_x", "kept_k", "team")),
                 ("token", c_int32), ("position", c_int32)]
 
 
@@ -114,7 +113,7 @@ class CStep:
             embedding_dtype=DTYPES[torch.int8 if packed else table.dtype],
             qk_norm=QK_NORMS[config.qk_norm],
             norms_after=config.norms_after, n_ropes=len(kinds),
-            largest=max(linear.in_features for linear in model.linears()), n_shares=n_shares,
+            largest_k=max(linear.in_features for linear in model.linears()), n_shares=n_shares,
             eps=config.norm_eps, growth=growth, growth_at=growth_at, layers=layers, ropes=ropes,
             embedding=None if packed else self.at(table), norm=self.floats(model.norm),
             reduce=self.reduce(model))
@@ -136,13 +135,14 @@ class CStep:
 
     def describe_bounds(self, top, seen, penalty):
         """The struct of the LM head's bounds."""
-        b, m, (limit, fill) = self.m.bounds, self.m, limits(torch.float32)
+        b, m, (limit, fill) = Bounds(), self.m, limits(torch.float32)
         b.q, b.top, b.limit, b.fill = self.at(self.bounds.q), top, limit, fill
         b.scale, b.error, b.norm = (self.at(row) for row in self.bounds.rows)
         b.penalty, b.seen = penalty, None if seen is None else self.at(seen)
         b.upper, b.lower = (self.at(torch.zeros(m.vocab)) for _ in range(2))
-        b.largest, b.read = LARGEST_V, self.at(self.head_rows)
+        b.largest_v, b.read = LARGEST_V, self.at(self.head_rows)
         b.v = self.at(torch.zeros(m.n_shares, m.hidden, dtype=torch.int16))
+        m.bounds = ctypes.pointer(b)
 
     def reduce(self, model):
         """What adds up y over all ranks, as a function for C; NULL where there is one rank."""
@@ -166,13 +166,12 @@ class CStep:
                   "added": (config.hidden_size,), "x": (n, config.hidden_size),
                   "h": (n, config.hidden_size), "y": (n, config.hidden_size), "qkv": (n, n_qkv),
                   "turns": (n, m.n_ropes, d), "scores": (n, cache.context),
-                  "up": (n, config.intermediate_size), "kept_x": (n, m.largest + PAD)}
+                  "up": (n, config.intermediate_size), "kept_x": (n, m.largest_k)}
         for name, shape in shapes.items():
             setattr(m, name, self.at(torch.zeros(shape)))
         m.logits = self.at(logits)
-        m.fresh = self.at(torch.zeros(n, 2, config.n_kv_heads, d, dtype=cache.k.dtype))
-        m.kept_k = self.at(torch.zeros(n, m.largest + PAD, dtype=torch.int32))
-        m.positions = self.at(torch.arange(cache.context + PAD, dtype=torch.int32))
+        m.kept_k = self.at(torch.zeros(n, m.largest_k, dtype=torch.int32))
+        m.positions = self.at(torch.arange(cache.context, dtype=torch.int32))
         return logits
 
     def at(self, tensor):
