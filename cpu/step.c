@@ -45,16 +45,13 @@ INLINE int bytes_of(const int dtype) {
     return dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2;
 }
 
-// Appendix A reads numbers of every dtype as floats: number i of an array, LANES numbers from i on,
-// LANES floats; and writes one.
-INLINE float get(const void *array, int64_t i, const int dtype);
-INLINE Floats get_lanes(const void *array, int64_t i, const int dtype);
-INLINE Floats lanes_at(const float *array);
-static void put(void *array, int64_t i, float x, int dtype);
-
-// The product of x [n] and a row; e^x. Both are in appendix A.
-static float dot(const float *x, const void *row, int n, int dtype);
-INLINE float exponential(float x);
+// Appendix A has these:
+INLINE float get(const void *array, int64_t i, const int dtype);         // number i of an array
+INLINE Floats get_lanes(const void *array, int64_t i, const int dtype);  // LANES of them, from i on
+INLINE Floats lanes_at(const float *array);                              // LANES floats
+static void put(void *array, int64_t i, float x, int dtype);             // writes number i
+static float dot(const float *x, const void *row, int n, int dtype);     // x [n] times a row
+INLINE float exponential(float x);                                       // e^x
 
 // ---- TEAL: sums of the rows that matter -------------------------------------------------------
 
@@ -229,7 +226,7 @@ static void add_rows(float *y, const Matrix *a, int part, int first, int width, 
 }
 
 // A share of x [K] times a matrix, into the sums of its row share. Each share lists the kept rows
-// anew: that is cheaper than another barrier.
+// anew: that spares a barrier.
 static void product(const Model *m, const Matrix *a, const float *x, int worker, int share,
                     float *sums) {
     int n_rows = row_shares(m), n_columns = m->n_shares / n_rows;
@@ -327,7 +324,7 @@ static void prepare_heads(const Model *m, const Layer *layer, const float *turns
 }
 
 // The share's part of the token's k and v, into the cache.
-static void remember(const Model *m, const Layer *layer, const float *qkv, int share) {
+static void store_kv(const Model *m, const Layer *layer, const float *qkv, int share) {
     int d = m->head_dim, kv_heads = m->kv_heads, of = m->n_shares;
     const float *k = qkv + m->heads * d, *v = k + kv_heads * d;
     for (int kv = kv_heads * share / of; kv < kv_heads * (share + 1) / of; kv++)
@@ -417,12 +414,12 @@ static void logits(const Model *m, const float *h, int share) {
 // ---- the workers ------------------------------------------------------------------------------
 
 struct Team {
-    int32_t active;         // how many workers take part in this token
-    Threads *threads;       // appendix D
-    char line0[64];         // each counter below has a line of the cache to itself
-    int32_t arrived;        // how many have come to the barrier
+    int32_t active;      // how many workers take part in this token
+    Threads *threads;    // appendix D
+    char line0[64];      // each counter below has a line of the cache to itself
+    int32_t arrived;     // how many have come to the barrier
     char line1[64];
-    int32_t generation;     // how many barriers were opened
+    int32_t generation;  // how many barriers were opened
     char line2[64];
 };
 
@@ -472,7 +469,7 @@ static void decode(const Model *m, int worker) {
         FOR_SHARES product(m, &layer->qkv, in, worker, share, m->sums[0]);
         barrier(team);
         prepare_heads(m, layer, turns, qkv);
-        FOR_SHARES remember(m, layer, qkv, share);
+        FOR_SHARES store_kv(m, layer, qkv, share);
         barrier(team);
         FOR_SHARES attention(m, layer, qkv, scores, share);
         barrier(team);
@@ -1216,7 +1213,7 @@ void step(Model *m, int32_t token, int32_t position) {
     m->token = token;
     m->position = position;
     int64_t start = nanoseconds();
-    // The number of workers is part of the job: one who wakes late must know whether it was meant.
+    // The number of workers is part of the job: one that wakes late must know if it takes part.
     give_job(t, ((t->job >> 8) + 1) << 8 | m->team->active);
     decode(m, 0);
     adapt(m->team, nanoseconds() - start);
