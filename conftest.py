@@ -60,6 +60,13 @@ def smollm():
     return checkpoint.load()
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder that keeps this test's calibrations; the user's keeps the compiled step.c."""
+    monkeypatch.setattr("calibrations.thresholds.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
 # ---- kernels -----------------------------------------------------------------------------------
 
 @pytest.fixture

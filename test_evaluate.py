@@ -93,9 +93,8 @@ def test_the_best_calibration_of_each_allocation(model, calibration, monkeypatch
 # ---- the command line --------------------------------------------------------------------------
 
 @pytest.fixture
-def evaluated(run, model, calibration, tmp_path, monkeypatch):
+def evaluated(run, model, calibration, cache, tmp_path, monkeypatch):
     """Runs evaluate.py on the tiny model."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("cli.command_line.load", lambda *args, **options: (model, Letters()))
     text = "The quick brown fox jumps over the lazy dog. " * 12  # 540 tokens
     (tmp_path / "text").write_text(text)

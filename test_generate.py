@@ -277,37 +277,33 @@ def test_every_process_writes_the_same_text(run, tiny, tmp_path, closed, request
 
 # ---- thresholds --------------------------------------------------------------------------------
 
-def test_first_sparse_run_calibrates(run, tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_first_sparse_run_calibrates(run, tiny, cache):
     words = ["--model", tiny, "--prompt", "abc", "--max-new-tokens", 30, *GREEDY, "--sparsity"]
     one, two = run(generate.main, *words, 0.71), run(generate.main, *words, 0.71)
     assert one.code == two.code == 0 and one.out == two.out
     assert "no calibration" in one.err and "no calibration" not in two.err
-    file, = (tmp_path / "nanoteal").glob("calibration-*.safetensors")
+    file, = cache.glob("calibration-*.safetensors")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     assert metadata["source"] == "calibrations/text.txt" and metadata["allocation"] == "fisher"
     assert metadata["tokens"] == "2048" and metadata["window"] == "64"  # the model's context
 
 
-def test_a_calibration_that_is_not_kept(run, tiny, tmp_path, monkeypatch):
+def test_a_calibration_that_is_not_kept(run, tiny, cache, monkeypatch):
     """Where it cannot be written, the run goes on; after Ctrl-C there is none."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    cache.write_text("")  # a file, and no folder
     monkeypatch.setitem(calibrate.ALLOCATE, "fisher", calibrate.ALLOCATE["uniform"])  # faster
     words = ["--model", tiny, "--prompt", "abc", "--sparsity", 0.5, "--max-new-tokens", 3]
     done = run(generate.main, *words)
     assert done.code == 0 and "cannot write the calibration" in done.err
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache.unlink()
     monkeypatch.setitem(calibrate.ALLOCATE, "fisher", mock.Mock(side_effect=KeyboardInterrupt))
-    assert run(generate.main, *words).code == 130
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert run(generate.main, *words).code == 130 and not cache.exists()
 
 
-def test_thresholds_of_other_weights_are_named_and_watched(run, tiny, tmp_path, monkeypatch):
+def test_thresholds_of_other_weights_are_named_and_watched(run, tiny, cache, tmp_path):
     """The folder's own calibration is used in silence. On an equivalent model, norms doubled and
     their readers halved, it drops less than asked: both are said, once."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = shutil.copytree(tiny, tmp_path / "m")
     edit(folder / "config.json", max_position_embeddings=256, eos_token_id=None)
     model, _ = checkpoint.load(folder)

@@ -17,7 +17,6 @@ To read one without this module:
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +30,6 @@ from model import PROJECTIONS
 
 FORMAT = "1"
 ALLOCATIONS = ("fisher", "greedy", "uniform")  # best first, see allocations.py
-BRIEF = "calibrations/text.txt"  # the source of calibrations that generate.py makes
 GRID = torch.arange(96) / 100  # the sparsities in a calibration's tables: 0, 0.01, ... 0.95
 SINKS = 8  # a window's first tokens draw attention and have huge activations: they do not count
 
@@ -131,7 +129,9 @@ class Calibration:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                check_metadata(path, metadata, config)
+                complaint = misfit(metadata, config)
+                if complaint:
+                    raise CalibrationError(f"{path} {complaint}; {again}")
                 for name, shape in shapes.items():
                     header = file.get_slice(name)
                     dtype, found = header.get_dtype(), header.get_shape()
@@ -142,7 +142,7 @@ class Calibration:
                 grid, table, sparsities = (file.get_tensor(name).clone() for name in shapes)
         except (OSError, SafetensorError) as error:
             raise CalibrationError(
-                f"cannot read calibration {path}: {one_line(error)}") from None
+                f"cannot read calibration {path} ({one_line(error)}); {again}") from None
         rising = (table.diff(dim=-1) >= 0).all()
         if not (table.isfinite().all() and (table >= 0).all() and rising):
             raise CalibrationError(f"{path}: thresholds must be finite, not negative and not "
@@ -153,72 +153,49 @@ class Calibration:
         return cls(table, sparsities, metadata, path)
 
 
-def check_metadata(path, metadata, config):
-    """Raise CalibrationError unless a file's metadata fit this program and this config."""
+def misfit(metadata, config):
+    """Why a file's metadata do not fit this program or this config; None if they do."""
     if metadata.get("format") != FORMAT:
-        raise CalibrationError(
-            f"{path} is not a calibration of format {FORMAT}; make one with calibrate.py")
+        return f"is not a calibration of format {FORMAT}"
     if metadata.get("fingerprint") != fingerprint(config):
-        other = str(metadata.get("fingerprint"))[:300]
-        raise CalibrationError(f"{path} belongs to another model ({other!r}); make one for this "
-                               "model with calibrate.py")
+        return f"belongs to another model ({str(metadata.get('fingerprint'))[:300]!r})"
     if metadata.get("allocation") not in ALLOCATIONS:
-        other = str(metadata.get("allocation"))[:300]
-        raise CalibrationError(f"{path} names {other!r} as its allocation, expected one of "
-                               f"{', '.join(ALLOCATIONS)}; make the file anew with calibrate.py")
+        return (f"names {str(metadata.get('allocation'))[:300]!r} as its allocation, expected one "
+                f"of {', '.join(ALLOCATIONS)}")
+    return None
 
 
 # ---- look-up -----------------------------------------------------------------------------------
 
 def candidates(model):
-    """Yield the calibrations for this model, best first.
+    """The calibrations for this model, best first.
 
     Those found on exactly its weights precede those found on others of the same shapes. Of each
     kind, calibration.safetensors in the model's folder comes first, then the one in the user's
     cache, then those under calibrations/. Raises CalibrationError if one of them is unfit for
-    use; but one in the cache, which this program wrote, then counts as missing. So does one there
-    whose window was cut short by the --context of the run that made it.
+    use.
     """
-    others = []
-    for path in places(model):
-        try:
-            calibration = Calibration.load(path, own_config(model))
-        except CalibrationError as error:
-            if path != cache_path(model):
-                raise
-            print(f"{error}; it counts as missing", file=sys.stderr)
-            continue
-        made = calibration.metadata
-        if (path == cache_path(model) and made.get("source") == BRIEF
-                and made.get("context") != str(own_config(model).context)
-                and made.get("window") != "1024"):
-            continue
-        if calibration.is_own(model):
-            yield calibration
-        else:
-            others.append(calibration)
-    yield from others
+    config, folder = own_config(model), getattr(model, "folder", None)
+    own = [] if folder is None else [folder / "calibration.safetensors"]  # None if made in memory
+    shipped = sorted(path for path in Path(__file__).parent.glob("*.safetensors")
+                     if metadata_of(path).get("fingerprint") == fingerprint(config))
+    shipped.sort(key=lambda path: ALLOCATIONS.index(metadata_of(path)["allocation"]))
+    paths = [*filter(Path.is_file, [*own, cache_path(model)]), *shipped]
+    found = [Calibration.load(path, config) for path in paths]
+    return sorted(found, key=lambda calibration: not calibration.is_own(model))
 
 
-def places(model):
-    """Yield the paths of the files for a model of these shapes, in the order of `candidates`."""
-    folder = getattr(model, "folder", None)  # a Model made in memory has none
-    folder = [] if folder is None else [folder / "calibration.safetensors"]
-    yield from filter(Path.is_file, [*folder, cache_path(model)])
-    shipped = []
-    for path in sorted(Path(__file__).parent.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("fingerprint") == fingerprint(own_config(model)):
-            shipped.append((ALLOCATIONS.index(metadata["allocation"]), path))
-    yield from (path for _, path in sorted(shipped))
+def metadata_of(path):
+    """The metadata of a file in safetensors format, a dict of strings."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def find(model, path=None):
     """The Calibration at `path`; without a path the best there is (see `candidates`), or None.
 
-    Raises CalibrationError if that file is unfit for use with this model.
+    Raises CalibrationError if a file is unfit for use with this model.
     """
     if path is not None:
         return Calibration.load(path, own_config(model))
-    return next(candidates(model), None)
+    return next(iter(candidates(model)), None)

@@ -114,13 +114,8 @@ class Chat:
         except argparse.ArgumentTypeError as error:
             say(f"{error}; write, for example, /sparsity 0.4 (it is {self.sparsity:g} now)")
             return
-        before = self.session.thresholds
         with excused(f"the sparsity stays {self.sparsity:g}", ValueError):
-            try:
-                self.session.set_thresholds(self.thresholds(sparsity))
-            except BaseException:
-                self.session.set_thresholds(before)
-                raise
+            self.session.set_thresholds(self.thresholds(sparsity))
             self.sparsity = sparsity
             say(f"sparsity {sparsity:g} from now on")
 

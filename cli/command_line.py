@@ -217,12 +217,10 @@ def explain(error):
 
 def fail(message):
     """Exit with code 2 after one line on standard error."""
-    if world_size() == 1:
-        print(f"{script_name()}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    where = ""
+    where = f" on rank {rank()}" if rank() > 0 else ""
     if rank() > 0:
-        where = f" on rank {rank()}"
         time.sleep(3)  # torchrun ends this rank first if rank 0 reports the same error
     print(f"{script_name()}: error{where}: {message}", file=sys.__stderr__, flush=True)
-    os._exit(2)  # at once: a clean shutdown could wait for ranks that never answer
+    if world_size() > 1:
+        os._exit(2)  # at once: a clean shutdown could wait for ranks that never answer
+    sys.exit(2)
