@@ -127,30 +127,9 @@ def test_results_table_and_plot(evaluated, tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_replace_those_of_the_same_measurement_only(evaluated, tmp_path):
-    file = tmp_path / "r.json"
-
-    def rows(*arguments):
-        code, _, err = evaluated("--json", file, *arguments)
-        assert code == 0, err
-        return json.loads(file.read_text())
-
-    first = rows("--sparsity", 0, 0.5)
-    first[1]["perplexity"] = -1.0
-    file.write_text(json.dumps(first))
-    second = rows("--sparsity", 0.25)
-    assert second[:2] == first and len(second) == 3
-    third = rows("--sparsity", 0.5, "--windows", 1)  # another measurement: fewer windows
-    assert third[:3] == second and len(third) == 4
-    fourth = rows("--sparsity", 0.5)
-    assert fourth[:3] == [first[0], *third[2:]] and len(fourth) == 4
-    assert fourth[3] == {**first[1], "perplexity": fourth[3]["perplexity"]}
-    assert fourth[3]["perplexity"] > 0
-
-
-def test_measurements_are_known_by_their_content(evaluated, tmp_path, calibration):
-    """Not by names: another text and another calibration of the same name are others, and a model
-    or a text under two names is one."""
+def test_what_is_measured_again_is_replaced(evaluated, tmp_path, calibration):
+    """It is known by its content, not by names: another text, number of windows or calibration of
+    the same name is another measurement; a model or a text under two names is one."""
     file, other = tmp_path / "r.json", tmp_path / "other"
     other.mkdir()
     (other / "text").write_text("Another text of that name. " * 20)
@@ -159,30 +138,28 @@ def test_measurements_are_known_by_their_content(evaluated, tmp_path, calibratio
     changed.save(other / "uniform.safetensors")
 
     def rows(*arguments):
-        code, _, err = evaluated("--sparsity", 0, 0.5, "--json", file, *arguments)
+        code, _, err = evaluated("--json", file, *arguments)
         assert code == 0, err
         return json.loads(file.read_text())
 
-    first = rows("--model", "m3")
-    assert len(first) == 2
-    second = rows("--model", "./m3/", "--text", other / "same")
-    assert len(second) == 2 and {row["model"] for row in second} == {"./m3/"}
-    assert len(rows("--text", other / "text")) == 4
-    assert len(rows("--calibration", other / "uniform.safetensors")) == 5
+    first = rows("--sparsity", 0, 0.5, "--model", "m3")
+    second = rows("--sparsity", 0.25)
+    assert second[:2] == first and len(second) == 3
+    file.write_text(json.dumps([first[0], first[1] | {"perplexity": -1.0}, second[2]]))
+    third = rows("--sparsity", 0.5, "--model", "./m3/", "--text", other / "same")
+    assert third[:2] == [first[0], second[2]] and len(third) == 3
+    assert third[2] == first[1] | {"model": "./m3/", "text": "same"}
+    for more in (["--windows", 1], ["--text", other / "text"],
+                 ["--calibration", other / "uniform.safetensors"]):
+        before, third = third, rows("--sparsity", 0.5, *more)
+        assert third[:-1] == before
     old = [{name: value for name, value in row.items() if name not in ("tokens", "thresholds")}
            for row in first]  # as older versions wrote them: of who knows which text
     file.write_text(json.dumps(old))
-    assert rows("--model", "m3")[:2] == old
+    assert rows("--sparsity", 0, 0.5, "--model", "m3")[:2] == old
 
 
-def test_a_dense_measurement_needs_no_calibration(evaluated, monkeypatch):
-    monkeypatch.setattr(evaluate, "find_calibrations", None)
-    command = ["--sparsity", 0, "--windows", 1]
-    code, out, err = evaluated(*command, calibration=[])
-    assert code == 0 and "dense" in out, err
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"sparsity": 0}]', '{"a": {}}', "[[]]"])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"sparsity": 0}]'])
 def test_files_of_others_are_left_alone(evaluated, tmp_path, monkeypatch, content):
     """They are refused before the measurement."""
     monkeypatch.setattr(evaluate, "score", None)
@@ -204,7 +181,9 @@ def test_an_interrupted_measurement_leaves_no_file(evaluated, tmp_path, monkeypa
 
 
 def test_models_that_share_their_last_norm(evaluated, tmp_path, monkeypatch):
-    """Each gets its own perplexity, and neither replaces the other's row."""
+    """Each gets its own perplexity, and neither replaces the other's row. A dense measurement needs
+    no calibration."""
+    monkeypatch.setattr(evaluate, "find_calibrations", None)
     one, other = tiny_model(), tiny_model(seed=1)
     other.norm.copy_(one.norm)
     rows, perplexities = [], []

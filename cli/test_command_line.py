@@ -85,19 +85,24 @@ def test_how_long_threads_spin(name, given):
     assert done.stdout.strip() == (given or "2000"), done.stderr
 
 
-@pytest.mark.parametrize("few_bits, groups, ranks, dtype, quantize", [
-    (True, True, 1, None, "gguf"), (True, True, 2, None, "int8"), (True, None, 1, None, "int8"),
-    (True, True, 1, "float32", None), (False, None, 1, None, None)])
+@pytest.mark.parametrize("few_bits, groups, ranks, dtype, asked, loaded", [
+    (True, True, 1, None, "auto", "gguf"), (True, True, 2, None, "auto", "int8"),
+    (True, None, 1, None, "auto", "int8"), (True, True, 1, "float32", "auto", None),
+    (True, True, 1, None, "none", None), (True, True, 1, None, "int8", "int8"),
+    (False, None, 1, None, "auto", None)])
 def test_few_bits_stay_where_one_cpu_multiplies_them(
-        monkeypatch, few_bits, groups, ranks, dtype, quantize):
+        monkeypatch, capsys, few_bits, groups, ranks, dtype, asked, loaded):
     """Several ranks would cut groups; what the user names wins."""
-    opened, asked = argparse.Namespace(few_bits=few_bits, groups=groups), []
+    opened, options = argparse.Namespace(few_bits=few_bits, groups=groups), {}
     monkeypatch.setattr(command_line, "open_checkpoint", lambda _: opened)
     monkeypatch.setattr(command_line, "world_size", lambda: ranks)
-    monkeypatch.setattr(command_line, "load", lambda _, **options: asked.append(
-        options["quantize"]) or (argparse.Namespace(linears=list), None))
-    load_model(argparse.Namespace(model=None, dtype=dtype, device="cpu", quantize="auto"))
-    assert asked == [quantize]
+    monkeypatch.setattr(command_line, "load", lambda _, **given: options.update(given) or (
+        argparse.Namespace(linears=list), None))
+    load_model(argparse.Namespace(model=None, dtype=dtype, device="cpu", quantize=asked))
+    assert options["quantize"] == loaded
+    assert options["dtype"] == (torch.float32 if dtype else torch.bfloat16)
+    told = "bits or fewer run as" in capsys.readouterr().err
+    assert told == (asked == "auto" and loaded is not None)
 
 
 def raising(error):
@@ -146,13 +151,15 @@ def test_a_reader_that_leaves(tmp_path):
     assert process.exitcode == 0 and (tmp_path / "err").read_text() == ""
 
 
-def test_a_full_disk():
-    program = "from cli.command_line import run_script; run_script(lambda: print(1))"
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=full,
-                              stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""})
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
-    assert b"No space left" in done.stderr
+def short():
+    print("done")
+
+
+def test_a_full_disk(tmp_path):
+    process = start(short, streams=["/dev/null", "/dev/full", tmp_path / "err"])
+    process.join(60)
+    told = (tmp_path / "err").read_text()
+    assert process.exitcode == 2 and told.count("\n") == 1 and "No space left" in told
 
 
 @pytest.mark.parametrize("encoding, answer", [("utf-8", "日 é\nx\nA"), ("latin-1", "? é\nx\nA"),
