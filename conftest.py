@@ -46,7 +46,7 @@ SEED = random.SystemRandom().randrange(2**32)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=2500,
+    parser.addoption("--fuzz", type=int, default=1500,
                      help="mutated files in test_fuzz.py (default: %(default)s)")
     parser.addoption("--processes", type=int, default=1,
                      help="processes that must write the same text (default: %(default)s)")

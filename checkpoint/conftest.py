@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 import checkpoint
 from checkpoint import CheckpointError, open_checkpoint
@@ -232,6 +232,21 @@ def spm_tokenizer():
     return tokenizer
 
 
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def bpe(special=(), plain=(), merges=()):
+    """Byte-level BPE: bytes, what `merges` such as "t h" make, and added tokens."""
+    tokens = [*ALPHABET, *(merge.replace(" ", "") for merge in merges)]
+    tokenizer = tokenizers.Tokenizer(models.BPE(
+        {token: i for i, token in enumerate(tokens)}, [tuple(merge.split()) for merge in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in plain])
+    return tokenizer
+
+
 def write_folder(folder, config=CONFIG, tensors=None, tokenizer=None, **files):
     """A Hugging Face folder; `files` are further JSON files by name without suffix."""
     folder.mkdir(exist_ok=True)
@@ -287,6 +302,21 @@ def write_gguf(file, tensors=None, arch="llama", quant=None, whole=None, **metad
             writer.add_tensor(f"{to_gguf.get(module, module)}.{kind}", array)
     write_out(writer)
     return file
+
+
+def write_bpe(file, control=(), normal=(), merges=("1 2", "12 3"), arch="llama", quant=None,
+              **changes):
+    """A GGUF file with a byte-level vocabulary -> (file, tokens): bytes, merges, then `control` and
+    `normal`. changes: of tokenizer.ggml.*, and chat_template"""
+    tokens = [*ALPHABET, *(merge.replace(" ", "") for merge in merges), *control, *normal]
+    types = [1] * (len(tokens) - len(control) - len(normal)) + [3] * len(control)
+    values = {"model": "gpt2", "tokens": tokens, "token_type": types + [1] * len(normal),
+              "merges": [*merges], "scores": None, "bos_token_id": None, "eos_token_id": None,
+              "unknown_token_id": None, "pre": None} | changes
+    names = {key: f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}" for key in values}
+    biased = {"model_type": "qwen2", "architectures": None} if arch == "qwen2" else {}
+    return write_gguf(file, weights(CONFIG | biased), arch, quant,
+                      **{names[key]: value for key, value in values.items()}), tokens
 
 
 def write_out(writer):

@@ -5,26 +5,15 @@ import json
 import pytest
 import tokenizers
 import transformers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import models
 
 from checkpoint import CheckpointError, open_checkpoint
-from checkpoint.conftest import CONFIG, spm_tokenizer, write_folder
+from checkpoint.conftest import CONFIG, bpe, spm_tokenizer, write_folder
 from checkpoint.folder_tokenizer import LEFT_OUT
 from checkpoint.tokenizer import TextStream, Tokenizer, recommended, text_pieces
 
 TEXT = "hi<|im_start|>user\nyo <|im_end|>\n<tool> <x><img></s><|pad|>the end"
 TOKENS = ("<|im_start|>", "<|im_end|>", "<tool>", "<x>", "<img>", "</s>", "<|pad|>")
-
-
-def bpe(special=(), plain=()):
-    """Byte-level BPE without merges, and added tokens."""
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in plain])
-    return tokenizer
 
 
 def entry(text, **flags):

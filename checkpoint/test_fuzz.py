@@ -7,90 +7,31 @@ error meant for it, take 5 seconds or 1 GiB, or load numbers other than those in
     pytest test_fuzz.py --fuzz 20000        more cases than in CI
 """
 
-
 import collections
 import json
 import math
 import random
 import resource
-import shutil
 import struct
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 
 import generate
-from calibrations.thresholds import CalibrationError
 from checkpoint import CheckpointError, load
 from checkpoint.config import parse_config
-from checkpoint.conftest import CASES, ROPE, SMALL
+from checkpoint.conftest import CASES, ROPE, SMALL, spm_tokenizer
 from checkpoint.conftest_damage import DAMAGES, SHARES, edit_json, turn_weight_bytes
-from checkpoint.conftest_victims import MAKERS, TEMPLATE, Victim, byte_level, numbers, refusal
-from checkpoint.gguf_file import hf_name
-from checkpoint.tensors import put
+from checkpoint.conftest_victims import MAKERS, TEMPLATE, Victim, refusal
 from checkpoint.tokenizer import Tokenizer, TokenizerError
-from model import Linear, Model
-from quantize import Int8Linear, int4_linear
 
 MEMORY = 1 << 30
 
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory):
-    return {name: Victim(make, tmp_path_factory.mktemp("fuzz") / "m")
-            for name, make in MAKERS.items()}
-
-
-# ---- how a case must end -----------------------------------------------------------------------
-
-def read_by_other_means(victim):
-    """{Hugging Face name: tensor} as a damaged copy's bytes have it, its headers being sound."""
-    tensors = {}
-    for name, start in victim.headers.items():
-        if name.endswith(".gguf"):
-            reader = gguf.GGUFReader(victim.path)
-            for tensor in reader.tensors:
-                with np.errstate(invalid="ignore", over="ignore"):
-                    array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-                heads = {"attn_q": 4, "attn_k": 2}.get(tensor.name.split(".")[-2])
-                if heads and "llama.block_count" in reader.fields:
-                    array = array.reshape(heads, 4, 2, -1).swapaxes(1, 2).reshape(array.shape)
-                tensors[hf_name(tensor.name, "llama")] = torch.from_numpy(array.copy())
-        else:
-            data = bytearray((victim.folder / name).read_bytes())
-            dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                      "BF16": torch.bfloat16,
-                      "I8": torch.int8, "U8": torch.uint8}
-            for tensor, entry in json.loads(data[8:start]).items():
-                if tensor != "__metadata__":
-                    begin, end = entry["data_offsets"]
-                    part = torch.frombuffer(data[start + begin:start + end],
-                                            dtype=dtypes[entry["dtype"]])
-                    tensors[tensor] = part.view(entry["shape"])
-    return tensors
-
-
-def expected_numbers(victim):
-    """What a copy with damaged weights must give: numbers, or None if weights are not finite."""
-    tensors = read_by_other_means(victim)
-    if victim.network is None:
-        return [tensors["thresholds"], tensors["sparsities"]]
-    for tensor in tensors.values():
-        if tensor.dtype == torch.uint8:
-            scale, minimum = tensor[..., 16:].contiguous().view(torch.bfloat16).float().unbind(-1)
-            tensor = torch.stack((minimum, minimum + 15 * scale))
-        if not tensor.float().isfinite().all():
-            return None
-    linear = Linear if victim.network.lm_head.scale is None else Int8Linear
-    if any(tensor.dtype == torch.uint8 for tensor in tensors.values()):
-        linear = int4_linear
-    network = Model(victim.network.config, linear_class=linear)
-    for name, tensor in tensors.items():
-        put(network, name, tensor)
-    return numbers(network)
+    return {name: Victim(name, tmp_path_factory.mktemp("fuzz") / "m") for name in MAKERS}
 
 
 @pytest.fixture
@@ -112,27 +53,21 @@ def test_damaged_checkpoints(damage, victims, bounded_memory, request):
         changes = damage(victim, rng)
         victim.damage(changes)
         try:
-            expected = expected_numbers(victim) if damage is turn_weight_bytes else victim.numbers
-            kind = CheckpointError if victim.network else CalibrationError
-            found, message = refusal(victim.read, kind)
+            found, message = refusal(victim.read, victim.error)
             if found is None:
                 assert str(victim.folder) in message, message
-                if damage is turn_weight_bytes and victim.network:
-                    assert expected is None, message
+            elif damage is turn_weight_bytes:
+                assert all(tensor.isfinite().all() for tensor in found)
             else:
-                assert expected is not None, "loaded weights that are infinite or NaN"
-                assert len(found) == len(expected), "other numbers than the file's"
-                assert all(map(torch.equal, found, expected)), "other numbers than the file's"
+                assert all(map(torch.equal, found, victim.numbers)), "other numbers"
         except BaseException:
-            (victim.folder.parent / "case").mkdir(exist_ok=True)
-            print(f"case {i} of {damage.__name__} on {names[i % len(names)]}; its files are "
-                  f"kept in {victim.folder.parent / 'case'}")
-            shutil.copytree(victim.folder, victim.folder.parent / "case", dirs_exist_ok=True)
+            print(f"case {i} of {damage.__name__} on {names[i % len(names)]}")
             raise
         finally:
             victim.repair(changes)
         ends["read" if message is None else "refused"] += 1
     print(f"{damage.__name__}: {dict(ends)}")
+    assert damage is turn_weight_bytes or ends["refused"] > 0
 
 
 def test_configs_of_every_family(request):
@@ -148,22 +83,19 @@ def test_configs_of_every_family(request):
             except ValueError:
                 ends["refused"] += 1
     assert min(ends.values()) > 0
-    print(f"configs: {dict(ends)}")
 
 
 def test_chat_templates(request):
     """Damaged templates end in text or in one sentence, soon."""
-    rng, ends = random.Random("templates"), collections.Counter()
+    rng = random.Random("templates")
     pieces = ["", "{", "}}", "{%", "\u0000", "\ud800", "|", "'", ".x", "()"]
     for _ in range(request.config.getoption("fuzz") // 400):
         at = rng.randrange(len(TEMPLATE))
         template = TEMPLATE[:at] + rng.choice(pieces) + TEMPLATE[at + rng.randrange(3):]
-        tokenizer = Tokenizer(byte_level()[0], 320, {"bos_token": "<s>"}, [], template)
+        tokenizer = Tokenizer(spm_tokenizer(), 320, {"bos_token": "<s>"}, [], template)
         said = [{"role": "user", "content": "{{ 7 * 7 }} <s>"}]
         _, message = refusal(lambda: tokenizer.chat(said), TokenizerError)
         assert message is None or "chat template" in message, message
-        ends["rendered" if message is None else "refused"] += 1
-    print(f"chat templates: {dict(ends)}")
 
 
 def test_endless_tokenizer(victims, bounded_memory):
@@ -191,16 +123,14 @@ def test_large_gguf_header(victims, bounded_memory):
     file.unlink()
 
 
-@pytest.mark.parametrize("case", ["config.json", "header", "index", "template", "NaN", "panic"])
+@pytest.mark.parametrize("case", ["header", "template", "NaN", "panic"])
 def test_command(case, victims, run):
     """From the shell: exit code 2 and one sentence. Only Rust may say more, before it panics."""
-    victim = victims["shards" if case == "index" else "gguf" if case == "NaN" else "folder"]
+    victim = victims["gguf" if case == "NaN" else "folder"]
     tokenizer = json.loads(victims["folder"].files["tokenizer.json"])
     tokenizer["post_processor"]["special_tokens"] = {}
     changes = {
-        "config.json": {"config.json": b'{"hidden_size": [[[['},
         "header": {"model.safetensors": victims["folder"].files["model.safetensors"][:99]},
-        "index": {"model.safetensors.index.json": b'{"weight_map": {"x": "/etc/passwd"}}'},
         "template": {"chat_template.jinja": b"{{ ''.__class__.__mro__[1].__subclasses__() }}"},
         "NaN": {"m.gguf": victims["gguf"].files["m.gguf"][:-4] + struct.pack("<f", math.nan)},
         "panic": {"tokenizer.json": json.dumps(tokenizer).encode()}}[case]

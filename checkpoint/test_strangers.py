@@ -6,11 +6,11 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
 
 import checkpoint
 from checkpoint import CheckpointError, open_checkpoint
 from checkpoint.conftest import (
+    ALPHABET,
     CONFIG,
     PIECES,
     convert_to_gguf,
@@ -18,28 +18,13 @@ from checkpoint.conftest import (
     refused,
     same,
     weights,
+    write_bpe,
     write_folder,
     write_gguf,
 )
 from checkpoint.gguf_container import read_parts
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>")
-
-
-def write_bpe(file, control=(), normal=(), merges=("1 2", "12 3"), **changes):
-    """A GGUF file with a byte-level vocabulary: bytes, merges, then `control` and `normal`."""
-    tokens = [*ALPHABET, *(merge.replace(" ", "") for merge in merges), *control, *normal]
-    types = [1] * (len(tokens) - len(control) - len(normal)) + [3] * len(control)
-    values = {"model": "gpt2", "tokens": tokens, "token_type": types + [1] * len(normal),
-              "merges": [*merges], "scores": None, "bos_token_id": None, "eos_token_id": None,
-              "unknown_token_id": None, "pre": None} | changes
-    arch, tensors = values.pop("arch", "llama"), None
-    if arch == "qwen2":
-        tensors = weights(
-            CONFIG | {"model_type": arch, "architectures": ["Qwen2ForCausalLM"]})
-    names = {key: f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}" for key in values}
-    return write_gguf(file, tensors, arch, **{names[key]: values[key] for key in values}), tokens
 
 
 @pytest.mark.parametrize("arch, names, pre", [

@@ -7,17 +7,18 @@ import time
 import unicodedata
 
 import pytest
-import tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from checkpoint import open_checkpoint
 from checkpoint.conftest import (
+    ALPHABET,
     CONFIG,
     PIECES,
     refused,
     spm_tokenizer,
     strings,
     weights,
+    write_bpe,
     write_folder,
     write_gguf,
 )
@@ -166,18 +167,11 @@ CUTS = {  # TEXT in words, as the tokenizer.json of each family has them
 @pytest.mark.parametrize("pre", CUTS)
 def test_byte_level_pre_tokenizers(tmp_path, pre):
     """Numbers and words are cut as each family's own tokenizer.json does; text survives."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    merges = ["1 2", "12 3", "Ġ a", "' S", "4 5", "123 45"]
-    tokens = ["<|begin|>"] + alphabet + [m.replace(" ", "") for m in merges] + ["Bc"]
-    file = write_gguf(tmp_path / "m.gguf", weights(), **{
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": None,
-        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": 0})
+    merges, begin = ["1 2", "12 3", "Ġ a", "' S", "4 5", "123 45"], len(ALPHABET) + 6
+    file, _ = write_bpe(tmp_path / "m.gguf", ["<|begin|>"], ["Bc"], merges, pre=pre,
+                        bos_token_id=begin)
     t = open_checkpoint(file).tokenizer
-    assert t.bos_id == (0 if pre in ("llama-bpe", "tekken") else None)
+    assert t.bos_id == (begin if pre in ("llama-bpe", "tekken") else None)
     assert [word for word, _ in t.tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)] == CUTS[pre]
     cut = [t.tokenizer.id_to_token(i) for i in t.encode("12345 a'S", bos=False)]
     assert "".join(cut) == "12345Ġa'S"
