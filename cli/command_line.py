@@ -18,6 +18,7 @@ from calibrations.thresholds import ALLOCATIONS
 from checkpoint import load, open_checkpoint
 from checkpoint.files import one_line
 from checkpoint.memory import free_memory
+from cpu.compiler import has_library
 from model import SITES
 from quantize import can_be_int4
 from tensor_parallel import rank, ranks, require_one_process, start, stop, world_size
@@ -145,8 +146,9 @@ def load_model(args, context=None, alone=None):
     if args.quantize == "auto":
         checkpoint, args.quantize = open_checkpoint(args.model), None
         if checkpoint.few_bits and args.device == "cpu" and named is None:
-            args.quantize = "gguf" if checkpoint.groups and world_size() == 1 else "int8"
-            as_what = "they are" if args.quantize == "gguf" else "int8"
+            as_it_is = checkpoint.groups and world_size() == 1 and has_library()
+            args.quantize = "gguf" if as_it_is else "int8"
+            as_what = "they are" if as_it_is else "int8"
             print(f"the file's weights of 8 bits or fewer run as {as_what}, faster than "
                   f"{args.dtype}; --quantize none switches that off", file=sys.stderr)
     elif args.quantize == "none":

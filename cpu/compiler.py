@@ -1,14 +1,13 @@
-"""Compiles step.c for this machine at its first use, and loads it.
+"""Compiles step.c for this machine at its first use, and opens the library.
 
 The library is kept in the user's cache folder, under a name that holds a hash of everything that
 it depends on: the source, the flags, the compiler and the processor. So another compiler, a new
-version or a home that several machines share never loads somebody else's library. It is written
-to a temporary file and renamed: two processes may compile it at once. Nothing but a C compiler is
-needed. This file uses nothing else of the project.
+version or a home that several machines share never opens somebody else's library. It is compiled
+in a temporary folder and moved: two processes may do that at once. Nothing but a C compiler is
+needed, and nothing else of the project.
 """
 
 import ctypes
-import functools
 import hashlib
 import importlib.util
 import os
@@ -21,14 +20,73 @@ import tempfile
 from pathlib import Path
 
 FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread")
-# The instructions of this processor; "-mcpu" is the name on some ARM compilers.
-TUNING = (("-march=native",), ("-mcpu=native",), ())
 SOURCE = Path(__file__).with_name("step.c")
-HOW = "install a C compiler (gcc or clang), or `pip install ziglang`"
+outcomes = {}  # what `library` returned or raised: what failed once would fail again, and slowly
 
 
 class NoCompiler(Exception):
     """A sentence for the user: why there is no library, and what to do."""
+
+    def __init__(self, reason):
+        super().__init__(f"{reason}; install a C compiler (gcc or clang) or `pip install ziglang`, "
+                         "or name one in the environment variable CC")
+
+
+def library(flags=(), source=SOURCE):
+    """step.c, or another source, as a ctypes.CDLL. Raises NoCompiler.
+
+    flags: more flags for the compiler, a tuple
+    """
+    key = source, flags, cache_folder()
+    if key not in outcomes:
+        try:
+            outcomes[key] = open_library(*key)
+        except NoCompiler as error:
+            outcomes[key] = error
+    if isinstance(outcomes[key], NoCompiler):
+        raise outcomes[key]
+    return outcomes[key]
+
+
+def has_library():
+    """Whether `library` returns one."""
+    try:
+        library()
+    except NoCompiler:
+        return False
+    return True
+
+
+def cache_folder():
+    """The folder of libraries, downloads and calibrations: nanoteal in $XDG_CACHE_HOME or
+    ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
+
+
+def open_library(source, flags, folder):
+    """As `library`; compiles into the folder, if need be. If that can't be written, nothing is kept.
+    """
+    command = compiler()
+    _, version = run([*command, "--version"])
+    facts = [source.read_text(), version, processor(), *command, *FLAGS, *flags]
+    file = folder / f"{source.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=folder)
+    except OSError:
+        scratch = tempfile.TemporaryDirectory()
+    with scratch as built:
+        if not file.exists():
+            built = Path(built) / file.name
+            build(command, source, built, flags)
+            try:
+                os.replace(built, file)
+            except OSError:
+                file = built
+        try:
+            return ctypes.CDLL(str(file))
+        except OSError as error:
+            raise NoCompiler(f"the compiled {source.name} cannot be loaded ({error})") from error
 
 
 def compiler():
@@ -40,7 +98,7 @@ def compiler():
             return [name]
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "cc"]
-    raise NoCompiler(f"there is no C compiler; {HOW}")
+    raise NoCompiler("there is no C compiler")
 
 
 def run(command):
@@ -60,74 +118,15 @@ def processor():
         lines = []
     facts = ("model name", "flags", "features", "cpu part")
     told = {line for line in lines if line.lower().startswith(facts)}
-    return "\n".join([platform.system(), platform.machine(), platform.processor(), *sorted(told)])
+    return "\n".join([platform.machine(), platform.processor(), *sorted(told)])
 
 
-def build(command, source, library, flags=()):
-    """Compile `source` to the file `library`, whole or not at all. Raises NoCompiler."""
-    handle, part = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        for tuning in TUNING:
-            done, printed = run([*command, *FLAGS, *tuning, *flags, str(source), "-o", part, "-lm"])
-            if done:
-                os.replace(part, library)
-                return
-    finally:
-        Path(part).unlink(missing_ok=True)
+def build(command, source, library, flags):
+    """Compile `source` to the file `library`. Raises NoCompiler."""
+    for tuning in (["-march=native"], []):  # the instructions of this processor, if it knows them
+        done, printed = run([*command, *FLAGS, *tuning, *flags, str(source), "-o", str(library),
+                             "-lm"])
+        if done:
+            return
     reason = next((line for line in printed.splitlines() if "error" in line.lower()), printed)
-    raise NoCompiler(f"`{shlex.join(command)}` cannot compile {source.name} ({reason.strip()}); "
-                     f"{HOW}, and name it in the environment variable CC")
-
-
-def cache_folder():
-    """The folder of libraries, downloads and calibrations: nanoteal in $XDG_CACHE_HOME or
-    ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoteal"
-
-
-def library(flags=()):
-    """step.c as a ctypes.CDLL. Raises NoCompiler, with a sentence for the user.
-
-    flags: more flags for the compiler, a tuple
-    """
-    found = load_once(SOURCE, cache_folder(), flags)
-    if isinstance(found, NoCompiler):
-        raise found
-    return found
-
-
-@functools.cache
-def load_once(source, folder, flags):
-    """What `load` returns or raises: what failed once would fail again, and slowly."""
-    try:
-        return load(source, folder, flags)
-    except NoCompiler as error:
-        return error
-
-
-def load(source, folder, flags=()):
-    """The library that `source` compiles to, a ctypes.CDLL.
-
-    source: Path of the C file
-    folder: Path of the folder that keeps the library; if it can't be written, nothing is kept
-    Raises NoCompiler.
-    """
-    command = compiler()
-    _, version = run([*command, "--version"])
-    facts = [source.read_text(), version, processor(), *command, *FLAGS, *flags]
-    name = f"{source.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
-    with tempfile.TemporaryDirectory() as nowhere:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            library = folder / name
-            if not library.exists():
-                build(command, source, library, flags)
-        except OSError:  # a full disk, or a cache that is read-only
-            library = Path(nowhere) / name
-            build(command, source, library, flags)
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError as error:
-            raise NoCompiler(f"the compiled {source.name} cannot be loaded ({error}); "
-                             f"{HOW}, and name it in the environment variable CC") from error
+    raise NoCompiler(f"`{shlex.join(command)}` cannot compile {source.name} ({reason.strip()})")

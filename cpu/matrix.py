@@ -15,7 +15,6 @@ from model import cpu_dtype
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 PIECE = 1 << 20  # weights unpacked at a time; they stay in the cache
 BLOCK = 384  # columns: a multiple of every type's block
-MOST = 3840  # columns that C unpacks at a time: its TILE
 MOST_THREADS = 64
 
 
@@ -61,37 +60,35 @@ def describe(matrix, linear, bias=None):
     setattr(matrix, "groups" if by_group else "scale", address(linear.scale))
 
 
+def unpack(matrix, part, first, end, floats):
+    """Columns first ... end - 1 of a projection as floats [K, end - first]. Raises NoCompiler.
+
+    first:  where a block begins
+    floats: float32 [K, whole blocks], which may hold them
+    """
+    n_threads = min(torch.get_num_threads(), MOST_THREADS, max(1, floats.numel() >> 16))
+    library().unpack(ctypes.byref(matrix), part, first, end - first, floats.shape[1],
+                     c_void_p(floats.data_ptr()), n_threads)
+    return floats[:, :end - first]
+
+
 def pieces(linear):
     """The few-bit weights of a Linear as floats [K, columns], some columns after others."""
     matrix, k = Matrix(), linear.in_features
     describe(matrix, linear)
-    step = min(max(1, PIECE // k // BLOCK) * BLOCK, MOST)
+    step = max(1, PIECE // k // BLOCK) * BLOCK
+    # Memory that was used before saves time, but a backward pass needs all pieces.
+    empty = torch.empty if torch.is_grad_enabled() else used
     for part, (width, start) in enumerate(zip(linear.widths, linear.starts)):
         for first in range(0, width, step):
-            # Memory that was used before saves time, but a backward pass needs all pieces.
-            floats = (torch.empty if torch.is_grad_enabled() else used)(k, step)
-            yield unpack_columns(matrix, part, first, min(first + step, width), floats,
-                                 lambda i, j, start=start: linear.weight(start + i, start + j))
+            end = min(first + step, width)
+            try:
+                yield unpack(matrix, part, first, end, empty(k, step))
+            except NoCompiler:
+                yield linear.weight(start + first, start + end)
 
 
 used = functools.lru_cache(2)(torch.empty)
-
-
-def unpack_columns(matrix, part, first, end, floats, weight):
-    """Columns first ... end - 1 of a projection as floats [K, end - first].
-
-    first:  where a block begins
-    floats: float32 [K, whole blocks], which may hold them
-    weight: a function of first and end that computes them without C
-    """
-    try:
-        c = library()
-    except NoCompiler:
-        return weight(first, end)
-    n_threads = min(torch.get_num_threads(), MOST_THREADS, max(1, floats.numel() >> 16))
-    c.unpack(ctypes.byref(matrix), part, first, end - first, floats.shape[1],
-             c_void_p(floats.data_ptr()), n_threads)
-    return floats[:, :end - first]
 
 
 def multiply_pieces(x, linear):

@@ -10,15 +10,9 @@ So a row of q is still skipped with its x[k]. No weight is rounded: q, s and m a
 file. Types whose scale is a product (Q4_K, Q5_K, Q6_K) have it in float16, which moves a weight by
 2^-12 of itself at most; the step from one q to the next is 30 times that or more.
 
-step.c sums up q in integers of 16 bits, several of one word with one multiplication each: a word w
-with the fields a, b, c, d of 4 bits gives the sums of x * (w >> 4 i), modulo 2^16, and subtracting
-16 times the next sum leaves each field's own. A row is cut into blocks of columns; in each,
-16 words hold field i of 16 columns side by side:
-
-    4 bits   64 columns in 16 words, four fields each
-    5 bits   48 columns in 16 words, three fields each
-    6 bits  128 columns in 48 words, eight fields in three words (see `pack`)
-    8 bits   32 columns in 16 words, two columns each, summed as four fields of 4 bits
+Appendix B of step.c sums q in integers of 16 bits, several of one word with one multiplication
+each, and says how the words hold them. Nothing but step.c reads these weights: without a compiler,
+load as int8.
 """
 
 from dataclasses import dataclass
@@ -26,7 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from cpu.matrix import PIECE, Matrix, describe_packed, multiply_pieces, unpack_columns
+from cpu.compiler import library
+from cpu.matrix import PIECE, Matrix, describe_packed, multiply_pieces, unpack
 from model import Linear
 
 COLUMNS = {4: 64, 5: 48, 6: 128, 8: 32}  # of a block
@@ -46,7 +41,8 @@ class Groups:
 
 
 def pack(fields):
-    """q as int32 [K, blocks, fields, 16] -> words int32 [K, blocks, words, 16]."""
+    """q as int32 [K, blocks, fields, 16] -> words int32 [K, blocks, words, 16], as step.c has
+    them."""
     f, n = fields.unbind(2), fields.shape[2]
     if n == 8:  # of 6 bits; the last two are spread over the upper four bits of the words
         words = [f[0] | f[1] << 6 | (f[6] & 15) << 12, f[2] | f[3] << 6 | (f[7] & 15) << 12,
@@ -54,17 +50,6 @@ def pack(fields):
     else:
         words = [sum(f[i] << 16 // n * i for i in range(n))]
     return torch.stack(words, 2)
-
-
-def unpack(words, n):
-    """The inverse of `pack`: words int32 [K, blocks, words, 16], of n fields each."""
-    w = words.unbind(2)
-    if n == 8:
-        f = [part >> shift & 63 for part in w for shift in (0, 6)]
-        f += [(w[i] >> 12 & 15) | (w[2] >> 12 + 2 * i & 3) << 4 for i in range(2)]
-    else:
-        f = [w[0] >> 16 // n * i & (1 << 16 // n) - 1 for i in range(n)]
-    return torch.stack(f, 2)
 
 
 class Packed:
@@ -110,40 +95,24 @@ class Packed:
         """Scales [N, groups] -> float16 [groups, columns] in units of `unit`."""
         return F.pad((x / self.unit).half(), (0, 0, 0, self.columns - self.n)).T.contiguous()
 
-    def weight(self, start, end):
-        """Columns start ... end - 1 of W transposed as float32, [K, end - start]."""
-        first, last = start // self.block, -(-end // self.block)
-        n_words, columns = self.words.shape[1] * self.block // self.columns, slice(
-            first * self.block, last * self.block)
-        w = self.floats(self.words[:, first * n_words:last * n_words], columns)
-        return w[:, start - columns.start:end - columns.start]
-
-    def floats(self, words, columns):
-        """Whole blocks of words, and which columns these are -> float32 [K, columns]."""
-        words = words.unflatten(1, (-1, self.words.shape[1] * self.block // self.columns // 16, 16))
-        q = unpack(words.to(torch.int32), self.block // 16).flatten(1)
-        q = q.sub_(self.offset).float().unflatten(0, (-1, self.group))  # [groups, group, columns]
-        q *= self.scale[:, None, columns].float() * self.unit
-        if self.minimum is not None:
-            q += self.minimum[:, None, columns].float() * self.unit
-        return q.flatten(0, 1)
+    def weight(self, first=0, end=None):
+        """Columns first, where a block begins, to end - 1 of W transposed: float32 [K, columns]."""
+        end, k = end or self.n, len(self.words)
+        matrix = Matrix(packed=describe_packed([self]), k=k)
+        blocks = -(-(end - first) // self.block)
+        return unpack(matrix, 0, first, end, torch.empty(k, blocks * self.block))
 
     def __getitem__(self, tokens):
         """Rows of W, [T, K]: an embedding's."""
-        k, rows = len(self.words), []
-        matrix = Matrix(packed=describe_packed([self]), k=k)
-        for i in tokens.tolist():
-            first = i // self.block * self.block
-            columns = unpack_columns(matrix, 0, first, i + 1, torch.empty(k, self.block),
-                                     self.weight)
-            rows.append(columns[:, -1].to(self.dtype))
-        return torch.stack(rows)
+        rows = [self.weight(i // self.block * self.block, i + 1)[:, -1] for i in tokens.tolist()]
+        return torch.stack(rows).to(self.dtype)
 
 
 class PackedLinear(Linear):
     """A `Linear` of few-bit weights on a CPU; each projection may have another type."""
 
     def allocate(self, device):
+        library()  # or raise NoCompiler
         self.parts = [None] * len(self.widths)  # Packed
 
     def load_weight(self, i, weight, groups):
@@ -156,11 +125,9 @@ class PackedLinear(Linear):
         return self.weight(0, self.ends[-1])
 
     def weight(self, start, end):
-        """Columns start ... end - 1 as the floats they stand for, [K, end - start]."""
-        pieces = [part.weight(max(start, first) - first, min(end, last) - first)
-                  for part, first, last in zip(self.parts, self.starts, self.ends)
-                  if max(start, first) < min(end, last)]
-        return torch.cat(pieces, 1).to(self.dtype)
+        """Columns start ... end - 1, some whole projections, as floats [K, end - start]."""
+        parts = [part for part, first in zip(self.parts, self.starts) if start <= first < end]
+        return torch.cat([part.weight() for part in parts], 1).to(self.dtype)
 
     def __call__(self, x):
         return multiply_pieces(x, self)

@@ -807,7 +807,8 @@ INLINE Floats columns_at(const Shorts *field, int j, uint16_t lift, const int bi
 // can make it negative: `lift`, the most that they subtract, makes it positive. `base` takes lift
 // and offset away again. (8 bits: low + 16 * high, both lifted, so 17 lifts.)
 INLINE void add_group(float *restrict y, const Shorts *sums, const Packed *w, int64_t at,
-                      int n_blocks, float step, float base, float x, uint16_t lift, const int bits) {
+                      int n_blocks, float step, float base, float x, uint16_t lift,
+                      const int bits) {
     const int n_sums = block_sums(bits), width = block_columns(bits);
     for (int b = 0; b < n_blocks; b++, y += width, at += width, sums += n_sums) {
         Shorts field[8];
@@ -909,7 +910,9 @@ static void *unpack_rows(void *argument) {
     for (int32_t k = p->from; k < p->to; k++) {
         float *y = p->y + (int64_t)k * p->stride;
         memset(y, 0, p->stride * sizeof *y);
-        add_rows(y, p->a, p->part, p->first, p->width, &k, &one, 1);
+        for (int j = 0; j < p->width; j += TILE)
+            add_rows(y + j, p->a, p->part, p->first + j,
+                     p->width - j < TILE ? p->width - j : TILE, &k, &one, 1);
     }
     return NULL;
 }
@@ -1020,7 +1023,7 @@ static float least_upper(const Model *m) {
     if (largest == INFINITY || b->top > groups) return -INFINITY;
     if (b->top == 1) return largest;
     // Floats sort like their bits as int32 if the lower 31 bits of negative ones are inverted. The
-    // answer is built from its highest bit down: a bit stays if `top` bounds still reach the number.
+    // answer is built from its highest bit down: a bit stays if `top` bounds still reach it.
     int32_t reached = INT32_MIN;
     for (int bit = 31; bit >= 0; bit--) {
         int32_t more = (int32_t)((uint32_t)reached + (1u << bit));

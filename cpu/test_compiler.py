@@ -25,9 +25,9 @@ needs_compiler = pytest.mark.skipif(not has_compiler, reason="there is no C comp
 
 @pytest.fixture(autouse=True)
 def forget():
-    compiler.load_once.cache_clear()
+    compiler.outcomes.clear()
     yield
-    compiler.load_once.cache_clear()
+    compiler.outcomes.clear()
 
 
 @pytest.mark.parametrize("there, module, wanted", [
@@ -51,21 +51,21 @@ def test_which_compiler(there, module, wanted, monkeypatch):
 def test_the_name_holds_what_the_library_depends_on(tmp_path, monkeypatch):
     source = tmp_path / "two.c"
     source.write_text("int two(void) { return 2; }")
-    assert compiler.load(source, tmp_path / "cache").two() == 2
-    compiler.load(source, tmp_path / "cache", ("-DX",))
+    assert compiler.open_library(source, (), tmp_path / "cache").two() == 2
+    compiler.open_library(source, ("-DX",), tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "processor", lambda: "another")
-        compiler.load(source, tmp_path / "cache")
+        compiler.open_library(source, (), tmp_path / "cache")
     with monkeypatch.context() as patch:  # another compiler of this name
         patch.setattr(compiler, "run", lambda command, run=compiler.run: (
             (True, "another") if "--version" in command else run(command)))
-        compiler.load(source, tmp_path / "cache")
+        compiler.open_library(source, (), tmp_path / "cache")
     source.write_text("int two(void) { return 1 + 1; }")
-    assert compiler.load(source, tmp_path / "cache", ()).two() == 2
+    assert compiler.open_library(source, (), tmp_path / "cache").two() == 2
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert len(names) == 5 and all(name.endswith(".so") for name in names)
     monkeypatch.setattr(compiler, "build", None)  # from now on nothing is compiled
-    compiler.load(source, tmp_path / "cache")
+    compiler.open_library(source, (), tmp_path / "cache")
 
 
 @needs_compiler
@@ -73,7 +73,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     source, wall = tmp_path / "two.c", tmp_path / "wall"
     source.write_text("int two(void) { return 2; }")
     wall.write_text("a file where a folder should be")
-    assert compiler.load(source, wall / "cache").two() == 2
+    assert compiler.open_library(source, (), wall / "cache").two() == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two.c", "wall"]
 
 
@@ -83,7 +83,7 @@ def test_processes_at_once(tmp_path):
     source = tmp_path / "two.c"
     source.write_text("int two(void) { return 2; }")
     program = ("import sys; from pathlib import Path; from cpu import compiler; "
-               "print(compiler.load(*map(Path, sys.argv[1:])).two())")
+               "print(compiler.open_library(Path(sys.argv[1]), (), Path(sys.argv[2])).two())")
     started = [subprocess.Popen([sys.executable, "-c", program, source, tmp_path / "cache"],
                                 cwd=HERE.parent,
                                 stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -93,17 +93,17 @@ def test_processes_at_once(tmp_path):
 
 @pytest.mark.parametrize("command, words", [
     ("no-such-compiler", "no-such-compiler"), (f"{sys.executable} -c 1/0", "cannot compile step.c"),
-    ("true", "cannot be loaded")])
+    (f"{sys.executable} -c 'import sys; open(sys.argv[-2], \"w\")'", "cannot be loaded")])
 def test_without_a_compiler_decoding_is_right_and_says_so_once(
         command, words, monkeypatch, capfd, tmp_path):
     """A compiler that is missing, fails or makes nothing useful: one sentence, nothing left
     behind."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, chosen = random_model(CONFIGS["qwen2"]), []
     for cc in (None, command, command):
         if cc:
             monkeypatch.setenv("CC", cc)
-        compiler.load_once.cache_clear()
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        compiler.outcomes.clear()
         cache = KVCache(model.config, 160)
         model.forward(torch.arange(5), cache)
         decoder = CpuDecoder(model, cache, lambda logits: logits.argmax(keepdim=True))
@@ -111,14 +111,15 @@ def test_without_a_compiler_decoding_is_right_and_says_so_once(
         decoder.start(7, 5)
         chosen.append((list(decoder.tokens(4)), decoder.kept.tolist()))
         assert cache.length == 5
+    assert not compiler.has_library()
     if has_compiler:
         assert chosen[0] == chosen[1]
     assert chosen[1] == chosen[2] and 0 < sum(chosen[1][1][0])
     errors = capfd.readouterr().err.splitlines()
     assert len(errors) == (1 if has_compiler else 2), errors
     assert words in errors[-1] and "pip install ziglang" in errors[-1]
-    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(left) <= 1 + (command == "true") and not any(name.endswith("tmp") for name in left)
+    left = [path.suffix for path in (tmp_path / "nanoteal").iterdir()]
+    assert left == [".so"] * (words == "cannot be loaded")
 
 
 def test_the_source_needs_no_header_of_a_package():
@@ -131,18 +132,17 @@ def test_the_source_needs_no_header_of_a_package():
 @needs_compiler
 @pytest.mark.parametrize("kind, runtime", [
     ("address,undefined", "libasan.so"), ("thread", "libtsan.so")])
-def test_sanitizers(kind, runtime, tmp_path):
+def test_sanitizers(kind, runtime):
     """Steps of an odd little model on four threads: no stray access, no overflow, no race."""
     done, path = compiler.run([*compiler.compiler(), f"-print-file-name={runtime}"])
     if not done or not os.path.isabs(path.strip()):
         pytest.skip(f"the compiler has no {runtime}")
     environment = os.environ | {"LD_PRELOAD": path.strip(), "ASAN_OPTIONS": "detect_leaks=0",
-                                "TSAN_OPTIONS": "exitcode=66", "UBSAN_OPTIONS": "halt_on_error=1",
-                                "XDG_CACHE_HOME": str(tmp_path)}
+                                "TSAN_OPTIONS": "exitcode=66", "UBSAN_OPTIONS": "halt_on_error=1"}
     program = "import sys; from cpu import test_step; test_step.run_for_sanitizers(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", program, f"-fsanitize={kind}"],
                           cwd=HERE.parent, env=environment, capture_output=True, text=True)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("this kernel's addresses are too random for ThreadSanitizer")
     assert done.returncode == 0 and "anitizer" not in done.stderr, done.stderr[-3000:]
-    assert done.stdout.startswith("fine")
+    assert done.stdout.startswith("fine True")

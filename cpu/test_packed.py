@@ -42,26 +42,24 @@ def random_tensor(name, n, k, seed=0, size=1e-2):
 
 
 @pytest.mark.parametrize("name", GROUPED)
-@pytest.mark.parametrize("n, size", [(1, 1e-2), (70, 1e3), (300, 1e-6)])
+@pytest.mark.parametrize("n, size", [(1, 1e-2), (70, 1e3), (3900, 1e-6)])
 def test_the_numbers_are_those_of_gguf(name, n, size, monkeypatch):
     """Exactly, but for scales that are products: they have 11 bits. Sizes: beyond float16 for
-    products, and a denormal float16."""
+    products, and a denormal float16; more columns than C unpacks at a time."""
     monkeypatch.setattr("cpu.packed.PIECE", 70 * 512)  # several pieces
     weight, groups = random_tensor(name, n, 512, size=size)
     packed = Packed(weight, groups)
-    error = (packed.weight(0, n).T - weight).abs()
+    error = (packed.weight().T - weight).abs()
     assert error.max() <= (2**-11 if name.endswith("K") else 2**-24) * weight.abs().max()
-    part = slice(n // 3, n // 3 + n // 2 + 1)
-    assert torch.equal(packed.weight(part.start, part.stop), packed.weight(0, n)[:, part])
     rows = torch.tensor([0, n - 1, n // 2])
-    assert torch.equal(packed[rows], packed.weight(0, n).T[rows])
-    # The same in C, which unpacks them for prefill.
+    assert torch.equal(packed[rows], packed.weight().T[rows])
+    # Prefill multiplies pieces.
     linear = PackedLinear(0, "gate_up", 512, (n, n), False, torch.float32, "cpu")
     linear.parts, x = [packed, packed], torch.randn(3, 512, requires_grad=True)
-    wanted = torch.cat([packed.weight(0, n)] * 2, 1)
-    torch.testing.assert_close(torch.cat(list(pieces(linear)), 1), wanted)
+    assert torch.equal(torch.cat(list(pieces(linear)), 1), linear.w_t)
+    assert torch.equal(linear.w_t, torch.cat([packed.weight()] * 2, 1))
     linear(x).sum().backward()
-    torch.testing.assert_close(x.grad[0], wanted.sum(1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(x.grad[0], linear.w_t.sum(1), rtol=1e-4, atol=1e-7)
     # Where the columns are many, the memory is the file's and little more.
     kind = gguf.GGMLQuantizationType[name]
     file = n * 512 // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1]
@@ -115,14 +113,12 @@ def rounded(x, part, kept=None):
     return (left / steps.clamp(min=1e-30)).round() * steps, steps
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("n_shares", [1, 2, 3, 6])
-def test_a_step_in_c(tied, n_shares):
+@pytest.mark.parametrize("n_shares, row_shares, tied", [(1, 1, True), (2, 2, False), (6, 3, True)])
+def test_a_step_in_c(n_shares, row_shares, tied):
     """Dense and with thresholds, against products in float64 that round x as C does: of up to four
     shares each rounds the rows that it reads. Which rows are kept is decided before."""
     config = Config(**{**vars(CONFIG), "tie_embeddings": tied})
     model, shape = random_model(config), (2, 7)
-    row_shares = {1: 1, 2: 2, 3: 3, 6: 3}[n_shares]
     for thresholds in (torch.full(shape, -1.0), torch.rand(shape) * 0.8):
         kept, wanted_kept = torch.zeros(2, *shape, dtype=torch.int64)
         run = CStep(model, KVCache(config, 40), thresholds, kept, n_shares)
@@ -132,7 +128,7 @@ def test_a_step_in_c(tied, n_shares):
             rows = (~(x.abs() <= threshold)).nonzero()[:, 0]
             cuts = [len(rows) * r // row_shares for r in range(row_shares + 1)]
             x = sum(rounded(x, part, rows[i:j])[0] for i, j in zip(cuts, cuts[1:]))
-            return x @ part.weight(0, part.n).double(), len(rows)
+            return x @ part.weight().double(), len(rows)
 
         def project(x, linear):
             y = []
@@ -143,7 +139,7 @@ def test_a_step_in_c(tied, n_shares):
             y = torch.cat(y)[None].float()
             return y if linear.bias is None else y + linear.bias
 
-        for token in range(0, 130, 9):
+        for token in range(0, 130, 16):
             found = run(token, 0)
             hidden = model.forward(torch.tensor([token]), KVCache(config, 1), project)[0]
             wanted, _ = product(hidden, model.lm_head.parts[0], -1)
@@ -154,7 +150,7 @@ def test_a_step_in_c(tied, n_shares):
 
 
 @pytest.mark.parametrize("name", GROUPED)
-@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97])
+@pytest.mark.parametrize("sparsity", [0, 0.9])
 def test_rounding_x_is_the_only_rounding(name, sparsity):
     """A product in C against float64 with x rounded as documented, and within the bound of x."""
     config = Config(300, 512, 64, 1, 1, 1, 512, context=2, tie_embeddings=True)
@@ -171,7 +167,7 @@ def test_rounding_x_is_the_only_rounding(name, sparsity):
     kept = torch.zeros(1, 7, dtype=torch.int64)
     run = CStep(model, KVCache(config, 2), torch.full((1, 7), -1.0), kept, 1)
     part = model.lm_head.parts[0]
-    w = part.weight(0, 300).double()
+    w = part.weight().double()
     for token in range(3):
         x = model.forward(torch.tensor([token]))[0]
         found, (x_rounded, steps) = run(token, 0).double(), rounded(x, part)
@@ -185,17 +181,14 @@ def test_rounding_x_is_the_only_rounding(name, sparsity):
 
 def test_numbers_that_are_no_numbers():
     model, kept = random_model(), torch.zeros(2, 7, dtype=torch.int64)
-    run = CStep(model, KVCache(CONFIG, 40), torch.full((2, 7), -1.0), kept, 2)
-    assert run(3, 0).isfinite().all()
-    for value in (torch.nan, torch.inf):
-        model = random_model()
+    for value in (1.0, torch.nan, torch.inf):
         model.blocks[1].mlp_norm[7] = value
         run = CStep(model, KVCache(CONFIG, 40), torch.full((2, 7), -1.0), kept, 2)
-        assert run(3, 0).isnan().all()
+        assert run(3, 0).isfinite().all() if value == 1 else run(3, 0).isnan().all()
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quant, dtype", [("Q4_0", torch.float32), ("Q4_1", torch.bfloat16),
+                                          ("Q5_0", torch.bfloat16), ("Q8_0", torch.float32)])
 def test_a_gguf_file_runs_as_it_is(tmp_path, quant, dtype, monkeypatch):
     """Prefill and steps; every byte that the model holds is counted."""
     file = write_gguf(tmp_path / "m.gguf", quant=gguf.GGMLQuantizationType[quant])
