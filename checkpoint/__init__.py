@@ -40,6 +40,7 @@ def load(model=None, *, dtype=torch.float32, device="cpu", quantize=None, contex
 
     quantize: "int8" or "int4" makes the large matrices so; a folder of quantize.py has them
         already; "gguf" keeps the few bits of a file whose Checkpoint has `groups`, on a CPU
+        with a C compiler
     context: replaces the model's context; at most its max_position_embeddings
     ranks: the processes that share the model (tensor_parallel.py); each loads its slices
     Raises CheckpointError if the checkpoint is bad, and ValueError for another dtype or `quantize`

@@ -64,8 +64,7 @@ def cache_folder():
 
 
 def open_library(source, flags, folder):
-    """As `library`; compiles into the folder, if need be. If that can't be written, nothing is kept.
-    """
+    """As `library`, compiled into the folder, if need be; if that can't be written, not kept."""
     command = compiler()
     _, version = run([*command, "--version"])
     facts = [source.read_text(), version, processor(), *command, *FLAGS, *flags]
