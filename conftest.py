@@ -217,7 +217,7 @@ HEADS = {  # changes W [V, K] and x [K] in place; whether the largest logits are
     "infinity in x": (lambda w, x: x[1].fill_(-INF), False),
     "close to the end of float16": (close_to_the_end, None),
 }
-HEAD_SIZES = ((600, 64, 1), (403, 100, 3), (130, 960, 1))  # V, K, how many logits matter
+HEAD_SIZES = ((300, 64, 1), (403, 100, 3), (70, 960, 1))  # V, K, how many logits matter
 
 
 def make_head(v, k, dtype, change, device=DEVICE):

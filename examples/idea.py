@@ -1,6 +1,6 @@
 """TEAL from nothing: drop the small inputs of every product, and watch the perplexity.
 
-    python -m examples.idea             # reads README.md
+    python -m examples.idea             # reads README.md: perplexity 53 at 0%, 77 at 50%
     python -m examples.idea wiki.test.raw
 """
 

@@ -98,8 +98,7 @@ def test_products(kind, form, seed):
     sizes = [(k, ends) for k in (1, 33, 64, 200, 577) for ends in ENDS]
     for sparse, multiple in enumerate(multiples):
         fitting = [size for size in sizes if multiple and not any(e % multiple for e in size[1])]
-        cases = rng.sample(fitting, min(len(fitting), 2))
-        for k, ends in [*cases, (520, (64, 192))] if cases else ():
+        for k, ends in (rng.choice(fitting), (260, (64, 192))) if fitting else ():
             dtype = rng.choice(dtypes)
             arguments, w, options, scale = draw(rng, kind, k, ends, dtype, form, sparse)
             counts = [torch.full((len(ends),), 7, device=DEVICE) for _ in range(3)]
