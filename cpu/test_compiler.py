@@ -93,7 +93,8 @@ def test_processes_at_once(tmp_path):
 
 @pytest.mark.parametrize("command, words", [
     ("no-such-compiler", "no-such-compiler"), (f"{sys.executable} -c 1/0", "cannot compile step.c"),
-    (f"{sys.executable} -c 'import sys; open(sys.argv[-2], \"w\")'", "cannot be loaded")])
+    (f"{sys.executable} -c 'import sys; a = sys.argv; open(a[a.index(\"-o\") + 1], \"w\")'",
+     "cannot be loaded")])
 def test_without_a_compiler_decoding_is_right_and_says_so_once(
         command, words, monkeypatch, capfd, tmp_path):
     """A compiler that is missing, fails or makes nothing useful: one sentence, nothing left
