@@ -40,15 +40,15 @@ class Digest:
 
     def append(self, name, shape, sample):
         bits = sample.to("cpu", torch.bfloat16).view(torch.int16)
-        self.samples.append((f"{name} {tuple(shape)} ", bits))
+        self.samples.append((f"{name} {tuple(shape)} ", bits.int()))  # a copy, not the tensor
 
     def hexdigest(self):
         """The digest; every rank must ask for it."""
         digest = hashlib.sha256()
         for text, bits in self.samples:
             if self.ranks is not None:
-                bits = self.ranks.total(bits.int()).to(torch.int16)
-            digest.update(text.encode() + bits.numpy().tobytes())
+                bits = self.ranks.total(bits)
+            digest.update(text.encode() + bits.to(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -57,20 +57,18 @@ def test_chat_template_is_transformers(template):
 
 
 HOSTILE = (
-    "{% for i in range(10**9) %}{% endfor %}", "{{ '%999999999d' % 1 }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 'x' * 10**10 }}", "{{ 'x' | center(10**10) }}", "{% set x = 'x' * (6 * 10**8) %}short",
-    "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "{{ lipsum(n=9999999) }}",
+    "{% set x = 'x' * (6 * 10**8) %}short", "{{ 'x' | center(10**10) }}",
+    "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os }}",
-    "{{ messages.append.__globals__ }}", "{{ self._TemplateReference__context.x.y }}",
-    "{{ (''|attr('__class__')).x }}", "{% for", "{% if %}",
-    "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{{ messages.clear() }}",
-    "{{ raise_exception('no\\n\\x1b[31m') }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
+    "{{ (''|attr('__class__')).x }}", "{% if %}", "{% include '/etc/passwd' %}",
+    "{{ messages.clear() }}", "{{ raise_exception('no\\n\\x1b[31m') }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
 
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_hostile_chat_templates(template, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 1.5)
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
     start = time.monotonic()
     with pytest.raises(ValueError, match="^the chat template (failed|ran for|needed)") as error:
         chat_template.render(template, messages=[])

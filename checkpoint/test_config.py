@@ -4,33 +4,15 @@ import copy
 import math
 
 import pytest
-import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from checkpoint.config import FAMILIES, parse_config, text_part
-from checkpoint.conftest import CASES, LLAMA, ROPE, SMALL
+from checkpoint.conftest import LLAMA, ROPE, SMALL
 from checkpoint.known_models import KNOWN_MODELS
 from checkpoint.rope import yarn_factor
-from checkpoint.tensors import put, tensor_shapes
+from checkpoint.tensors import tensor_shapes
 from checkpoint.unify import granite_factors
-from model import Model
-
-
-@pytest.mark.parametrize("name", ["llama-3", "linear rope", "mistral", "qwen2", "llama-2"])
-def test_old_and_new_spelling(name):
-    stem, changes, rope = CASES[name]
-    new = getattr(transformers, f"{stem}Config")(**SMALL | changes,
-                                                 rope_parameters=ROPE[rope]).to_dict()
-    old = {key: value for key, value in new.items() if key != "rope_parameters"}
-    old["rope_theta"] = ROPE[rope]["rope_theta"]
-    old["rope_scaling"] = {key: value for key, value in ROPE[rope].items() if key != "rope_theta"}
-    oldest = old | {"rope_scaling": {"type": rope}
-                    | {k: v for k, v in old["rope_scaling"].items() if k != "rope_type"}}
-    if rope == "default":
-        oldest["rope_scaling"] = None
-    assert parse_config(new) == parse_config(old) == parse_config(oldest)
-
 
 FAMILY = {  # what a family needs beside SMALL, or what makes all of its keys count
     "granitemoehybrid": {"position_embedding_type": "rope", "shared_intermediate_size": 48,
@@ -152,53 +134,67 @@ def test_longer_texts_than_max_position_embeddings(scaling, reach, default):
         parse_config(config, reach + 1)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"model_type": "gpt2"}, "'gpt2'.*supported are llama, .*transformers_model.py"),
-    ({"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
+PHI = LLAMA | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+LONG = PHI | {"original_max_position_embeddings": 16}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+GRANITE = LLAMA | {"model_type": "granitemoehybrid", "shared_intermediate_size": 44,
+                   "architectures": ["GraniteMoeHybridForCausalLM"], "num_local_experts": 0,
+                   "layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
+OLMO = LLAMA | {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "sliding_window": 8,
+                "num_hidden_layers": 4}
+NOT_LLAMA = "experts, Mamba layers or no RoPE"
+
+
+@pytest.mark.parametrize("config, change, words", [
+    (LLAMA, {"model_type": "gpt2"}, "'gpt2'.*supported are llama, .*transformers_model.py"),
+    (LLAMA, {"model_type": "qwen2"}, "LlamaForCausalLM.*supported are"),
+    (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClass"),
+    (LLAMA, {"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]},
      "no_rope_layers is"),
-    ({"model_type": "qwen2"}, "LlamaForCausalLM.*supported are"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    ({"model_type": None}, "unsupported architecture"),
-    ({"hidden_size": None}, "hidden_size is None"),
-    ({"hidden_size": "many"}, "hidden_size is 'many'"),
-    ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
-    ({"head_dim": 7}, "head_dim is 7"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"rope_interleaved": True}, "rope_interleaved is True"),
-    ({"final_logit_softcapping": 30.0}, "softcapping is 30.0; only None is supported"),
-    ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is"),
-    ({"max_position_embeddings": None}, "max_position_embeddings is None"),
-    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
-    ({"rope_theta": None}, "rope_theta is None"),
-    ({"layer_types": ["sliding_attention"] * 3}, "layer_types gives 3 layers a window, but by"),
-    ({"layer_types": ["chunked_attention"] * 3}, "layer_types is"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    (LLAMA, {"hidden_size": "many"}, "hidden_size is 'many'"),
+    (LLAMA, {"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+    (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers is True"),
+    (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads is 3"),
+    (LLAMA, {"head_dim": 7}, "head_dim is 7"),
+    (LLAMA, {"rope_interleaved": True}, "rope_interleaved is True"),
+    (LLAMA, {"final_logit_softcapping": 30.0}, "softcapping is 30.0; only None is supported"),
+    (LLAMA, {"rope_theta": None}, "rope_theta is None"),
+    (LLAMA, {"layer_types": ["sliding_attention"] * 3}, "layer_types gives 3 layers a window, but"),
+    (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    (LLAMA, {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
      "'dynamic'.*default, linear, llama3, yarn"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": "no"}}, "truncate is 'no'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0}},
+    (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": "no"}},
+     "truncate is 'no'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0}},
      "attention_factor is -1.0"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
-    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
-    ({"rope_parameters": ROPE["llama3"] | {"low_freq_factor": 4.0}}, "low_freq_factor is 4.0"),
-])
-def test_config_errors(change, words):
-    parse_config(LLAMA)
+    (LLAMA, {"factor": 4.0, "rope_scaling": {"rope_type": "linear"}}, "factor is None"),
+    (LLAMA, {"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+    (LLAMA, {"rope_parameters": ROPE["llama3"] | {"low_freq_factor": 4.0}}, "freq_factor is 4.0"),
+    (PHI, {"partial_rotary_factor": 0.4}, "3 of a head's 8 channels turn"),
+    (PHI, {"partial_rotary_factor": 0.0}, "0 of a head's 8 channels turn"),
+    (PHI, {"rope_scaling": LONGROPE}, "original_max_position_embeddings is None"),
+    (LONG, {"rope_scaling": LONGROPE | {"short_factor": [1.0] * 3}}, "short_factor is .*list of 4"),
+    (LONG, {"rope_scaling": LONGROPE | {"short_factor": [1.0] * 3 + ["a"]}}, "factor is 'a'"),
+    (GRANITE, {"num_local_experts": 8}, NOT_LLAMA), (GRANITE, {"layer_types": None}, NOT_LLAMA),
+    (GRANITE, {"layer_types": ["attention", "mamba", "mamba"]}, NOT_LLAMA),
+    (GRANITE, {"position_embedding_type": "nope"}, NOT_LLAMA),
+    (OLMO, {"layer_types": ["full_attention"]}, "layer_types is .*a list of 4 values, sliding"),
+    (OLMO, {"layer_types": [["full_attention"]] * 4}, "layer_types is "),
+    (OLMO, {"rope_parameters": {"full_attention": 3}}, "the latter plain RoPE"),
+    (OLMO, {"rope_parameters": {"full_attention": ROPE["yarn"], "sliding_attention": ROPE["yarn"]}},
+     "the latter plain RoPE"),
+    (OLMO, {"rope_parameters": {"full_attention": ROPE["yarn"],
+                                "sliding_attention": {"rope_theta": 99.0}}}, "the latter plain")])
+def test_config_errors(config, change, words):
+    parse_config(config)
     with pytest.raises(ValueError, match=words) as error:
-        parse_config(LLAMA | change)
+        parse_config(config | change)
     assert "\n" not in str(error.value)
 
 
 def test_ropes_settings_are_read_from_rope_alone():
-    """A key of rope_scaling is no setting of the model, and one of the model none of RoPE."""
-    plain = parse_config(LLAMA)
-    assert parse_config(LLAMA | {"rope_scaling": {
-        "rope_type": "default", "hidden_size": 64, "num_hidden_layers": 9}}) == plain
-    with pytest.raises(ValueError, match="factor is None"):
-        parse_config(LLAMA | {"factor": 4.0, "rope_scaling": {"rope_type": "linear"}})
+    assert parse_config(LLAMA) == parse_config(LLAMA | {"rope_scaling": {
+        "rope_type": "default", "hidden_size": 64, "num_hidden_layers": 9}})
 
 
 def test_what_counts_in_one_place_alone():
@@ -211,34 +207,54 @@ def test_what_counts_in_one_place_alone():
     assert found == text | {"eos_token_id": [5], "tie_word_embeddings": True}
 
 
-def test_put_errors():
-    model = Model(parse_config(LLAMA))
-    with pytest.raises(ValueError, match="q_proj.*shape"):
-        put(model, "model.layers.0.self_attn.q_proj.weight", torch.zeros(32, 31))
-    with pytest.raises(ValueError, match="layers.3.*shape"):
-        put(model, "model.layers.3.self_attn.q_proj.weight", torch.zeros(32, 32))
+def test_context_of_longrope():
+    """Within the original context the short list holds, for all who do not ask for more."""
+    config = LONG | {"rope_scaling": LONGROPE | {"rope_type": None, "type": "su"},
+                     "max_position_embeddings": 64}
+    found = {context: parse_config(config, context) for context in (None, 5, 16, 17, 64)}
+    assert [c.context for c in found.values()] == [16, 5, 16, 17, 64]
+    assert [c.rope_divisors[0] for c in found.values()] == [1.0, 1.0, 1.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match="context 65 is outside 1 to 64"):
+        parse_config(config, 65)
 
 
-@pytest.mark.parametrize("name, weights, theta, context, n_heads, n_kv_heads, window", [
-    ("llama-2-7b", 6_738_415_616, 1e4, 4096, 32, 32, None),
-    ("llama-2-13b", 13_015_864_320, 1e4, 4096, 40, 40, None),
-    ("llama-2-70b", 68_976_648_192, 1e4, 4096, 64, 8, None),
-    ("llama-3-8b", 8_030_261_248, 5e5, 32768, 32, 8, None),
-    ("llama-3-70b", 70_553_706_496, 5e5, 32768, 64, 8, None),
-    ("llama-3.2-1b", 1_235_814_400, 5e5, 131072, 32, 8, None),
-    ("mistral-7b", 7_241_732_096, 1e4, 32768, 32, 8, 4096),
-    ("qwen2.5-0.5b", 494_032_768, 1e6, 32768, 14, 2, None),
-    ("qwen2.5-1.5b", 1_543_714_304, 1e6, 32768, 12, 2, None)])
-def test_known_models(name, weights, theta, context, n_heads, n_kv_heads, window):
+def test_layers_of_olmo3():
+    """By layer_types, or every fourth; RoPE's settings flat, as in old configs, or by layer."""
+    yarn, plain = ROPE["yarn"], {"rope_type": "default", "rope_theta": 10000.0}
+    flat = parse_config(OLMO | {"rope_theta": 10000.0, "rope_scaling": yarn})
+    nested = parse_config(OLMO | {"rope_parameters": {"full_attention": yarn,
+                                                      "sliding_attention": plain}})
+    assert flat == nested and flat.full_layers == (3,)
+    assert [flat.window(i) for i in range(4)] == [8, 8, 8, None]
+    assert [flat.rope_kind(i) for i in range(4)] == ["plain"] * 3 + ["scaled"]
+    kinds = ["full_attention", "sliding_attention"] * 2
+    assert parse_config(OLMO | {"layer_types": kinds}).full_layers == (0, 2)
+    assert parse_config(OLMO).rope_theta == 5e5
+
+
+def test_ministral_without_yarn():
+    """Its queries grow with the original context, which YaRN alone can take from elsewhere."""
+    rope = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
+    config = LLAMA | {"model_type": "ministral3", "architectures": None, "rope_parameters": rope}
+    with pytest.raises(ValueError, match="original_max_position_embeddings is None"):
+        parse_config(config)
+    rope["original_max_position_embeddings"] = 16
+    assert parse_config(config).query_growth == (0.1, 16)
+    del rope["llama_4_scaling_beta"]
+    assert parse_config(config).query_growth == (0.0, 1)
+
+
+@pytest.mark.parametrize("name, weights", {
+    "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_241_732_096, "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304,
+}.items())
+def test_known_models(name, weights):
     """They are as large as their makers say."""
     config = KNOWN_MODELS[name]
     assert sum(map(math.prod, tensor_shapes(config).values())) == weights
-    assert (config.rope_theta, config.context, config.sliding_window) == (theta, context, window)
-    assert (config.n_heads, config.n_kv_heads) == (n_heads, n_kv_heads)
-    assert config.norm_eps == (1e-6 if "qwen" in name else 1e-5)
-    assert bool(config.rope_divisors) == (name == "llama-3.2-1b")
-    if config.rope_divisors:  # of the slowest pairs, and of the fastest
-        assert config.rope_divisors[-1] == 32 and config.rope_divisors[0] == 1
+    if name == "llama-3.2-1b":  # of the fastest pairs, and of the slowest
+        assert config.rope_divisors[0] == 1 and config.rope_divisors[-1] == 32
 
 
 def test_yarn_that_shortens_scores_nothing():

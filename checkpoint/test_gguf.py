@@ -1,7 +1,6 @@
 """GGUF files: what llama.cpp's converter writes loads; what is damaged is refused."""
 
 import dataclasses
-import random
 import struct
 
 import gguf
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import CheckpointError, open_checkpoint
+from checkpoint import open_checkpoint
 from checkpoint.config import parse_config
 from checkpoint.conftest import (
     CONFIG,
@@ -25,17 +24,14 @@ from checkpoint.gguf_file import CHUNK, to_float
 
 
 @pytest.mark.parametrize("arch, name, context", [
-    ("llama", "llama-2", None), ("llama", "llama with biases", None),
-    ("qwen2", "qwen2", None), ("qwen3", "qwen3", None), ("qwen3", "qwen3, yarn", None),
-    ("qwen3vl", "qwen3", None),
+    ("llama", "llama, biases, head_dim", None), ("qwen2", "qwen2", None),
+    ("qwen3", "qwen3, yarn", None), ("qwen3vl", "qwen3", None),
     ("smollm3", "smollm3, every fourth, tied, biases", None),
-    ("olmo2", "olmo2", None), ("olmo2", "olmo2, odd heads, tied", None),
-    ("granite", "granite", None), ("granite", "granite, odd heads, tied, biases", None),
-    ("granite", "granite 4", None),
-    ("olmo2", "olmo3", None), ("olmo2", "olmo3, every fourth, odd heads", None),
-    ("mistral3", "ministral3", None), ("mistral3", "ministral3, odd heads, tied, window", None),
-    ("phi3", "phi-3", None), ("phi3", "phi-3, odd heads, tied", None),
-    ("phi3", "phi-3, long context", 256), ("phi3", "phi-4-mini, short text", None)])
+    ("olmo2", "olmo2, odd heads, tied", None), ("olmo2", "olmo3, every fourth, odd heads", None),
+    ("granite", "granite, odd heads, tied, biases", None), ("granite", "granite 4", None),
+    ("mistral3", "ministral3, odd heads, tied, window", None),
+    ("phi3", "phi-3, odd heads, tied", None), ("phi3", "phi-3, long context", 256),
+    ("phi3", "phi-4-mini, short text", None)])
 @torch.inference_mode()
 def test_gguf_families(tmp_path, arch, name, context):
     """A model of transformers, written as GGUF, gives the same logits."""
@@ -48,7 +44,7 @@ def test_gguf_families(tmp_path, arch, name, context):
     assert (ours.logits(ours.forward(tokens)) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_1"])
 def test_gguf_quantized(tmp_path, quant):
     """The rows of Llama's q and k come back into their order."""
     kind = gguf.GGMLQuantizationType[quant]
@@ -62,7 +58,7 @@ def test_gguf_quantized(tmp_path, quant):
     assert same(found, expected) and found.few_bits == (quant not in ("F32", "F16", "BF16"))
 
 
-@pytest.mark.parametrize("quant", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q5_K", "IQ4_XS"])
 def test_dequantizing_in_pieces(quant):
     kind = gguf.GGMLQuantizationType[quant]
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -153,7 +149,7 @@ def test_bad_gguf_metadata(tmp_path, arch, tensors, metadata, words):
 
 
 def test_bad_gguf_bytes(tmp_path):
-    """Cut off anywhere, or with random bytes in its header, a GGUF is refused or read."""
+    """Cut off anywhere, too long, or of absurd counts, a GGUF is refused."""
     good = write_gguf(tmp_path / "good.gguf").read_bytes()
     bad = tmp_path / "bad.gguf"
     for size in 0, 3, 4, 20, 200, 3000, 12000, len(good) // 2, len(good) - 50:
@@ -164,31 +160,13 @@ def test_bad_gguf_bytes(tmp_path):
     bad.write_bytes(good[:8] + struct.pack("<QQ", 1 << 60, 1 << 60) + good[24:])
     refused(bad, "claims")
     refused(write_gguf(bad, arch="mamba"), "mamba", "llama, qwen2")
-    rng, header = random.Random(0), good.index(b"token_embd.weight")
-    for i in range(300):
-        data = bytearray(good)
-        for _ in range(rng.randrange(1, 4)):
-            at = rng.randrange(4, 600) if i % 2 else rng.randrange(header - 100, header + 1500)
-            data[at] = rng.choice([0, 1, 0x7F, 0xFF, rng.randrange(256)])
-        bad.write_bytes(data)
-        try:
-            sum(tensor.numel() for _, tensor in open_checkpoint(bad).tensors)
-        except CheckpointError:
-            pass
 
 
 def test_overlapping_gguf_tensors(tmp_path):
     """A small file cannot claim a large model by naming the same bytes many times."""
-    writer = gguf.GGUFWriter(tmp_path / "o.gguf", "llama")
-    for i in range(64):
-        writer.add_tensor(f"t{i:02d}", np.zeros((64, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    data = bytearray((tmp_path / "o.gguf").read_bytes())
-    for i in range(64):  # every tensor at offset 0
-        at = data.index(b"t%02d" % i) + 3 + 4 + 16 + 4
-        data[at:at + 8] = bytes(8)
-    (tmp_path / "o.gguf").write_bytes(data[:len(data) // 2])
-    refused(tmp_path / "o.gguf", "but the one before it ends at")
+    file = write_gguf(tmp_path / "o.gguf")
+    data = bytearray(file.read_bytes())
+    at = data.index(b"blk.1.attn_k.weight") + 19 + 4 + 16 + 4
+    data[at:at + 8] = bytes(8)
+    file.write_bytes(data)
+    refused(file, "but the one before it ends at")

@@ -1,19 +1,18 @@
 """Free memory as containers limit it, read from made-up files; and what loading a model needs."""
 
+import ctypes
 import io
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import checkpoint
+import quantize
 from checkpoint import memory
 from checkpoint.config import parse_config
-from checkpoint.conftest import CONFIG, write_folder
+from checkpoint.conftest import CONFIG, resident, write_folder
 from checkpoint.tensors import tensor_shapes
 from cli import quantize_folder
 
@@ -64,51 +63,34 @@ def test_too_much_is_refused(monkeypatch):
 
 # ---- the peak while loading --------------------------------------------------------------------
 
-# In a process of its own, case by case: quantize (or load the quantized folder), print bytes.
-MEASURE = """
-import sys, torch, checkpoint, quantize
-from pathlib import Path
-from checkpoint.conftest import resident
-torch.set_num_threads(1)
-quantize.PIECE = 1 << 14  # weights at a time: as small, beside this model, as in use
-tiny, *words = sys.argv[1:]
-for source, kind in zip(words[::2], words[1::2]):
-    options = {"dtype": torch.bfloat16, "quantize": kind or None}
-    checkpoint.load(tiny, **options)  # memory that is needed but once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
-    before = resident("VmRSS")
-    model, _ = checkpoint.load(source, **options)
-    held = [*model.linears(), model.lm_head]
-    print(resident("VmHWM") - before, sum(m.w_t.nbytes + m.scale.nbytes for m in held))
-    del model, held
-"""
+@pytest.fixture
+def peak_of(monkeypatch):
+    """A function that loads a checkpoint -> (the bytes that it took at most, those it has)."""
+    # By default, glibc keeps freed blocks of up to 32 MB: much beside a small model.
+    ctypes.CDLL(None).mallopt(-3, 131072)  # M_MMAP_THRESHOLD
+    monkeypatch.setattr(quantize, "PIECE", 1 << 14)  # weights at a time: as small, beside this
+
+    def peak_of(source, kind):
+        memory.return_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
+        before = resident("VmRSS")
+        model, _ = checkpoint.load(source, dtype=torch.bfloat16, quantize=kind)
+        held = [*model.linears(), model.lm_head]
+        return resident("VmHWM") - before, sum(m.w_t.nbytes + m.scale.nbytes for m in held)
+
+    return peak_of
 
 
-# By default, glibc keeps freed blocks of up to 32 MB: little beside a model, but much beside this.
-ENV = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """{"" or "int4": a folder of floats, 59 MB, or of int4}, and a tiny folder."""
-    folder = tmp_path_factory.mktemp("memory")
-    config = CONFIG | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8,
-                       "num_key_value_heads": 8, "head_dim": 64}
+def test_loading_needs_the_model_and_twice_its_largest_tensor(tmp_path, peak_of):
+    config = CONFIG | {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 1}
     tensors = {name: torch.randn(shape, dtype=torch.bfloat16)
                for name, shape in tensor_shapes(parse_config(config)).items()}
-    floats = write_folder(folder / "floats", config, tensors)
-    quantize_folder.write_folder(checkpoint.open_checkpoint(floats), folder / "int4", "int4")
-    return {"": floats, "int4": folder / "int4", "tiny": write_folder(folder / "tiny")}
-
-
-def test_loading_needs_the_model_and_twice_its_largest_tensor(sources):
-    cases = [("", "int8"), ("", "int4"), ("int4", "")]
-    words = [str(word) for form, kind in cases for word in (sources[form], kind)]
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(sources["tiny"]), *words],
-                          env=ENV, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    largest = 1024 * 4096 * 2
-    for (_, kind), line in zip(cases, done.stdout.splitlines(), strict=True):
-        peak, model = map(int, line.split())
-        assert (model > 3 * largest) == (kind == "int8")
-        assert model <= peak <= model + 2 * largest, (peak / 1e6, model / 1e6)
+    floats, int4 = tmp_path / "floats", tmp_path / "int4"
+    room = 2 * 512 * 4096 * 2 + (2 << 20)  # the largest tensor twice, and pieces
+    write_folder(floats, config, tensors)
+    quantize_folder.write_folder(checkpoint.open_checkpoint(floats), int4, "int4")
+    del tensors
+    peak_of(floats, "int8")  # memory that is needed but once
+    for source, kind in (floats, "int8"), (floats, "int4"), (int4, None):
+        peak, model = peak_of(source, kind)
+        assert model <= peak <= model + room, (kind, peak / 1e6, model / 1e6)
