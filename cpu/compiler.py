@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -66,8 +65,9 @@ def cache_folder():
 def open_library(source, flags, folder):
     """As `library`, compiled into the folder, if need be; if that can't be written, not kept."""
     command = compiler()
-    _, version = run([*command, "--version"])
-    facts = [source.read_text(), version, processor(), *command, *FLAGS, *flags]
+    # All macros: they tell the compiler's version and the processor's features.
+    _, macros = run([*command, "-march=native", "-dM", "-E", "-x", "c", os.devnull])
+    facts = [source.read_text(), macros, *command, *FLAGS, *flags]
     file = folder / f"{source.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,17 +107,6 @@ def run(command):
     except OSError as error:
         return False, str(error)
     return done.returncode == 0, done.stdout + done.stderr
-
-
-def processor():
-    """What "native" means to the compiler: the processor's name and its features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    facts = ("model name", "flags", "features", "cpu part")
-    told = {line for line in lines if line.lower().startswith(facts)}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(told)])
 
 
 def build(command, source, library, flags):

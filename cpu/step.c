@@ -139,25 +139,20 @@ typedef struct {
     int32_t rope;                       // which of the model's ropes
 } Layer;
 
-// What RoPE does: pair j rotates by position * frequency[j] and is multiplied by factor[j].
-typedef struct {
-    const float *frequency, *factor;  // [head_dim / 2]
-} Rope;
-
 enum { NORM_NONE, NORM_HEAD, NORM_ALL };  // RMSNorm of q and k: none, each head, all heads at once
 
 typedef struct {
     int32_t n_layers, hidden, inter, heads, kv_heads, head_dim, vocab, context;
-    int32_t cache_dtype, embedding_dtype, n_ropes;
+    int32_t cache_dtype;
     int32_t qk_norm, norms_after;  // norms_after: of what a block adds, in place of its input
     float growth, growth_at;  // q is multiplied by 1 + growth * ln(1 + position / growth_at)
     float eps;                // of RMSNorm
     const Layer *layers;
-    const Rope *ropes;
-    const void *embedding;    // [vocab, hidden], or else:
-    const Packed *packed_embedding;
+    int32_t n_ropes;          // kinds of RoPE: a layer has one of them
+    const float *frequency, *factor;  // [n_ropes, head_dim / 2]: RoPE rotates pair j of a head by
+                              // position * frequency[j] and multiplies it by factor[j]
     const float *norm;        // [hidden], of the last RMSNorm
-    Matrix head;
+    Matrix embedding, head;   // the first is [vocab, hidden], or packed
     const Bounds *bounds;     // of the head's logits, or NULL to read the whole head
     void (*reduce)(float *y, int32_t n);  // adds up y over all ranks (processes), or NULL
     const int32_t *positions; // [context], 0, 1, 2, ...: the list of rows that attention adds up
@@ -172,7 +167,7 @@ typedef struct {
     // Private: one slice per worker, of whom there are at most n_shares.
     float *x, *h, *y;         // [hidden]: the residual stream, a block's input and its output
     float *qkv;               // [N of qkv]
-    float *turns;             // [n_ropes, head_dim], cosines and sines
+    float *turns;             // [2, n_ropes, head_dim / 2], cosines and sines
     float *scores;            // [context]
     float *up;                // [inter]
     float *kept_x;            // [largest_k], the kept x[k]
@@ -268,11 +263,12 @@ static void barrier(Team *team);                        // waits for all workers
 
 // The token's row of the embedding, into x [hidden].
 static void embed(const Model *m, float *x) {
+    const Matrix *a = &m->embedding;
     int64_t at = (int64_t)m->token * m->hidden;
-    if (m->packed_embedding)
+    if (a->packed)
         embed_packed(m, x);
     else
-        for (int i = 0; i < m->hidden; i++) x[i] = get(m->embedding, at + i, m->embedding_dtype);
+        for (int i = 0; i < m->hidden; i++) x[i] = get(a->w, at + i, a->dtype);
 }
 
 // y = x [n], scaled to a root mean square of 1, times weight. y may be x.
@@ -283,13 +279,11 @@ static void rms_norm(float *y, const float *x, const float *weight, int n, float
 
 // RoPE: the cosines and sines by which heads rotate at this position, for every kind of it.
 static void turn(const Model *m, float *turns) {
-    int half = m->head_dim / 2;
-    for (int kind = 0; kind < m->n_ropes; kind++, turns += m->head_dim)
-        for (int j = 0; j < half; j++) {
-            const Rope *rope = &m->ropes[kind];
-            turns[j] = cosf(m->position * rope->frequency[j]) * rope->factor[j];
-            turns[half + j] = sinf(m->position * rope->frequency[j]) * rope->factor[j];
-        }
+    int n = m->n_ropes * m->head_dim / 2;
+    for (int i = 0; i < n; i++) {
+        turns[i] = cosf(m->position * m->frequency[i]) * m->factor[i];
+        turns[n + i] = sinf(m->position * m->frequency[i]) * m->factor[i];
+    }
 }
 
 // Rotates the pairs (j, j + half) of a head.
@@ -305,7 +299,7 @@ static void rotate(float *restrict head, const float *restrict cosine, const flo
 // The q|k|v that the shares summed -> q, k, v, rotated. Norms and growth are for some families.
 static void prepare_heads(const Model *m, const Layer *layer, const float *turns, float *qkv) {
     int d = m->head_dim, heads = m->heads, kv_heads = m->kv_heads;
-    const float *cosine = turns + layer->rope * d, *sine = cosine + d / 2;
+    const float *cosine = turns + layer->rope * d / 2, *sine = cosine + m->n_ropes * d / 2;
     float *k = qkv + heads * d;
     finish(m, &layer->qkv, m->sums[0], 0, layer->qkv.n, qkv);
     if (m->qk_norm == NORM_ALL) {
@@ -876,12 +870,11 @@ static void add_packed(float *y, const Matrix *a, int part, int first, int width
 
 // A packed embedding is W transposed, too: a token's row is a column of it, found one k at a time.
 static void embed_packed(const Model *m, float *x) {
-    const Matrix embedding = {.packed = m->packed_embedding};
-    int width = packed_block(&embedding, 0), place = m->token % width;
+    int width = packed_block(&m->embedding, 0), place = m->token % width;
     const float one = 1;
     for (int32_t k = 0; k < m->hidden; k++) {
         float block[128] = {0};
-        add_packed(block, &embedding, 0, m->token - place, width, &k, &one, 1);
+        add_packed(block, &m->embedding, 0, m->token - place, width, &k, &one, 1);
         x[k] = block[place];
     }
 }

@@ -11,7 +11,7 @@ from ctypes import POINTER, c_float, c_int32, c_void_p
 import torch
 
 from cpu.compiler import library
-from cpu.matrix import DTYPES, CPacked, Matrix, address, describe, describe_packed
+from cpu.matrix import DTYPES, Matrix, address, describe, describe_packed
 from cpu.packed import Packed, PackedLinear
 from lm_head import LARGEST_V, certificate_for, limits
 from model import SITES
@@ -35,20 +35,16 @@ class Bounds(ctypes.Structure):
                 *((name, c_void_p) for name in ("upper", "lower", "read", "v"))]
 
 
-class Rope(ctypes.Structure):
-    _fields_ = [("frequency", c_void_p), ("factor", c_void_p)]
-
-
 class CModel(ctypes.Structure):
     _fields_ = [*((name, c_int32) for name in (
                     "n_layers", "hidden", "inter", "heads", "kv_heads", "head_dim", "vocab",
-                    "context", "cache_dtype", "embedding_dtype", "n_ropes", "qk_norm",
-                    "norms_after")),
+                    "context", "cache_dtype", "qk_norm", "norms_after")),
                 *((name, c_float) for name in ("growth", "growth_at", "eps")),
-                ("layers", POINTER(Layer)), ("ropes", POINTER(Rope)), ("embedding", c_void_p),
-                ("packed_embedding", POINTER(CPacked)), ("norm", c_void_p), ("head", Matrix),
-                ("bounds", POINTER(Bounds)), ("reduce", Reduce), ("positions", c_void_p),
-                ("n_shares", c_int32), ("largest_k", c_int32), ("sums", c_void_p * 2),
+                ("layers", POINTER(Layer)), ("n_ropes", c_int32),
+                *((name, c_void_p) for name in ("frequency", "factor", "norm")),
+                ("embedding", Matrix), ("head", Matrix), ("bounds", POINTER(Bounds)),
+                ("reduce", Reduce), ("positions", c_void_p), ("n_shares", c_int32),
+                ("largest_k", c_int32), ("sums", c_void_p * 2),
                 *((name, c_void_p) for name in (
                     "attended", "mlp", "added", "logits", "x", "h", "y", "qkv", "turns", "scores",
                     "up", "kept_x", "kept_k", "team")),
@@ -92,7 +88,7 @@ class CStep:
         """The structs of a model."""
         config, kinds, head = model.config, list(model.rotations), model.lm_head
         growth, growth_at = config.query_growth
-        layers, ropes = (Layer * config.n_layers)(), (Rope * len(kinds))()
+        layers = (Layer * config.n_layers)()
         for block, layer in zip(model.blocks, layers):
             for site in SITES:
                 self.fill(getattr(layer, site), getattr(block, site))
@@ -102,24 +98,22 @@ class CStep:
             layer.keys, layer.values = self.at(cache.k[block.i]), self.at(cache.v[block.i])
             layer.window = config.window(block.i) or 0
             layer.rope = kinds.index(config.rope_kind(block.i))
-        for rope, (frequency, factor) in zip(ropes, model.rotations.values()):
-            rope.frequency, rope.factor = self.floats(frequency), self.floats(factor)
-        table = head.w_t.T if model.embedding is None else model.embedding
-        packed = isinstance(table, Packed)
+        frequency, factor = (torch.stack(parts) for parts in zip(*model.rotations.values()))
         m = CModel(
             n_layers=config.n_layers, hidden=config.hidden_size, inter=config.intermediate_size,
             heads=config.n_heads, kv_heads=config.n_kv_heads, head_dim=config.head_dim,
             vocab=config.vocab_size, context=cache.context, cache_dtype=DTYPES[cache.k.dtype],
-            embedding_dtype=DTYPES[torch.int8 if packed else table.dtype],
-            qk_norm=QK_NORMS[config.qk_norm],
-            norms_after=config.norms_after, n_ropes=len(kinds),
-            largest_k=max(linear.in_features for linear in model.linears()), n_shares=n_shares,
-            eps=config.norm_eps, growth=growth, growth_at=growth_at, layers=layers, ropes=ropes,
-            embedding=None if packed else self.at(table), norm=self.floats(model.norm),
-            reduce=self.reduce(model))
-        if packed:
-            m.packed_embedding = describe_packed([table])
+            qk_norm=QK_NORMS[config.qk_norm], norms_after=config.norms_after,
+            growth=growth, growth_at=growth_at, eps=config.norm_eps, layers=layers,
+            n_ropes=len(kinds), frequency=self.floats(frequency), factor=self.floats(factor),
+            norm=self.floats(model.norm), reduce=self.reduce(model), n_shares=n_shares,
+            largest_k=max(linear.in_features for linear in model.linears()))
         self.fill(m.head, head)
+        table = head.w_t.T if model.embedding is None else model.embedding
+        if isinstance(table, Packed):
+            m.embedding.packed = describe_packed([table])
+        else:
+            m.embedding.w, m.embedding.dtype = self.at(table), DTYPES[table.dtype]
         return m
 
     def fill(self, matrix, linear):
@@ -165,7 +159,7 @@ class CStep:
         shapes = {"attended": (config.n_heads * d,), "mlp": (config.intermediate_size,),
                   "added": (config.hidden_size,), "x": (n, config.hidden_size),
                   "h": (n, config.hidden_size), "y": (n, config.hidden_size), "qkv": (n, n_qkv),
-                  "turns": (n, m.n_ropes, d), "scores": (n, cache.context),
+                  "turns": (n, 2, m.n_ropes, d // 2), "scores": (n, cache.context),
                   "up": (n, config.intermediate_size), "kept_x": (n, m.largest_k)}
         for name, shape in shapes.items():
             setattr(m, name, self.at(torch.zeros(shape)))
