@@ -4,6 +4,7 @@ for every file of kernels); and with the compiled kernels on a GPU."""
 
 import os
 import random
+import runpy
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import triton
 
-from conftest import DEVICE, HERE, TOLERANCE, error, needs_kernels, reference
+from conftest import DEVICE, HERE, KERNELS, TOLERANCE, error, needs_kernels, reference
 from sparse_gemv import INTERPRETED, definition, naive_gemv, sparse_gemv
 
 pytestmark = pytest.mark.usefixtures("seed", "poisoned")
@@ -34,34 +35,28 @@ def product(x, w_t, threshold, **options):
     return out
 
 
-def test_random_draws(seed):
-    """Of sizes, types and thresholds, against float64 sums over the kept rows, and the same bits
-    twice; the definition in plain PyTorch and the naive kernel, too."""
+def test_random_draws(seed, monkeypatch):
+    """Of sizes, types and thresholds, against the reference, and the same bits twice; the
+    definition in plain PyTorch and the naive kernel, too."""
     rng = random.Random(seed)
+    # by which a CPU cuts columns
+    monkeypatch.setattr(torch, "get_num_threads", lambda: rng.choice([1, 2, 5]))
     for _ in range(15 if INTERPRETED else 100):
-        k, n = rng.choice([1, 7, 33, 64, 100, 256, 577]), rng.choice([1, 5, 32, 33, 64, 96])
+        k, n = rng.choice([1, 7, 33, 64, 100, 256, 577]), rng.choice([5, 32, 33, 64, 100])
         dtype = rng.choice([*TOLERANCE, torch.int8])
         x, w_t, options = draw(k, n, dtype)
-        t = x.float().abs().quantile(rng.random()).item()
-        t = t if rng.random() < 0.9 else rng.choice([-1.0, 1e9])
+        t = rng.choice([*x.float().abs().tolist()[:9], -1.0, 1e9])
         if rng.random() < 0.3:
             options["bias"] = torch.randn(n, device=DEVICE).to(x.dtype)
         expected = reference(x, w_t, t, **options)
-        # The size that sums of random signs have: a single output may by chance be far smaller
-        # than its terms.
-        x_kept = torch.where(x.float().abs() <= t, 0, x).double()
-        scale = options.get("scale", torch.ones(n, device=DEVICE)).double()
-        size = max(((x_kept**2 @ w_t.double() ** 2).sqrt() * scale).norm(), expected.norm())
-        outs = {"sparse_gemv": product(x, w_t, t, **options)}
-        assert torch.equal(outs["sparse_gemv"], product(x, w_t, t, **options)), (k, n, dtype, t)
-        if not options and (DEVICE == "cuda" or dtype != torch.float16):
-            outs["definition"] = definition(x.float(), w_t.float(), t)
-        if not options and (DEVICE == "cuda" or INTERPRETED):
-            outs["naive"] = naive_gemv(x, w_t, t)
-        for name, y in outs.items():
-            off = (y.double() - expected).norm()
-            rounded = 2 if "bias" in options else 1  # on a CPU, before the bias is added, too
-            assert off <= rounded * TOLERANCE.get(dtype, 1e-5) * size, (name, k, n, dtype, t)
+        outs = [product(x, w_t, t, **options), product(x, w_t, t, **options)]
+        assert torch.equal(*outs), (k, n, dtype, t)
+        if not options:
+            outs.append(definition(x.float(), w_t.float(), t))
+            if KERNELS:
+                outs.append(naive_gemv(x, w_t, t))
+        for y in outs:
+            assert error(y, expected) <= 3 * TOLERANCE.get(dtype, 1e-5), (k, n, dtype, t)
 
 
 def test_ties_are_dropped_and_nothing_else():
@@ -73,17 +68,6 @@ def test_ties_are_dropped_and_nothing_else():
     # The threshold is a float32: rounded to bfloat16, 0.3 would be 0.30078125 and drop this entry.
     x = torch.tensor([0.30078125], device=DEVICE).bfloat16()
     assert product(x, w_t[:1, :1].bfloat16(), 0.3).item() != 0
-
-
-@pytest.mark.parametrize("n_threads", [1, 2, 5])
-def test_columns_cut_for_any_number_of_threads(n_threads):
-    x, w_t, _ = draw(100, 160, torch.float32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        assert error(product(x, w_t, 0.5), reference(x, w_t, 0.5)) <= 1e-6
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("compute", [product, pytest.param(naive_gemv, marks=needs_kernels)])
@@ -150,18 +134,13 @@ def test_bad_input_is_named(name, change):
         sparse_gemv(**arguments)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="needs Triton")
-def test_a_cpu_needs_no_triton(tmp_path):
+@pytest.mark.skipif(KERNELS, reason="a CPU's own way")
+def test_a_cpu_needs_no_triton(monkeypatch):
     """The file alone, where Triton cannot be imported, as on macOS."""
-    (tmp_path / "triton.py").write_text("raise ImportError('no Triton here')")
-    (tmp_path / "sparse_gemv.py").write_text(
-        (HERE / "sparse_gemv.py").read_text())
-    program = ("import torch; from sparse_gemv import sparse_gemv, definition\n"
-               "x, w_t = torch.randn(8), torch.randn(8, 6)\n"
-               "torch.testing.assert_close(sparse_gemv(x, w_t, 0.5), definition(x, w_t, 0.5))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(sys.modules, "triton", None)
+    alone = runpy.run_path(HERE / "sparse_gemv.py")
+    x, w_t, _ = draw(8, 6, torch.float32)
+    assert torch.equal(alone["sparse_gemv"](x, w_t, 0.5), sparse_gemv(x, w_t, 0.5))
 
 
 def version(package):
