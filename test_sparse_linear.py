@@ -224,7 +224,7 @@ def test_the_transformers_example(run_example, tmp_path):
 def test_the_idea_example(run_example, smollm, tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.load", lambda: smollm)
     short = tmp_path / "text"
-    short.write_text((HERE / "README.md").read_text()[:400])
+    short.write_text((HERE / "README.md").read_text()[:200])
     lines = run_example("examples.idea", short).splitlines()
     perplexities = [float(line.split()[1]) for line in lines[1:]]
     assert len(perplexities) == 7 and perplexities[-1] > 1.5 * perplexities[0] > 1

@@ -50,23 +50,17 @@ def test_every_share_of_the_range_finds_something(monkeypatch):
         assert error(shares[:i] + shares[i + 1:]) > error(shares)
 
 
-def test_what_int4_can_hold_stays_exactly():
-    q = torch.arange(16).repeat(2)[torch.randperm(32)]
-    weight = (q * 0.25 - 2)[:, None]
-    assert torch.equal(dequantize(*rounded(weight)).T, weight)
-    for constant in (0.0, 0.5, -3.0):
-        weight = torch.full((64, 3), constant)
-        assert torch.equal(dequantize(*rounded(weight)).T, weight)
-
-
-def test_where_a_group_lies():
+def test_what_int4_can_hold_stays_exactly_and_where_it_lies():
     """Group g of channel k holds columns 32 g ... 32 g + 31: 16 bytes, then scale and minimum."""
     q = torch.rand(3, 5, 32).argsort(-1) % 16  # [groups, channels, columns]
-    groups = quantize_int4((q * 0.25 - 2).transpose(1, 2).reshape(96, 5))
+    weight = (q * 0.25 - 2).transpose(1, 2).reshape(96, 5)
+    groups = quantize_int4(weight)
     assert groups.dtype == torch.uint8 and groups.shape == (3, 5, 20)
     assert torch.equal(torch.cat((groups[..., :16] & 15, groups[..., :16] >> 4), -1), q)
     scales = groups[..., 16:].contiguous().view(torch.bfloat16)
     assert torch.equal(scales.float(), torch.tensor([0.25, -2.0]).expand(3, 5, 2))
+    for exact in (weight, *(torch.full((64, 3), constant) for constant in (0.0, 0.5, -3.0))):
+        assert torch.equal(dequantize(*rounded(exact)).T, exact)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
