@@ -1,4 +1,4 @@
-"""Tensor parallel: two and four processes give the logits and tokens of one.
+"""Tensor parallel: two processes give the logits and tokens of one.
 
 On CPUs with gloo; on a machine with as many GPUs as processes, there with NCCL.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -37,14 +38,16 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model with 8 query heads, 4 key heads and biases, whose text is bytes."""
-    return write_llama(
+    folder = write_llama(
         tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=96,
         num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, eos_token_id=None,
         max_position_embeddings=128, attention_bias=True, initializer_range=0.2)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[-1].content }}"}')
+    return folder
 
 
 def results(folder, device, quantize=None):
-    """Logits of the prompt, and 64 greedy ids and the sparsity reached, dense and sparse."""
+    """Logits of the prompt, and 32 greedy ids and the sparsity reached, dense and sparse."""
     device = tensor_parallel.start(device)
     model, _ = checkpoint.load(folder, device=device, quantize=quantize,
                                ranks=tensor_parallel.ranks())
@@ -54,7 +57,7 @@ def results(folder, device, quantize=None):
     # No |x| of these texts is nearer than 1e-5 to 0.37, so that no rounding decides what is kept.
     for name, thresholds in (("dense", None), ("sparse", torch.full((3, 7), 0.37))):
         session = Session(model, thresholds)
-        ids = list(session.generate(PROMPT, 64))
+        ids = list(session.generate(PROMPT, 32))
         found[name] = ids, tensor_parallel.mean(session.sparsity())
     return found
 
@@ -82,14 +85,14 @@ def main():
         Path(out).write_text(json.dumps(found))
 
 
-def ranks(n, main, *words):
+def ranks(n, main, *words, stdin="/dev/null"):
     """Run a script's main() on n ranks, as torchrun would -> Ended, output and errors of all."""
     with socket.socket() as listening:
         listening.bind(("", 0))
         port = listening.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         files = [(f"{folder}/out{i}", f"{folder}/err{i}") for i in range(n)]
-        started = [start(main, *words, streams=["/dev/null", *files[i]], RANK=str(i),
+        started = [start(main, *words, streams=[stdin, *files[i]], RANK=str(i),
                          LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR="localhost",
                          MASTER_PORT=str(port)) for i in range(n)]
         deadline = time.monotonic() + 120
@@ -104,18 +107,10 @@ def ranks(n, main, *words):
         return Ended(next((p.exitcode for p in started if p.exitcode), 0), out, err)
 
 
-def torchrun(n, *words):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            *map(str, (n, *words))]
-
-
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.mark.parametrize("n, quantize", [(2, ""), (4, ""), (2, "int8")])
-def test_ranks_give_what_one_process_gives(n, quantize, folder, tmp_path):
-    out, device = tmp_path / "out.json", "cuda" if torch.cuda.device_count() >= n else "cpu"
-    done = ranks(n, main, folder, out, device, quantize)
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_ranks_give_what_one_process_gives(quantize, folder, tmp_path):
+    out, device = tmp_path / "out.json", "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+    done = ranks(2, main, folder, out, device, quantize)
     assert done.code == 0 and "Exception" not in done.err, done.err
     ours, expected = json.loads(out.read_text()), results(folder, device, quantize or None)
     # int8 rounds o and down by their slices, which have scales of their own
@@ -140,26 +135,23 @@ def test_ranks_share_an_int4_folder(int4_folder, tmp_path):
     assert off.norm() <= 0.02 * torch.tensor(expected["logits"]).norm()  # int8, by their slices
     assert ours["digest"] == expected["digest"]
     assert ours["sparse"][1] == pytest.approx(expected["sparse"][1], abs=0.02)
-    # Four ranks would have 16 columns of k and of v each.
-    done = ranks(4, generate.main, "--model", int4_folder, "--prompt", "x", "--device", "cpu")
-    assert done.code == 2
-    assert done.err.count("generate.py: error: 4 ranks cannot share tensor model.layers.0.self_"
-                          "attn.q_proj.weight: int4 is cut at multiples of 32 columns") == 1
+    with pytest.raises(ValueError, match="4 ranks cannot share tensor .*q_proj.weight: int4 is cut "
+                       "at multiples of 32 columns"):  # four would have 16 columns of k each
+        checkpoint.load(int4_folder, ranks=tensor_parallel.Ranks(0, 4))
 
 
-def test_generate_prints_once(run, folder):
+def test_generate_prints_once(run, folder, tmp_path):
     """And its numbers are those of both ranks, which is said: only the LM head is read twice."""
     words = ["--model", folder, "--raw", "--prompt", "-", "--dtype", "float32", "--device", "cpu",
              "--max-new-tokens", 20, "--temperature", 0.8]
-    two = subprocess.run(torchrun(2, "generate.py", *words), cwd=HERE, input="abc", env=ENV,
-                         capture_output=True, text=True, timeout=300)
-    seed = re.search(r"\| seed (\d+)", two.stderr)[1]  # the first rank's, for all
+    (tmp_path / "in").write_text("abc")
+    two = ranks(2, generate.main, *words, stdin=tmp_path / "in")
+    seed = re.search(r"\| seed (\d+)", two.err)[1]  # the first rank's, for all
     one = run(generate.main, *words, "--seed", seed, stdin="abc")
-    assert one.code == two.returncode == 0, two.stderr
-    assert two.stdout == one.out.replace("\r", "\n")  # as text streams read it
-    assert two.stderr.count("new 20 tokens") == 1 and "Exception" not in two.stderr
+    assert one.code == two.code == 0 and two.out == one.out.replace("\r", "\n")  # as a file has it
+    assert two.err.count("new 20 tokens") == 1 and "Exception" not in two.err
     read = [float(re.search(r"([\d.]+) MB read per token" + ranks, text)[1])
-            for text, ranks in ((one.err, r"\n"), (two.stderr, " by 2 ranks"))]
+            for text, ranks in ((one.err, r"\n"), (two.err, " by 2 ranks"))]
     assert read[1] == pytest.approx(read[0] + 64 * 256 * 4 / 1e6, abs=0.1)
 
 
@@ -191,40 +183,46 @@ def test_benchmark_counts_a_rank(run, folder, monkeypatch):
     assert rows[1][1]["realised_sparsity"] == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("change", [{"qk_norm": "all"}, {"norms_after": True}])
-def test_norms_over_all_heads_are_refused(change):
+def test_slices_of_four():
+    third, every = tensor_parallel.Ranks(2, 4), slice(None)
+    for name, slices in (("mlp.up_proj", (slice(48, 72), every)), ("self_attn.o_proj", (
+            every, slice(32, 48))), ("input_layernorm", (every, every))):
+        assert third.cut(f"model.layers.0.{name}.weight", (96, 64)) == slices
+
+
+@pytest.mark.parametrize("change, n, message", [
+    ({"qk_norm": "all"}, 2, "norms over all heads or after the block"),
+    ({"norms_after": True}, 2, "norms over all heads or after the block"),
+    ({}, 4, "4 ranks cannot share the model's 2 n_kv_heads; start a number of processes that")])
+def test_models_that_ranks_cannot_share(change, n, message):
     config = dataclasses.replace(CONFIGS["llama"], **change)
-    with pytest.raises(ValueError, match="norms over all heads or after the block"):
-        tensor_parallel.Ranks(0, 2).slim(config)
+    with pytest.raises(ValueError, match=message):
+        tensor_parallel.Ranks(0, n).slim(config)
 
 
-@pytest.mark.parametrize("n, words, message", [
-    (8, [], "8 ranks cannot share the model's 4 n_kv_heads; start a number of processes"),
-    (3, [], "3 ranks cannot share the model's 4 n_kv_heads"),
-    (2, ["--sparsity", 0.5], "the calibration of a new model takes one process; run it without "
-     "torchrun first")])
-def test_what_ranks_cannot_do_is_refused(n, words, message, folder, tmp_path, monkeypatch):
+def test_ranks_cannot_calibrate(folder, tmp_path, monkeypatch):
+    """Which one of them says."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = ranks(n, generate.main, "--model", folder, "--raw", "--prompt", "x", "--device", "cpu",
-                 *words)
-    assert done.code == 2 and done.err.count(f"generate.py: error: {message}") == 1
+    done = ranks(2, generate.main, "--model", folder, "--raw", "--prompt", "x", "--device", "cpu",
+                 "--sparsity", 0.5)
+    assert done.code == 2 and done.err.count(
+        "error: the calibration of a new model takes one process; run it without torchrun") == 1
 
 
-def test_a_rank_that_dies_ends_the_others(folder):
-    words = torchrun(2, "generate.py", "--model", folder, "--chat", "--device", "cpu")
-    ranks = subprocess.Popen(words, cwd=HERE, env=ENV, stdin=subprocess.PIPE,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_torchrun_ends_all_when_one_dies(folder):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             "generate.py", "--model", folder, "--chat", "--device", "cpu",
+             "--max-new-tokens", "5"]
+    ranks = subprocess.Popen(words, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        children, deadline = [], time.time() + 200
-        while len(children) < 2 and time.time() < deadline:
-            listed = subprocess.run(["ps", "--ppid", str(ranks.pid), "-o", "pid="],
-                                    capture_output=True, text=True).stdout
-            children = listed.split()
-            time.sleep(0.2)
-        assert len(children) == 2
-        os.kill(int(children[1]), signal.SIGKILL)
+        ranks.stdin.write(b"Hello\n")
+        ranks.stdin.flush()
+        assert select.select([ranks.stdout], [], [], 120)[0]  # the answer has begun
+        listed = subprocess.run(["ps", "--ppid", str(ranks.pid), "-o", "pid="],
+                                capture_output=True, text=True).stdout.split()
+        os.kill(int(listed[1]), signal.SIGKILL)
         start = time.time()
-        ranks.wait(30)
-        assert ranks.returncode != 0 and time.time() - start < 10
+        assert ranks.wait(30) != 0 and time.time() - start < 10
     finally:
         ranks.kill()
