@@ -1,4 +1,4 @@
-"""y = W x for one token (GEMV), reading only the rows of W that matter: PyTorch to fast kernels.
+"""y = W x for one token (GEMV), reading only the weights that matter: PyTorch to fast kernels.
 
 When a language model decodes one token at a time, it uses every weight once. So the time of y = W x
 is the time to read W. If x[k] is nearly zero, column k of W (row k of w_t, below) can be skipped:
@@ -43,8 +43,8 @@ def definition(x, w_t, threshold):
 #
 # A *kernel* is a function that a GPU runs in many *programs* at once. `kernel[(8, 3)](...)` starts
 # 24 of them, and `tl.program_id` tells each which it is. A tensor argument arrives as a pointer to
-# its first element. Programs work on tiles, whose sizes are powers of two known at compile time
-# (`tl.constexpr`). `tl.load(pointer + offsets, mask)` reads a tile where the mask is true.
+# its first element. Programs work on whole tiles (n, y below), whose sizes are powers of two known
+# at compile time (`tl.constexpr`). `tl.load(pointer + offsets, mask)` reads where the mask is true.
 
 @triton.jit
 def naive_kernel(x_ptr, w_ptr, y_ptr, threshold, K, N, BLOCK_N: tl.constexpr):
@@ -59,7 +59,7 @@ def naive_kernel(x_ptr, w_ptr, y_ptr, threshold, K, N, BLOCK_N: tl.constexpr):
 
 
 def naive_gemv(x, w_t, threshold):
-    """`definition` on a GPU, for fewer than 2**31 weights."""
+    """`definition` on a GPU, for fewer than 2**31 weights: k * N + n has 32 bits."""
     (k, n), y = w_t.shape, x.new_empty(w_t.shape[1])
     naive_kernel[(triton.cdiv(n, 64),)](x, w_t, y, float(threshold), k, n, BLOCK_N=64)
     return y
@@ -69,19 +69,19 @@ def naive_gemv(x, w_t, threshold):
 #
 # A GPU has some 130 *multiprocessors*, which run the programs. A load takes half a microsecond to
 # arrive, however small it is. To keep the memory busy, each multiprocessor needs tens of kilobytes
-# in flight. The naive program loads 64 columns of a row, must then look at x[k], and mostly waits.
+# in flight. The naive program looks at x[k], loads 64 columns of row k, and then waits for them.
 #
 # **Lists.** If the kept rows are known beforehand, many can be loaded at once. So *select* looks
 # at x, a few kilobytes, and lists the kept k and x[k]. *Sum rows* walks down that list. In each
 # iteration it loads a tile [BLOCK_K, BLOCK_N] of the next BLOCK_K rows, and adds up in float32.
 #
 # **Split-K.** There are too few tiles of columns for all multiprocessors. So K is cut into SPLITS
-# chunks, each with a list of its own; a chunk's sums are a *split*. The program that finishes last
-# adds up the splits, always in the same order: the result has the same bits every time.
+# chunks, each with a list of its own; a chunk's sums are a *split*. The last of a tile's programs
+# to finish adds up the splits, always in the same order: the same bits every time.
 #
-# **Dependent launch** (PDL below). A kernel normally begins when the one before it has ended. Since
-# Hopper, it may begin as soon as all programs of that one have called `gdc_launch_dependents` or
-# ended. It first does whatever does not depend on the other kernel, then waits in `gdc_wait`.
+# **Dependent launch** (PDL below). Since Hopper, a kernel may begin as soon as all programs of the
+# one before it have called `gdc_launch_dependents` or ended. `gdc_wait` waits until that one has
+# ended and its results are in memory. So the time of a launch is hidden.
 
 PTX = tl.constexpr(not INTERPRETED)  # The interpreter cannot run PTX, NVIDIA's assembly language.
 WARPS = 2  # of a program that sums rows; a warp is 32 threads, and a tile is spread over all
@@ -109,32 +109,6 @@ def list_entries(rows_ptr, values_ptr, i, count, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def to_float32(w):
-    """Weights as float32 in few instructions, which matter here as much as the bytes.
-
-    A bfloat16 is the upper half of a float32, so a shift and a mask convert two of them. GPUs
-    convert integers slowly, but the float32 with the bits 0x4B000000 + b is 2**23 + b, for a byte
-    b. xor turns each int8 w into b = w + 128. prmt builds 0x4B0000bb: 0x7440 picks 0x4B, 0, 0 and
-    byte 0 of `bytes`, 0x7441 byte 1. Then 2**23 + 128 is subtracted. $0, $1 ... are the outputs,
-    one per weight, then the input, a register of `pack` weights.
-    """
-    if PTX and w.dtype == tl.bfloat16:
-        bits = tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-                                         "=r,=r,r", [w], dtype=tl.int32, is_pure=True, pack=2)
-        return bits.to(tl.float32, bitcast=True)
-    elif PTX and w.dtype == tl.int8:
-        bits = tl.inline_asm_elementwise("""{
-            .reg .b32 bytes;
-            xor.b32 bytes, $4, 0x80808080;
-            prmt.b32 $0, bytes, 0x4B000000, 0x7440;    prmt.b32 $1, bytes, 0x4B000000, 0x7441;
-            prmt.b32 $2, bytes, 0x4B000000, 0x7442;    prmt.b32 $3, bytes, 0x4B000000, 0x7443;
-            }""", "=r,=r,=r,=r,r", [w], dtype=tl.int32, is_pure=True, pack=4)
-        return bits.to(tl.float32, bitcast=True) - 8388736.0
-    else:
-        return w.to(tl.float32)
-
-
-@triton.jit
 def sum_list(rows_ptr, values_ptr, count, w_ptr, n, end, K: tl.constexpr, N: tl.constexpr,
              CHUNK: tl.constexpr, FULL_TILES: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_K: tl.constexpr, ROWS_AT_ONCE: tl.constexpr):
@@ -152,7 +126,7 @@ def sum_list(rows_ptr, values_ptr, count, w_ptr, n, end, K: tl.constexpr, N: tl.
         # "evict_first": a weight is used once, so the cache may drop it before anything else
         w = tl.load(w_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         products = to_float32(w) * x[:, None]
-        # The threads lie side by side over ROWS_AT_ONCE rows: this sum needs no exchange.
+        # A thread holds the same place of every ROWS_AT_ONCE rows: this sum needs no exchange.
         products = tl.reshape(products, [BLOCK_K // ROWS_AT_ONCE, ROWS_AT_ONCE, BLOCK_N])
         total += tl.sum(products, axis=0)
         k, x = next_k, next_x
@@ -278,11 +252,11 @@ def _gemv_gpu(x, w_t, threshold, scale, bias, out):
             BLOCK_N=block_n, BLOCK_K=block_k, ROWS_AT_ONCE=rows, num_warps=WARPS, **options)
 
 
-# ---- 6. The same on a CPU ----------------------------------------------------------------------
+# ---- 6. The same on a CPU, and the function to call --------------------------------------------
 
 def _gemv_cpu(x, w_t, threshold):
-    """x [K] -> y [N]. `embedding_bag` adds up chosen rows of a table, each times a number. Each row
-    of w_t is n_blocks rows of the table, and each bag sums one block of columns, for a thread."""
+    """x [K] -> y [N]. `embedding_bag` adds up bags of rows of a table, each times a number. The
+    table is w_t, rows cut into n_blocks. Bag b, one per thread, is block b of the kept rows."""
     rows = (~(x.float().abs() <= threshold)).nonzero().view(-1)
     if w_t.dtype == torch.int8:  # embedding_bag takes floats only
         return x[rows].float() @ w_t[rows].float()
@@ -292,8 +266,6 @@ def _gemv_cpu(x, w_t, threshold):
     return F.embedding_bag(entries, w_t.view(-1, w_t.shape[1] // n_blocks), block * len(rows),
                            mode="sum", per_sample_weights=x[rows].repeat(n_blocks)).view(-1)
 
-
-# ---- 7. The function to call -------------------------------------------------------------------
 
 def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, out=None):
     """y[n] = sum of x[k] * w_t[k, n] over the k with not (|x[k]| <= threshold).
@@ -328,6 +300,34 @@ def sparse_gemv(x, w_t, threshold, *, scale=None, bias=None, out=None):
 @functools.lru_cache(maxsize=None)  # never freed: a captured graph may read it
 def _on_device(threshold, device):
     return torch.tensor([threshold], dtype=torch.float32, device=device)
+
+
+# ---- Skip this at first: integers to floats in assembly, and the check of arguments -------------
+
+@triton.jit
+def to_float32(w):
+    """`w.to(tl.float32)` in fewer instructions, which matter here as much as the bytes.
+
+    A bfloat16 is the upper half of a float32, so a shift and a mask convert two of them. GPUs
+    convert integers slowly, but the float32 with the bits 0x4B000000 + b is 2**23 + b, for a byte
+    b. xor turns each int8 w into b = w + 128. prmt builds 0x4B0000bb: each hex digit of its last
+    operand names a byte, 0-3 of `bytes`, 4-7 of 0x4B000000. Then 2**23 + 128 is subtracted. $0, $1
+    ... are the outputs, one per weight, then the input, a register of `pack` weights ("=r", "r").
+    """
+    if PTX and w.dtype == tl.bfloat16:
+        bits = tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+                                         "=r,=r,r", [w], dtype=tl.int32, is_pure=True, pack=2)
+        return bits.to(tl.float32, bitcast=True)
+    elif PTX and w.dtype == tl.int8:
+        bits = tl.inline_asm_elementwise("""{
+            .reg .b32 bytes;
+            xor.b32 bytes, $4, 0x80808080;
+            prmt.b32 $0, bytes, 0x4B000000, 0x7440;    prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+            prmt.b32 $2, bytes, 0x4B000000, 0x7442;    prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+            }""", "=r,=r,=r,=r,r", [w], dtype=tl.int32, is_pure=True, pack=4)
+        return bits.to(tl.float32, bitcast=True) - 8388736.0
+    else:
+        return w.to(tl.float32)
 
 
 def _check(x, w_t, threshold, scale, bias, out):
