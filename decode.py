@@ -1,10 +1,8 @@
 """Decoding: the prompt at once, then token after token.
 
-`prefill` and `decode_one_token` define the result. A decoder computes the second one n times,
+`prefill` and `decode_one_token` define the result. A decoder repeats the second for n tokens,
 faster: on a CPU in one C file (cpu/step.c), on a GPU in Triton kernels (gpu/decoder.py). Both skip
 the weights that belong to small inputs. `session.py` builds a text from such steps.
-
-Method: Liu et al., "TEAL" (arXiv:2408.14690).
 """
 
 import functools
@@ -23,8 +21,8 @@ def prefill(model, cache, chunks):
 
     chunks: the prompt in pieces, an iterable of ids int64 [T]
 
-    Every weight is read once for a chunk's T tokens, so time is arithmetic, not memory: it runs
-    dense.
+    Every weight is read once for a chunk's T tokens, so arithmetic takes the time, not memory, and
+    it runs dense.
     """
     for tokens in chunks:
         hidden = model.forward(tokens, cache)  # [T, hidden_size]
@@ -60,7 +58,7 @@ class CpuDecoder:
     """Decodes tokens of a model on a CPU over a KV cache: in C, or slowly in PyTorch.
 
     choose: a function of logits [V] that returns a token id, int64 [1]
-    head:   which logits `choose` needs: see `CStep`; the default is all
+    head:   top, seen, penalty: which logits `choose` needs (see `CStep`); the default is all
 
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far. `bounds` is the
     LM head's Certificate (lm_head.py: an int8 copy that rules out most rows), or None.
@@ -80,7 +78,7 @@ class CpuDecoder:
 
     def set_thresholds(self, thresholds):
         """Decode with thresholds float32 [n_layers, 7] from now on; -1 keeps everything."""
-        self.thresholds.copy_(thresholds)
+        self.thresholds.copy_(thresholds)  # in place: CStep reads this tensor
 
     def start(self, token, position):
         """Make `token`, an id, the input of the next step, at `position` in the text."""
@@ -89,7 +87,7 @@ class CpuDecoder:
     @torch.inference_mode()
     def step(self):
         """Read `token`, at `position`, and put the next one in its place."""
-        self.step_rows.zero_()  # counted below, when the step is done: Ctrl-C may end it before
+        self.step_rows.zero_()  # added below, once the step is done, as Ctrl-C may cut it short
         # After infinite or NaN logits, the token is -1. Session stops there, benchmark.py goes on.
         self.token = self.choose(self.read_token(max(0, self.token.item()), self.position))
         self.position += 1

@@ -9,10 +9,12 @@ conversation).
 
 import argparse
 import json
+import math
 import os
 import secrets
 import shlex
 import sys
+from numbers import Integral
 
 # Before PyTorch starts OpenMP: threads that spin for long while they wait for each other, as
 # they do by default, make decoding several times slower on a busy machine.
@@ -27,7 +29,7 @@ from checkpoint.memory import free_memory, require_memory
 from checkpoint.tokenizer import text_pieces
 from cli.accounting import cache_bytes
 from cli.chat import Chat, edit_lines
-from cli.checks import require
+from cli.checks import require, token_ids
 from cli.command_line import (
     COUNT,
     SHARE,
@@ -61,7 +63,9 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
     Raises ValueError with a message of one sentence.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    # text_pieces gets the prompt where the text continues it; an answer is a text of its own
+    if not all(text and isinstance(text, str) for text in stop):
+        raise ValueError(f"stop is {stop}; expected texts of at least one character")
+    # text_pieces decodes a continuation after its prompt (spaces differ), an answer by itself
     if isinstance(prompt, str):
         ids = continued = tokenizer.encode(prompt)
     else:
@@ -74,6 +78,8 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
 
 def generate_tokens(model, ids, max_new_tokens, **options):
     """Yield the ids that continue `ids`, a list; options as for `Session`."""
+    require("max_new_tokens", max_new_tokens, 0, math.inf, Integral)
+    ids = token_ids(ids, model.config.vocab_size)
     context = max(1, min(model.config.context, len(ids) + max_new_tokens))
     session = open_session(model, **{"context": context} | options)
     yield from session.generate(ids, max_new_tokens)
@@ -81,12 +87,12 @@ def generate_tokens(model, ids, max_new_tokens, **options):
 
 def open_session(model, thresholds=None, *, context, **options):
     """A `Session` with these arguments. Raises ValueError if its KV cache does not fit into memory.
-    If only the certificate of the LM head does not fit, decoding reads the whole head."""
+    If only the LM head's certificate (its int8 copy, lm_head.py) does not, decoding reads the whole
+    head."""
     advice = "" if model.dtype.itemsize == 2 else " or --dtype bfloat16"
     require_memory(context * cache_bytes(model.config, model.dtype), model.device,
                    f"a context of {context} tokens", f"try a shorter one with --context{advice}")
-    # the certificate of the LM head (lm_head.py): int8 rows, and three float32 for each
-    certificate = model.config.vocab_size * (model.config.hidden_size + 12)
+    certificate = model.config.vocab_size * (model.config.hidden_size + 3 * 4)  # and three float32
     if context * cache_bytes(model.config, model.dtype) + certificate > free_memory(model.device):
         options["head"] = "whole"
     return Session(model, thresholds, context=context, **options)

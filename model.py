@@ -2,7 +2,7 @@
 
 Llama, Mistral, Qwen, SmolLM, OLMo and many others are a stack of identical blocks; only the
 numbers in `Config` differ. Every product with weights goes through one function, `project(x,
-linear)`: `dense` reads every weight, `masked` first drops the entries of x up to a threshold.
+linear)`: `dense` reads every weight, `masked` first drops the entries of x within a threshold.
 Prefill, which reads a prompt at once, is dense. While decoding, which adds one token at a time, a
 kernel that computes the same as `masked` skips the weights that belong to dropped entries
 (`sparse_gemv.py`). The engine runs one text at a time, so no tensor has a batch dimension: T is
@@ -160,7 +160,7 @@ def causal_mask(n_tokens, n_keys, window, device):
 
 
 def rms_norm(x, weight, eps):
-    """Scale every n channels of x [..., C] to a root mean square of 1, times weight [n]."""
+    """Scale each group of n channels of x [..., C] to a root mean square of 1, times weight [n]."""
     return F.rms_norm(x.unflatten(-1, (-1, len(weight))), weight.shape, weight, eps).flatten(-2)
 
 
@@ -184,7 +184,7 @@ def multiply(x, w):
     """x [T, K] @ w [K, N], both of the same dtype."""
     if x.device.type != "cpu" or cpu_dtype(x.dtype) == x.dtype:
         return x @ w
-    pieces = w.split(max(1, (1 << 20) // len(w)), dim=1)  # each small enough to stay in the cache
+    pieces = w.split(max(1, (1 << 20) // len(w)), dim=1)  # each stays in the CPU's cache
     return torch.cat([x.float() @ piece.float() for piece in pieces], dim=-1).to(x.dtype)
 
 
@@ -209,8 +209,8 @@ class Linear:
         self.allocate(device)
 
     def allocate(self, device, dtype=None):
-        """Make w_t [K, N] in dtype, or else in self.dtype. An LM head lies in memory as W, and w_t
-        is a view: a logit reads one contiguous row (lm_head.py). Not so in int8 on a GPU."""
+        """Make w_t [K, N] in dtype (int8 by quantize.py), else in self.dtype. An LM head's w_t is
+        a view of W [N, K]: a logit reads one row (lm_head.py). Not so in int8 on a GPU."""
         by_logit = self.site == "lm_head" and (dtype is None or torch.device(device).type == "cpu")
         shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
         w = torch.empty(shape, dtype=dtype or self.dtype, device=device)
@@ -237,7 +237,7 @@ class KVCache:
 
     def __init__(self, config, context, dtype=torch.float32, device="cpu"):
         shape = (2, config.n_layers, config.n_kv_heads, context, config.head_dim)
-        # zeros: a GPU decoder's first, discarded step reads rows without a token; 0 * NaN is NaN
+        # zeros: a GPU decoder's trial step reads rows that no token has written; 0 * NaN is NaN
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.context, self.length = context, 0  # in tokens: capacity, and how many it holds
 
@@ -261,7 +261,8 @@ def rotation(config, kind):
 
 
 class Model:
-    """Weights and forward pass. `checkpoint.load` fills the weights, matrices of `linear_class`."""
+    """Weights and forward pass. `checkpoint.load` fills the weights. linear_class: `Linear`, or
+    that of quantized weights."""
 
     def __init__(self, config, dtype=torch.float32, device="cpu", linear_class=Linear):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
@@ -278,7 +279,7 @@ class Model:
         self.set_context(config)
 
     def set_context(self, config):
-        """Use the context and RoPE of `config`, which otherwise equals this model's."""
+        """Use the context and RoPE of `config`, else equal to this model's (calibrate.py)."""
         self.config = config
         self.rotations = {kind: [y.to(self.device) for y in rotation(config, kind)]
                           for kind in map(config.rope_kind, range(config.n_layers))}

@@ -1,9 +1,8 @@
 """One growing text: prefill, then token after token from a decoder, counting what is read.
 
-Prefill takes the whole prompt through the model at once, dense: its time is arithmetic, not
-memory. After that, every token is one step of a decoder (`decode.py`), which reads only the
-weights that matter. The session keeps the KV cache between generations, so a conversation is
-never recomputed.
+After the prompt, every token is one step of a decoder (`decode.py`), which reads only the weights
+that matter. The session keeps the KV cache between generations, so a conversation is never
+recomputed.
 """
 
 import math
@@ -49,7 +48,8 @@ class Stats:
 class Session:
     """One growing text: a model, its KV cache and how to choose the next token.
 
-    thresholds: float32 [n_layers, 7], one per projection (in PROJECTIONS' order); None is dense
+    thresholds: float32 [n_layers, 7], one per projection (in PROJECTIONS' order), from calibrate.py
+                (examples/idea.py shows the simplest way); None is dense
     temperature, top_k, top_p, min_p: see `sample`
     repetition_penalty: see `penalize`
     stop:       ids of the tokens that end a generation
@@ -107,13 +107,13 @@ class Session:
         if self.penalty != 1:
             logits = penalize(logits, self.seen, self.penalty)
         if self.sampling[0] == 0:
-            token = likeliest(logits)
+            token = likeliest(logits)  # -1 by itself
         else:
-            low, high = logits.aminmax()  # NaN if one of them is
+            low, high = logits.aminmax()  # both are NaN if any logit is
             finite = high.float() - low.float() < math.inf
             token = sample(logits, *self.sampling).masked_fill(~finite, -1)
         if self.penalty != 1:
-            # -1 is not a token; nor is what a decoder leaves here while it compiles its kernels
+            # clamp: -1 is no token, and while a GPU decoder compiles, the choice is arbitrary
             self.seen.index_fill_(0, token.clamp(0, len(self.seen) - 1), True)
         return token
 
@@ -126,7 +126,7 @@ class Session:
             size = PREFILL_CHUNK[device.type]
             for chunk in (tokens[i:i + size] for i in range(0, len(tokens), size)):
                 yield torch.tensor(chunk, device=device)
-                self.tokens += chunk  # runs when prefill asks for the next one: it is in the cache
+                self.tokens += chunk  # prefill asks for the next one once this is in the cache
                 bar.update(len(chunk))
 
         with progress("reading the prompt", len(tokens), delay=2) as bar:
@@ -175,6 +175,7 @@ class Session:
             stats.prompt_tokens += len(self.tokens) - same
             stats.prefill_seconds += time.perf_counter() - start
         self.decoder.start(token, cache.length)
+        # The text ends where the context does; a prompt that fills it still gets prefill's token.
         n_new = min(max_new_tokens, max(1, context - len(prompt)))
         steps = self.decoder.tokens(n_new - 1)  # the prompt gave the first token
         for i in range(n_new):

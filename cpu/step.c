@@ -7,7 +7,7 @@ nearly zero. W is stored transposed, as w[K, N], so column k of W is one contigu
 float32; weights and cache keep their dtypes.
 
 The course reads from here to `decode`, the first half of the file: sums of rows, the model, a
-product, the parts of a block, the workers (threads), one token. Appendices follow, each for itself:
+product, the parts of a block, the workers (threads), one token. Appendices follow, each by itself:
 numbers of every dtype, weights of few bits, bounds of the LM head, the workers' sleep.
 
 Python fills in the structs (cpu/step.py) and calls start_team once, step for every token, and
@@ -26,7 +26,7 @@ stop_team at the end (appendix D). The file needs a C compiler that knows gnu11,
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // dtypes
 
-// Functions with `const int dtype` are written once and compiled once per dtype, without a branch.
+// Functions with `const int dtype` are inlined with a constant, so no branch on it remains.
 #define INLINE static inline __attribute__((always_inline))
 
 // A vector of floats as wide as the processor's. gcc and clang know vectors without a header.
@@ -91,7 +91,7 @@ INLINE void add_floats_of(float *restrict sums, const char *w, int64_t stride, c
             for (int l = j; l < j + line; l += LANES) {
                 Floats sum = lanes_at(sums + l);
                 for (int r = 0; r < 4; r++) sum += x[r] * get_lanes(row[r], l, dtype);
-                memcpy(sums + l, &sum, sizeof sum);
+                memcpy(sums + l, &sum, sizeof sum);  // an unaligned store
             }
         }
         for (; j < width; j++)
@@ -144,7 +144,7 @@ enum { NORM_NONE, NORM_HEAD, NORM_ALL };  // RMSNorm of q and k: none, each head
 typedef struct {
     int32_t n_layers, hidden, inter, heads, kv_heads, head_dim, vocab, context;
     int32_t cache_dtype;
-    int32_t qk_norm, norms_after;  // norms_after: of what a block adds, in place of its input
+    int32_t qk_norm, norms_after;  // norms_after: RMSNorm of what a block adds, not of its input
     float growth, growth_at;  // q is multiplied by 1 + growth * ln(1 + position / growth_at)
     float eps;                // of RMSNorm
     const Layer *layers;
@@ -156,7 +156,7 @@ typedef struct {
     const Bounds *bounds;     // of the head's logits, or NULL to read the whole head
     void (*reduce)(float *y, int32_t n);  // adds up y over all ranks (processes), or NULL
     const int32_t *positions; // [context], 0, 1, 2, ...: the list of rows that attention adds up
-    int32_t n_shares;         // into which every stage is cut
+    int32_t n_shares;         // how many shares a stage is cut into
     int32_t largest_k;        // the largest K of a block's matrices
     // Shared: each worker writes its part, and the others read it after a barrier.
     float *sums[2];           // [row_shares, N], of a product and of the one after it
@@ -185,8 +185,8 @@ typedef struct {
 enum { TILE = 3840 };  // columns that are summed at a time: their sums stay in the L1 cache
 
 // The shares of a product form a grid. Its row shares split the list of kept rows: each has sums of
-// its own, and `finish` adds them up; four at most, because whoever reads the product does that
-// again. Its column shares split the columns.
+// its own, and `finish` adds them up; four at most, because every worker that reads the
+// product repeats that addition. Its column shares split the columns.
 static int row_shares(const Model *m) {
     int rows = m->n_shares < 4 ? m->n_shares : 4;
     while (m->n_shares % rows) rows--;
@@ -224,20 +224,21 @@ static void add_rows(float *y, const Matrix *a, int part, int first, int width, 
 // anew: that spares a barrier.
 static void product(const Model *m, const Matrix *a, const float *x, int worker, int share,
                     float *sums) {
-    int n_rows = row_shares(m), n_columns = m->n_shares / n_rows;
-    int r = share % n_rows, c = share / n_rows;
+    int n_row_shares = row_shares(m), n_column_shares = m->n_shares / n_row_shares;
+    int r = share % n_row_shares, c = share / n_row_shares;
     int32_t *rows = m->kept_k + (int64_t)worker * m->largest_k;
     float *values = m->kept_x + (int64_t)worker * m->largest_k, y[TILE];
     sums += (int64_t)r * a->n;
-    for (int part = 0, start = 0; part < a->n_parts; start = a->ends[part++]) {
+    for (int part = 0; part < a->n_parts; part++) {
+        int start = part ? a->ends[part - 1] : 0;
         int n = keep_rows(x, a->k, a->thresholds[part], rows, values);
-        int from = (int64_t)n * r / n_rows, to = (int64_t)n * (r + 1) / n_rows;
+        int from = (int64_t)n * r / n_row_shares, to = (int64_t)n * (r + 1) / n_row_shares;
         if (share == 0) a->kept[part] += n;
         int size = a->ends[part] - start, multiple = a->packed ? packed_block(a, part) : 64;
-        int end = first_column(size, c + 1, n_columns, multiple);
-        for (int j = first_column(size, c, n_columns, multiple); j < end; j += TILE) {
+        int end = first_column(size, c + 1, n_column_shares, multiple);
+        for (int j = first_column(size, c, n_column_shares, multiple); j < end; j += TILE) {
             int width = end - j < TILE ? end - j : TILE;
-            memset(y, 0, sizeof y);
+            memset(y, 0, sizeof y);  // all: a packed block may exceed width
             add_rows(y, a, part, j, width, rows + from, values + from, to - from);
             memcpy(sums + start + j, y, width * sizeof *y);
         }
@@ -246,9 +247,9 @@ static void product(const Model *m, const Matrix *a, const float *x, int worker,
 
 // Columns first ... first + n - 1 of a finished product, into y [n].
 static void finish(const Model *m, const Matrix *a, const float *sums, int first, int n, float *y) {
-    int n_rows = row_shares(m);
+    int n_row_shares = row_shares(m);
     memcpy(y, sums + first, n * sizeof *y);
-    for (int r = 1; r < n_rows; r++)
+    for (int r = 1; r < n_row_shares; r++)
         for (int j = 0; j < n; j++) y[j] += sums[(int64_t)r * a->n + first + j];
     if (a->scale)
         for (int j = 0; j < n; j++) y[j] *= a->scale[first + j];
@@ -357,7 +358,7 @@ static void attention(const Model *m, const Layer *layer, const float *qkv, floa
     }
 }
 
-// The share's channels of SwiGLU: silu(gate) decides how much of each of up's goes on to down.
+// The share's part of gate_up, into m->mlp: silu(gate) decides how much of up goes on to down.
 static void swiglu(const Model *m, const Matrix *gate_up, float *y, int share) {
     int first = first_column(m->inter, share, m->n_shares, 64);
     int n = first_column(m->inter, share + 1, m->n_shares, 64) - first;
@@ -391,7 +392,7 @@ static float logit(const Model *m, const float *h, int i) {
     return dot(h, row, a->k, a->dtype) * (a->scale ? a->scale[i] : 1);
 }
 
-enum { HEAD_AHEAD = 8192 };  // bytes of the LM head that are prefetched
+enum { HEAD_AHEAD = 8192 };  // bytes of the LM head that are prefetched; past its end is harmless
 
 // The share's logits.
 static void logits(const Model *m, const float *h, int share) {
@@ -423,7 +424,8 @@ static void wait_for_others(Team *team, int32_t now);  // appendix D: until gene
 // barrier by raising `generation`, which the others watch. RELEASE and ACQUIRE: what a worker wrote
 // before the barrier, every worker sees after it.
 static void barrier(Team *team) {
-    int32_t active = team->active;  // read before arriving: it may change after the last barrier
+    // read before arriving: after a token's last barrier, `adapt` (appendix D) may change it
+    int32_t active = team->active;
     if (active == 1) return;
     int32_t now = __atomic_load_n(&team->generation, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == active) {
@@ -445,7 +447,7 @@ static void likely_logits(const Model *m, const float *h, int worker, float *y);
 // One worker's part of a token; all workers run this. FOR_SHARES divides a stage; the small rest
 // (norms, RoPE, the residual stream) every worker computes for itself, which spares barriers. A
 // barrier stands where one needs what the others computed. sums[0] and sums[1] alternate, so that a
-// worker may be a product ahead.
+// worker may begin the next product while another still reads the sums of the last.
 static void decode(const Model *m, int worker) {
     Team *team = m->team;
     int64_t hidden = m->hidden, id = worker;  // 64 bits, so that offsets do not overflow
@@ -494,7 +496,7 @@ static void decode(const Model *m, int worker) {
 //
 //   A. Numbers of every dtype, dot products, e^x
 //   B. Weights of few bits: the int4 of quantize.py, and the types of GGUF files
-//   C. Bounds of the LM head (read lm_head.py before)
+//   C. Bounds of the LM head (read lm_head.py first)
 //   D. The team: sleep between tokens, busy machines, start and end
 
 // ---- A. numbers of every dtype, dot products, e^x ---------------------------------------------

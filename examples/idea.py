@@ -36,8 +36,8 @@ def perplexity(sparsity):
     def masked(x, linear):
         sorted_x = magnitudes[linear]
         threshold = sorted_x[int(sparsity * len(sorted_x))]
-        # The engine drops equal ones, too. With < here, a share of 0 drops nothing.
-        return linear(torch.where(x.abs() < threshold, 0, x))  # a zero needs no row of W
+        # The engine also drops an |x| equal to its threshold. With < here, a share of 0 drops none.
+        return linear(torch.where(x.abs() < threshold, 0, x))  # a zero needs no column of W
 
     logits = model.logits(model.forward(second, project=masked))
     return F.cross_entropy(logits[:-1].float(), second[1:]).exp().item()

@@ -28,13 +28,13 @@ class GpuDecoder:
     with RoPE and cache write, o + residual, RMSNorm + gate|up, SwiGLU + down + residual. A product
     is one kernel if all rows are read or each program sums few rows, else two (select, sum rows):
     gpu/product.py chooses. Whatever changes from token to token lives in GPU memory: the token, its
-    position, thresholds, random state. So each of the two kinds of step is captured once, when it
-    is first needed. Then the host only launches replays and fetches tokens.
+    position, thresholds, random state. So each kind of step (dense, sparse) is captured once, when
+    it is first needed. Then the host only launches replays and fetches tokens.
 
     choose:     a function from any logits [V] to a token id, int64 [1], with GPU operations only
     generators: the torch.Generators that `choose` draws from
-    graph:      False launches every kernel from Python: the same result, slow, for debugging
-    head:       which logits `choose` needs: see `Head`; the default is all
+    graph:      for tests: False launches every kernel from Python, for the same result, slowly
+    head:       top, seen, penalty: which logits `choose` needs (see `Head`); the default is all
 
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
     """
@@ -45,7 +45,7 @@ class GpuDecoder:
         self.thresholds = torch.full((config.n_layers, len(PROJECTIONS)), -1.0, device=device)
         self.kept = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
-        # of the last token read: embed adds 1
+        # of the last token read; embed adds 1 first
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.ropes = model.rope(0, cache.context)
 
@@ -65,7 +65,7 @@ class GpuDecoder:
         self.workspace = Workspace(config.n_heads, config.n_kv_heads, config.head_dim, device)
         self.n_steps, self.generators = 0, generators
         self.sparse = False
-        self.graphs = {} if graph else None  # whether sparse -> the captured step
+        self.graphs = {} if graph else None  # {sparse: the captured step}
 
     def set_thresholds(self, thresholds):
         """Decode with thresholds float32 [n_layers, 7] from now on; -1 keeps everything."""
@@ -139,7 +139,7 @@ class GpuDecoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             compile_together(self.step, self.x)
-            self.token.zero_()  # chosen from nothing
+            self.token.zero_()  # chosen from garbage above, so perhaps not an id
             # The trial step writes the cache's last row, which is free until the end.
             self.position.fill_(self.cache.context - 2)
             self.step()
