@@ -70,6 +70,9 @@ def test_the_python_api_ends_where_the_model_or_a_stop_text_does(tiny):
     assert "".join(short) == text[:text.index(text[2])]
     # a text of its own, not its letters
     assert "".join(generate.generate(model, tokenizer, "abc", 9, stop=text[1] + "\u2603")) == text
+    for options in {"stop": ""}, {"stop": [5]}, {"max_new_tokens": "9"}:
+        with pytest.raises(ValueError, match="expected"):
+            next(generate.generate(model, tokenizer, "abc", **options))
     asked, encode = [], tokenizer.encode
     tokenizer.encode = lambda *a, **o: asked.append((a, o)) or encode(*a, **o)
     with mock.patch.object(generate, "text_pieces", return_value=[""]) as pieces:
