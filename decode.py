@@ -69,11 +69,13 @@ class CpuDecoder:
         self.thresholds = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
         self.kept, self.step_rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
         self.n_steps = self.head_rows_read = 0
+        self.read_token = self.read_token_without_c
+        if model.ranks is not None:  # they are for GPUs; on a CPU, they serve tests
+            return
         try:
             self.read_token = CStep(model, cache, self.thresholds, self.step_rows, **head)
             self.bounds = self.read_token.bounds
         except NoCompiler as error:
-            self.read_token = self.read_token_without_c
             warn_once(f"decoding on this CPU is slow: {error}")
 
     def set_thresholds(self, thresholds):

@@ -48,8 +48,8 @@ def describe_packed(parts):
 
 
 def describe(matrix, linear, bias=None):
-    """Fill in the struct of a `Linear`, whose bias is given as float32. Thresholds are left out."""
-    matrix.k, matrix.n, matrix.bias = linear.in_features, linear.ends[-1], address(bias)
+    """Fill in the struct of a `Linear`, but for thresholds; bias: the address of its floats."""
+    matrix.k, matrix.n, matrix.bias = linear.in_features, linear.ends[-1], bias
     matrix.n_parts, matrix.ends[:len(linear.ends)] = len(linear.ends), linear.ends
     if hasattr(linear, "parts"):
         matrix.packed = describe_packed(linear.parts)

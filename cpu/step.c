@@ -154,7 +154,6 @@ typedef struct {
     const float *norm;        // [hidden], of the last RMSNorm
     Matrix embedding, head;   // the first is [vocab, hidden], or packed
     const Bounds *bounds;     // of the head's logits, or NULL to read the whole head
-    void (*reduce)(float *y, int32_t n);  // adds up y over all ranks (processes), or NULL
     const int32_t *positions; // [context], 0, 1, 2, ...: the list of rows that attention adds up
     int32_t n_shares;         // how many shares a stage is cut into
     int32_t largest_k;        // the largest K of a block's matrices
@@ -162,7 +161,6 @@ typedef struct {
     float *sums[2];           // [row_shares, N], of a product and of the one after it
     float *attended;          // [heads * head_dim], what attention found
     float *mlp;               // [inter], silu(gate) * up
-    float *added;             // [hidden], a sum over all ranks
     float *logits;            // [vocab]
     // Private: one slice per worker, of whom there are at most n_shares.
     float *x, *h, *y;         // [hidden]: the residual stream, a block's input and its output
@@ -259,8 +257,7 @@ static void finish(const Model *m, const Matrix *a, const float *sums, int first
 
 // ---- the parts of a block ---------------------------------------------------------------------
 
-static void embed_packed(const Model *m, float *x);     // appendix B
-static void barrier(Team *team);                        // waits for all workers: see below
+static void embed_packed(const Model *m, float *x);  // appendix B
 
 // The token's row of the embedding, into x [hidden].
 static void embed(const Model *m, float *x) {
@@ -369,18 +366,8 @@ static void swiglu(const Model *m, const Matrix *gate_up, float *y, int share) {
 }
 
 // Adds a finished product to the residual stream x, after a norm where the model has it there.
-static void add_to_stream(const Model *m, const Matrix *a, const float *norm, int worker, float *x,
-                          float *y) {
-    if (m->reduce) {  // every rank has a part of the sum
-        if (worker == 0) {
-            finish(m, a, m->sums[1], 0, m->hidden, m->added);
-            m->reduce(m->added, m->hidden);
-        }
-        barrier(m->team);
-        memcpy(y, m->added, m->hidden * sizeof *y);
-    } else {
-        finish(m, a, m->sums[1], 0, m->hidden, y);
-    }
+static void add_to_stream(const Model *m, const Matrix *a, const float *norm, float *x, float *y) {
+    finish(m, a, m->sums[1], 0, m->hidden, y);
     if (m->norms_after) rms_norm(y, y, norm, m->hidden, m->eps);
     for (int i = 0; i < m->hidden; i++) x[i] += y[i];
 }
@@ -471,7 +458,7 @@ static void decode(const Model *m, int worker) {
         barrier(team);
         FOR_SHARES product(m, &layer->o, m->attended, worker, share, m->sums[1]);
         barrier(team);
-        add_to_stream(m, &layer->o, layer->attn_norm, worker, x, y);  // ... and adds to it.
+        add_to_stream(m, &layer->o, layer->attn_norm, x, y);  // ... and adds to it.
         // So does the MLP.
         if (!m->norms_after) rms_norm(h, x, layer->mlp_norm, hidden, m->eps);
         FOR_SHARES product(m, &layer->gate_up, in, worker, share, m->sums[0]);
@@ -480,7 +467,7 @@ static void decode(const Model *m, int worker) {
         barrier(team);
         FOR_SHARES product(m, &layer->down, m->mlp, worker, share, m->sums[1]);
         barrier(team);
-        add_to_stream(m, &layer->down, layer->mlp_norm, worker, x, y);
+        add_to_stream(m, &layer->down, layer->mlp_norm, x, y);
     }
     rms_norm(h, x, m->norm, hidden, m->eps);
     if (m->head.packed)

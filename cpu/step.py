@@ -18,7 +18,6 @@ from model import SITES
 
 QK_NORMS = {None: 0, "head": 1, "all": 2}
 MOST_SHARES = 64
-Reduce = ctypes.CFUNCTYPE(None, POINTER(c_float), c_int32)
 
 
 class Layer(ctypes.Structure):
@@ -43,10 +42,10 @@ class CModel(ctypes.Structure):
                 ("layers", POINTER(Layer)), ("n_ropes", c_int32),
                 *((name, c_void_p) for name in ("frequency", "factor", "norm")),
                 ("embedding", Matrix), ("head", Matrix), ("bounds", POINTER(Bounds)),
-                ("reduce", Reduce), ("positions", c_void_p), ("n_shares", c_int32),
+                ("positions", c_void_p), ("n_shares", c_int32),
                 ("largest_k", c_int32), ("sums", c_void_p * 2),
                 *((name, c_void_p) for name in (
-                    "attended", "mlp", "added", "logits", "x", "h", "y", "qkv", "turns", "scores",
+                    "attended", "mlp", "logits", "x", "h", "y", "qkv", "turns", "scores",
                     "up", "kept_x", "kept_k", "team")),
                 ("token", c_int32), ("position", c_int32)]
 
@@ -71,7 +70,7 @@ class CStep:
         self.thresholds, self.kept, self.tensors = thresholds, kept, []
         n_shares = min(n_shares or torch.get_num_threads(), MOST_SHARES)
         self.m = self.describe(model, cache, n_shares)
-        self.logits = self.allocate(model, cache, n_shares)
+        self.logits = self.allocate(model, n_shares)
         self.head_rows = torch.zeros(n_shares, dtype=torch.int64)  # of the last step, by share
         packed = isinstance(model.lm_head, PackedLinear)  # smaller than its certificate would be
         self.bounds = None if packed else certificate_for(model.lm_head, top)
@@ -106,7 +105,7 @@ class CStep:
             qk_norm=QK_NORMS[config.qk_norm], norms_after=config.norms_after,
             growth=growth, growth_at=growth_at, eps=config.norm_eps, layers=layers,
             n_ropes=len(kinds), frequency=self.floats(frequency), factor=self.floats(factor),
-            norm=self.floats(model.norm), reduce=self.reduce(model), n_shares=n_shares,
+            norm=self.floats(model.norm), n_shares=n_shares,
             largest_k=max(linear.in_features for linear in model.linears()))
         self.fill(m.head, head)
         table = head.w_t.T if model.embedding is None else model.embedding
@@ -118,7 +117,7 @@ class CStep:
 
     def fill(self, matrix, linear):
         """Describe a Linear; a block's has thresholds, the head none."""
-        describe(matrix, linear, None if linear.bias is None else self.float32(linear.bias))
+        describe(matrix, linear, self.floats(linear.bias))
         if linear.layer is None:  # the head's product, if it is packed, keeps all
             matrix.thresholds = self.at(torch.full((1,), -1.0))
             matrix.kept = self.at(torch.zeros(1, dtype=torch.int64))
@@ -132,51 +131,33 @@ class CStep:
         b, m, (limit, fill) = Bounds(), self.m, limits(torch.float32)
         b.q, b.top, b.limit, b.fill = self.at(self.bounds.q), top, limit, fill
         b.scale, b.error, b.norm = (self.at(row) for row in self.bounds.rows)
-        b.penalty, b.seen = penalty, None if seen is None else self.at(seen)
+        b.penalty, b.seen = penalty, self.at(seen)
         b.upper, b.lower = (self.at(torch.zeros(m.vocab)) for _ in range(2))
         b.largest_v, b.read = LARGEST_V, self.at(self.head_rows)
         b.v = self.at(torch.zeros(m.n_shares, m.hidden, dtype=torch.int16))
         m.bounds = ctypes.pointer(b)
 
-    def reduce(self, model):
-        """What adds up y over all ranks, as a function for C; NULL where there is one rank."""
-        if model.ranks is None:
-            return Reduce()
-
-        def add_up(y, n):
-            y = ctypes.cast(y, POINTER(c_float * n)).contents
-            model.ranks.all_reduce(torch.frombuffer(y, dtype=torch.float32))
-
-        return Reduce(add_up)
-
-    def allocate(self, model, cache, n):
+    def allocate(self, model, n):
         """C's working memory, described in step.c; returns the logits."""
-        config, m = model.config, self.m
-        d, n_qkv = config.head_dim, model.blocks[0].qkv.ends[-1]
+        m, logits = self.m, torch.zeros(model.config.vocab_size)
         widest = max(linear.ends[-1] for linear in [*model.linears(), model.lm_head])
         m.sums[:] = [self.at(torch.zeros(min(n, 4), widest)) for _ in range(2)]
-        logits = torch.zeros(config.vocab_size)
-        shapes = {"attended": (config.n_heads * d,), "mlp": (config.intermediate_size,),
-                  "added": (config.hidden_size,), "x": (n, config.hidden_size),
-                  "h": (n, config.hidden_size), "y": (n, config.hidden_size), "qkv": (n, n_qkv),
-                  "turns": (n, 2, m.n_ropes, d // 2), "scores": (n, cache.context),
-                  "up": (n, config.intermediate_size), "kept_x": (n, m.largest_k)}
+        shapes = {"attended": (m.heads * m.head_dim,), "mlp": (m.inter,), "x": (n, m.hidden),
+                  "h": (n, m.hidden), "y": (n, m.hidden), "qkv": (n, model.blocks[0].qkv.ends[-1]),
+                  "turns": (n, m.n_ropes, m.head_dim), "scores": (n, m.context),
+                  "up": (n, m.inter), "kept_x": (n, m.largest_k)}
         for name, shape in shapes.items():
             setattr(m, name, self.at(torch.zeros(shape)))
         m.logits = self.at(logits)
         m.kept_k = self.at(torch.zeros(n, m.largest_k, dtype=torch.int32))
-        m.positions = self.at(torch.arange(cache.context, dtype=torch.int32))
+        m.positions = self.at(torch.arange(m.context, dtype=torch.int32))
         return logits
 
     def at(self, tensor):
-        """The address of a tensor, which is kept alive."""
+        """The address of a tensor, which is kept alive; None for None."""
         self.tensors.append(tensor)
         return address(tensor)
 
-    def float32(self, tensor):
-        """A tensor's numbers as floats that are kept alive."""
-        self.tensors.append(tensor.float().contiguous())
-        return self.tensors[-1]
-
     def floats(self, tensor):
-        return address(self.float32(tensor))
+        """The address of a tensor's numbers as floats; None for None."""
+        return self.at(None if tensor is None else tensor.float().contiguous())
