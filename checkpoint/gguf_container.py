@@ -52,8 +52,6 @@ def read_parts(path):
             own, found = read_file(part)
             if own.get("split.no") != i - 1 or own.get("split.count") != count:
                 raise ValueError(f"it is not part {i} of {count} of a split GGUF, as its name says")
-            if tensors.keys() & found.keys():
-                raise ValueError(f"an earlier part holds tensor {[*found][0][:80]!r}, too")
         metadata = own if i == 1 else metadata
         tensors |= found
     if metadata.get("split.tensors.count", len(tensors)) != len(tensors):

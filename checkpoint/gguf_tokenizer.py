@@ -61,27 +61,24 @@ WHOLE_WORDS = (*LLAMA3, "smaug-bpe", "tekken")  # a word of the vocabulary needs
 
 def open_gguf_tokenizer(metadata, vocab_size, eos):
     """A GGUF file's metadata, a model's vocabulary size, ids that end a turn -> Tokenizer."""
-    metadata, equal = complete(metadata, vocab_size)
-    special = {f"{role}_token": special_token(metadata, name) for role, name in ROLES.items()}
-    tokenizer = Tokenizer(build_tokenizer(metadata), vocab_size, special, [eos],
-                          metadata.get("tokenizer.chat_template"))
-    tokenizer.put_equal(equal)
-    return tokenizer
+    given = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    equal = complete(given, vocab_size)
+    special = {f"{role}_token": given[name] for role, name in ROLES.items()}
+    return Tokenizer(build_tokenizer(given), vocab_size, special, [eos],
+                     given.get("tokenizer.chat_template"), equal=equal)
 
 
-def complete(metadata, vocab_size):
-    """Metadata with a sound vocabulary -> (the same with what it leaves out, {id of a token whose
-    text another one has: that one's id; id of an empty token: None}).
+def complete(given, vocab_size):
+    """Check a vocabulary and put what it leaves out into `given`: "tokens", "token_type", "pre" and
+    the texts of the tokens "bos", "eos", "unknown" and "padding", None where it has none.
+
+    Returns {id of a token whose text another one has: that one's id; id of an empty token: None}.
     """
-    def get(key, default=None):
-        value = metadata.get(f"tokenizer.ggml.{key}")
-        return default if value is None else value
-
-    kind, tokens = get("model"), get("tokens")
+    kind, tokens = given.get("model"), given.get("tokens")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"its tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and "
                          "'llama'")
-    types = np.asarray(get("token_type", [NORMAL] * len(tokens or ())))
+    types = np.array(given.get("token_type", [NORMAL] * len(tokens or ())))
     if (not isinstance(tokens, list) or types.shape != (len(tokens),)
             or types.dtype.kind not in "iu"):
         raise ValueError("its tokenizer.ggml.tokens and tokenizer.ggml.token_type are missing or "
@@ -89,7 +86,7 @@ def complete(metadata, vocab_size):
     if len(tokens) > vocab_size:
         raise ValueError(f"its vocabulary has {len(tokens)} tokens, but tensor token_embd.weight "
                          f"only {vocab_size} rows")
-    tokens, types, equal = [*tokens], types.copy(), {}
+    tokens, equal = [*tokens], {}
     vocab = dict(zip(reversed(tokens), reversed(range(len(tokens)))))  # of equal ones the first
     if len(vocab) < len(tokens) or "" in vocab:
         if len(vocab) < len(tokens) / 2:
@@ -101,61 +98,54 @@ def complete(metadata, vocab_size):
             while (name := f"[{i}{tokens[i]}]") in vocab:
                 tokens[i] += "_"
             tokens[i], types[i], vocab[name] = name, UNUSED, i
-    ids = {name: get(f"{name}_token_id") for name in ROLES.values()}
-    if kind == "llama":  # SentencePiece's own order
-        defaults = zip(("unknown", "bos", "eos"), range(len(tokens)))
-        ids |= {name: i for name, i in defaults if ids[name] is None}
-    pre = get("pre") or ""
+    pre = given.get("pre", "")
     if kind == "gpt2" and pre in ("", "default"):  # "default" is what a converter did not know
-        arch = str(metadata.get("general.architecture"))
+        arch = str(given.get("general.architecture"))
         pre = next((value for family, token, value in KNOWN
                     if arch.startswith(family) and token in vocab), "")
         if not pre:
             pre = "default"
             print("the file does not say how its vocabulary cuts text into words "
                   "(tokenizer.ggml.pre); text may be cut wrongly", file=sys.stderr)
-    if ids["bos"] is None:
-        names = {**dict.fromkeys(LLAMA3, "<|begin_of_text|>"), "tekken": "<s>"}
-        ids["bos"] = vocab.get(names.get(pre))
-    if get("token_type") is None:
+    if kind == "llama":  # SentencePiece's own order
+        ids = {"unknown": 0, "bos": 1, "eos": 2}
+    else:
+        begin = {**dict.fromkeys(LLAMA3, "<|begin_of_text|>"), "tekken": "<s>"}
+        ids = {"bos": vocab.get(begin.get(pre))}
+    for name in ROLES.values():
+        i = given.get(f"{name}_token_id", ids.get(name))
+        given[name] = tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None
+    if "token_type" not in given:
         types[[i for token, i in vocab.items() if re.fullmatch("<0x..>", token)]] = BYTE
-        for name, i in ids.items():
-            if isinstance(i, int) and 0 <= i < len(tokens):
-                types[i] = UNKNOWN if name == "unknown" else CONTROL
-    types[find_control(vocab, types, metadata, kind == "gpt2")] = CONTROL
-    found = {"tokens": tokens, "token_type": types, "pre": pre}
-    found |= {f"{name}_token_id": i for name, i in ids.items()}
-    return metadata | {f"tokenizer.ggml.{key}": value for key, value in found.items()}, equal
+        for name in ROLES.values():
+            if given[name] is not None:
+                types[vocab[given[name]]] = UNKNOWN if name == "unknown" else CONTROL
+    types[find_control(vocab, types, given)] = CONTROL
+    given |= {"tokens": tokens, "token_type": types, "pre": pre}
+    return equal
 
 
-def find_control(vocab, types, metadata, merged):
-    """Ids of tokens that are control tokens by their names, but not by their types.
-
-    merged: whether the file lists merges; what one of them makes is text
-    """
-    literals = template_text(str(metadata.get("tokenizer.chat_template", "")))
+def find_control(vocab, types, given):
+    """Ids of tokens that are control tokens by their names, but not by their types."""
+    literals = template_text(str(given.get("tokenizer.chat_template", "")))
     names = [token for token in vocab if token[:1] == "<" and CONTROL_NAME.fullmatch(token)
              or token[:1] == "[" and BRACKETS.fullmatch(token) and token in literals]
     names = [token for token in {*names, *(vocab.keys() & {*END_OF_TURN})}
              if types[vocab[token]] in (NORMAL, USER_DEFINED)]
-    merges = metadata.get("tokenizer.ggml.merges") if merged and names else None
-    if isinstance(merges, list):
+    merges = given.get("merges") if given["model"] == "gpt2" and names else None
+    if isinstance(merges, list):  # what one of them makes is text
         made = {merge.replace(" ", "", 1) for merge in merges if isinstance(merge, str)}
         names = [token for token in names if token not in made]
     return [vocab[token] for token in names]
 
 
-def build_tokenizer(metadata):
-    """What `complete` makes of a GGUF file's metadata -> `tokenizers.Tokenizer`."""
-    kind, tokens = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.tokens"]
-    types, vocab = metadata["tokenizer.ggml.token_type"], {t: i for i, t in enumerate(tokens)}
-    if kind == "gpt2":
-        tokenizer = byte_level_bpe(metadata, vocab)
-    else:
-        pieces = {tokens[i] for i in np.flatnonzero(types == NORMAL)}
-        tokenizer = sentencepiece_bpe(metadata, tokens, pieces, vocab)
+def build_tokenizer(given):
+    """A vocabulary that is complete -> `tokenizers.Tokenizer`."""
+    kind, tokens, types = given["model"], given["tokens"], given["token_type"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = (byte_level_bpe if kind == "gpt2" else sentencepiece_bpe)(given, vocab)
     # Phi-3 strips white space after most of its special tokens; its files do not say so.
-    name = f"{metadata.get('general.architecture')} {metadata.get('general.name')}".lower()
+    name = f"{given.get('general.architecture')} {given.get('general.name')}".lower()
     strips = kind == "llama" and ("phi3" in name or "phi-3" in name)
     kept = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -165,9 +155,8 @@ def build_tokenizer(metadata):
 
     tokenizer.add_special_tokens(added((types == CONTROL) | (types == UNKNOWN)))
     tokenizer.add_tokens(added(types == USER_DEFINED))
-    add_bos = kind == "llama" or metadata["tokenizer.ggml.pre"] in (*LLAMA3, "tekken")
-    if metadata.get("tokenizer.ggml.add_bos_token", add_bos):
-        bos = special_token(metadata, "bos")
+    if given.get("add_bos_token", kind == "llama" or given["pre"] in (*LLAMA3, "tekken")):
+        bos = given["bos"]
         if bos is None:
             raise ValueError("its vocabulary has no token tokenizer.ggml.bos_token_id, which "
                              "should begin a text")
@@ -178,16 +167,10 @@ def build_tokenizer(metadata):
     return tokenizer
 
 
-def special_token(metadata, role):
-    """The text of the "bos", "eos", "unknown" or "padding" token; None if the file names none."""
-    tokens, i = metadata["tokenizer.ggml.tokens"], metadata[f"tokenizer.ggml.{role}_token_id"]
-    return tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None
-
-
-def byte_level_bpe(metadata, vocab):
+def byte_level_bpe(given, vocab):
     """GPT-2's kind: text as bytes, each written as a visible character, merged in a listed
     order."""
-    pre = metadata["tokenizer.ggml.pre"]
+    pre, merges = given["pre"], given.get("merges")
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in REGEX)
     if pre in REGEX:
         cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(REGEX[pre]), "isolated"), cut])
@@ -196,7 +179,6 @@ def byte_level_bpe(metadata, vocab):
     elif pre not in GPT2:
         raise ValueError(f"its tokenizer.ggml.pre is {pre!r}; supported are "
                          f"{', '.join((*GPT2, *DIGITS, *REGEX))}")
-    merges = metadata.get("tokenizer.ggml.merges")
     merges = [tuple(m.split(" ")) for m in merges] if isinstance(merges, list) else None
     if merges is None or any(len(pair) != 2 for pair in merges):
         raise ValueError("its tokenizer.ggml.merges is not a list of pairs of tokens")
@@ -209,13 +191,14 @@ def byte_level_bpe(metadata, vocab):
     return tokenizer
 
 
-def sentencepiece_bpe(metadata, tokens, pieces, vocab):
+def sentencepiece_bpe(given, vocab):
     """Llama-2's kind: "▁" for a space, unknown characters as byte tokens <0xNN>.
 
     The file lists scores and no merges. So every way to cut a piece into two pieces is a merge,
     and the merge that makes the piece of the best score comes first.
     """
-    scores = metadata.get("tokenizer.ggml.scores")
+    scores, tokens = given.get("scores"), given["tokens"]
+    pieces = {tokens[i] for i in np.flatnonzero(given["token_type"] == NORMAL)}
     if not isinstance(scores, np.ndarray) or scores.shape != (len(tokens),):
         raise ValueError("its tokenizer.ggml.scores is missing or not as long as its vocabulary")
     if sum(map(len, pieces)) > 1 << 22 or max(map(len, pieces), default=0) > 256:
@@ -225,14 +208,13 @@ def sentencepiece_bpe(metadata, tokens, pieces, vocab):
         if (piece := tokens[i]) in pieces:
             pairs = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
             merges += [(a, b) for a, b in pairs if a in pieces and b in pieces]
-    unknown = metadata["tokenizer.ggml.unknown_token_id"]
-    if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
-        raise ValueError(f"its tokenizer.ggml.unknown_token_id is {unknown!r}")
-    tokenizer = tokenizers.Tokenizer(models.BPE(
-        vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
+    if given["unknown"] is None:
+        raise ValueError("its vocabulary has no token tokenizer.ggml.unknown_token_id")
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True,
+                                                unk_token=given["unknown"], byte_fallback=True))
     normalize = [normalizers.Replace(" ", "▁")]
     decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if given.get("add_space_prefix", True):
         normalize = [normalizers.Prepend("▁"), *normalize]
         decode = [*decode, decoders.Strip(" ", 1, 0)]
     tokenizer.normalizer = normalizers.Sequence(normalize)

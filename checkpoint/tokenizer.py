@@ -39,7 +39,7 @@ class Tokenizer:
         repetition_penalty
     """
 
-    def __init__(self, tokenizer, vocab_size, special, eos, template, generation=None):
+    def __init__(self, tokenizer, vocab_size, special, eos, template, generation=None, equal=None):
         """
         tokenizer: a `tokenizers.Tokenizer`
         vocab_size: of the model
@@ -47,8 +47,10 @@ class Tokenizer:
         eos: ids that end a turn, or lists of them, unchecked
         template: a chat template or None, unchecked
         generation: the values of generation_config.json, unchecked
+        equal: {id: the id of another token with the same text, or None for none}, as GGUF files
+            have them: no text becomes such a token, but the model may choose one
         """
-        self.sampling, self.equal = recommended(generation or {}), {}
+        self.sampling, self.equal = recommended(generation or {}), equal or {}
         self.tokenizer, self.vocab_size, self.template = tokenizer, vocab_size, template
         tokenizer.no_truncation()  # a file may ask for both
         tokenizer.no_padding()
@@ -62,6 +64,7 @@ class Tokenizer:
         added = guard("not a sound tokenizer", tokenizer.get_added_tokens_decoder)
         ends = {*END_OF_TURN, self.special.get("eos_token")}
         eos += [i for i, token in added.items() if token.content in ends]
+        eos += [i for i, first in self.equal.items() if first in eos]
         self.eos_ids = frozenset(i for i in eos if i is not None and 0 <= i < vocab_size)
         self.find_control(added)
         nothing, some = (guard("not a sound tokenizer", tokenizer.encode, text).ids
@@ -90,12 +93,6 @@ class Tokenizer:
                                rstrip=t.rstrip, normalized=t.normalized)
                     for t in map(added.get, sorted(self.control)) if not t.special]
         self.tokenizer.add_special_tokens(unmarked)  # so that `encode` can leave them out
-
-    def put_equal(self, equal):
-        """{id: the id of another token with the same text, or None for none}, as GGUF files have
-        them: no text becomes such a token, but the model may choose one."""
-        self.equal = equal
-        self.eos_ids |= {i for i, first in equal.items() if first in self.eos_ids}
 
     def encode(self, text, bos=True, special=True):
         """str -> list of ids, `bos_id` first if there is one and `bos` is true.
