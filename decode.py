@@ -45,13 +45,13 @@ def decode_one_token(model, cache, token, thresholds, kept):
     return model.logits(hidden)[0]
 
 
-def new_decoder(model, cache, choose, generators=(), graph=True, **head):
-    """The decoder for a model's device. `GpuDecoder` explains generators and graph."""
+def new_decoder(model, cache, choose, generators=(), **head):
+    """The decoder for a model's device; `GpuDecoder` explains the arguments."""
     if model.device.type == "cpu":
         return CpuDecoder(model, cache, choose, **head)
     from gpu.decoder import GpuDecoder  # Triton is not everywhere
 
-    return GpuDecoder(model, cache, choose, generators, graph, **head)
+    return GpuDecoder(model, cache, choose, generators, **head)
 
 
 class CpuDecoder:

@@ -56,14 +56,12 @@ class Session:
     context:    tokens that the KV cache has room for; None for the model's longest
     head:       "auto" skips rows of the LM head that cannot change the choice (lm_head.py);
                 "whole" reads all rows
-    graph:      for tests: False is a GPU's step without a CUDA graph
 
     Raises ValueError for an option that is out of range.
     """
 
     def __init__(self, model, thresholds=None, *, temperature=0.0, top_k=0, top_p=1.0,
-                 min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), context=None, head="auto",
-                 graph=True):
+                 min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), context=None, head="auto"):
         context = model.config.context if context is None else context
         for name, value, low, high, kind in (
                 ("temperature", temperature, 0, 100, Real), ("top_p", top_p, 0, 1, Real),
@@ -87,7 +85,7 @@ class Session:
         self.stats = Stats()
         # how many of the largest logits matter; 0 for all
         top = logits_needed(temperature, top_k, repetition_penalty) if head == "auto" else 0
-        self.decoder = new_decoder(model, self.cache, self.choose, [generator], graph, top=top,
+        self.decoder = new_decoder(model, self.cache, self.choose, [generator], top=top,
                                    seen=self.seen, penalty=repetition_penalty)
         self.set_thresholds(thresholds)
 
@@ -202,15 +200,10 @@ class Session:
             stats.cache_bytes += tokens_attended(config, cache.length) * cache_bytes(config, dtype)
         self.ended = "length" if n_new == max_new_tokens else "context"
 
-    @property
-    def kept(self):
-        """Rows read by all steps, int64 [n_layers, 7]."""
-        return self.decoder.kept
-
     def measured(self):
         """The `Stats` of everything so far. The difference of two is what happened between."""
-        return replace(self.stats, kept=self.kept.cpu().clone(), head_rows=self.decoder.head_rows(),
-                       decoder_steps=self.decoder.n_steps)
+        return replace(self.stats, kept=self.decoder.kept.cpu().clone(),
+                       head_rows=self.decoder.head_rows(), decoder_steps=self.decoder.n_steps)
 
     def sparsity(self, stats=None):
         """The share of the blocks' weights that a decode step does not read, averaged over all

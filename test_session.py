@@ -83,7 +83,7 @@ def test_session_equals_the_plain_forward_pass(name, sparsity):
     if sparsity:
         assert 0.05 < session.sparsity() < 0.8
         if DEVICE == "cpu":  # a GPU is a step ahead; rounding may decide a row at the threshold
-            assert (session.kept - kept).abs().max() <= 2
+            assert (session.decoder.kept - kept).abs().max() <= 2
     else:
         assert session.sparsity() == 0
 
@@ -365,9 +365,9 @@ def test_rows_of_a_step_cut_short_are_not_counted(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cut.decoder, "read_token", interrupted)
         next(tokens)
-    assert cut.decoder.n_steps == 0 and not cut.kept.any()
+    assert cut.decoder.n_steps == 0 and not cut.decoder.kept.any()
     list(cut.generate([1, 2, 3], 6))
-    assert cut.decoder.n_steps == 5 and torch.equal(cut.kept, whole.kept)
+    assert cut.decoder.n_steps == 5 and torch.equal(cut.decoder.kept, whole.decoder.kept)
 
 
 @pytest.mark.parametrize("asked, n, warned", [

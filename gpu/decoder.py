@@ -39,7 +39,7 @@ class GpuDecoder:
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far.
     """
 
-    def __init__(self, model, cache, choose, generators=(), graph=True, **head):
+    def __init__(self, model, cache, choose, generators=(), *, graph=True, **head):
         config, device = model.config, model.device
         self.model, self.cache, self.choose = model, cache, choose
         self.thresholds = torch.full((config.n_layers, len(PROJECTIONS)), -1.0, device=device)
