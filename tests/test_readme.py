@@ -1,6 +1,7 @@
 """Every command and example of README.md works, on the default model and shortened where it is
 long; so does the example of calibrations/thresholds.py."""
 
+import functools
 import re
 import runpy
 import shlex
@@ -11,6 +12,8 @@ import torch
 
 import benchmark
 import calibrations.thresholds
+import checkpoint
+from checkpoint.default_model import fetch
 
 HERE = Path(__file__).resolve().parents[1]
 # Lines of code are indented by four. A line that begins neither a command nor an example is none.
@@ -24,7 +27,8 @@ EXAMPLES = [block for block in re.split(r"\n{3,}", PYTHON) if "import" in block]
 EXAMPLES.append("\n".join(re.findall(r"(?m)^    (.*)", calibrations.thresholds.__doc__)))
 CHAINED, ON_A_GPU = r"/tmp/.*\.safetensors|smollm2-int8", r"benchmark\.py --config"
 SHORTER = {  # added to a command: of an option that is given twice, the last one counts
-    "generate.py": "--max-new-tokens 4 --seed 1", "calibrate.py": "--tokens 64 --window 32",
+    "generate.py": "--max-new-tokens 4 --seed 1",
+    "calibrate.py": "--tokens 64 --window 32 --allocation uniform",
     "evaluate.py": "--text README.md --window 64 --windows 1 --offset 0 --sparsity 0 0.5 "
                    "--json /tmp/e.json --plot /tmp/e.png",
     "benchmark.py": "--sparsity 0.5", "quantize.py": ""}
@@ -41,9 +45,21 @@ def test_the_readme_shows_something():
     assert len(COMMANDS) >= 8 and len(EXAMPLES) == 3, (COMMANDS, EXAMPLES)
 
 
+load = checkpoint.load
+load_default = functools.cache(lambda **options: load(**options))
+
+
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
+    """The project's folder, in which the default model is loaded once for all that ask alike."""
+    def load_once(model=None, **options):
+        if model is None or getattr(model, "files", None) == [fetch()]:
+            return load_default(**options)
+        return load(model, **options)
+
     monkeypatch.chdir(HERE)
+    monkeypatch.setattr("cli.command_line.load", load_once)
+    monkeypatch.setattr("checkpoint.load", load_once)
 
 
 @pytest.fixture(scope="module")
