@@ -55,20 +55,16 @@ class SparseLinear(torch.nn.Module):
     @classmethod
     def from_linear(cls, linear, threshold=-1.0):
         """A copy of an `nn.Linear`, transposed. Raises ValueError for weights that are quantized,
-        on the meta device or of another shape than the layer says, and for a threshold that is
-        not a number."""
+        on the meta device or of another shape than the layer says, and for a threshold of NaN."""
         weight, shape = linear.weight, (linear.out_features, linear.in_features)
-        if weight.is_meta:
-            raise ValueError("SparseLinear: the weight is on the meta device; load it first")
-        if (type(weight.data) is not torch.Tensor
-                or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16)):
-            raise ValueError(f"SparseLinear: the weight is {type(weight.data).__name__} of "
-                             f"{weight.dtype}; it must not be quantized: float32, float16 or "
-                             "bfloat16")
-        if weight.shape != shape or 0 in shape:
-            raise ValueError(f"SparseLinear: the weight is of shape {tuple(weight.shape)}; "
-                             f"expected [out_features, in_features] = {list(shape)}, not empty")
-        if not float(threshold) == float(threshold):
+        floats = torch.float32, torch.float16, torch.bfloat16
+        if (weight.is_meta or type(weight.data) is not torch.Tensor or weight.dtype not in floats
+                or weight.shape != shape or 0 in shape):
+            raise ValueError(
+                f"SparseLinear: the weight is a {type(weight.data).__name__} of {weight.dtype} "
+                f"{tuple(weight.shape)} on {weight.device}; load a model that is not quantized: "
+                f"float32, float16 or bfloat16 {shape}")
+        if threshold != threshold:
             raise ValueError("SparseLinear: the threshold is NaN; give a number")
         with torch.no_grad():
             new = cls(shape[1], shape[0], linear.bias is not None, weight.device, weight.dtype)

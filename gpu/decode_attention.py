@@ -17,32 +17,9 @@ triton.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-def decode_attention_reference(qkv, k_cache, v_cache, cos, sin, growth, position, window=None,
-                               norms=None):
-    """The definition of `decode_attention` in plain PyTorch; returns [n_heads * head_dim]."""
-    n_kv_heads, _, head_dim = k_cache.shape
-    heads = qkv.view(-1, head_dim)
-    n_heads = heads.shape[0] - 2 * n_kv_heads
-    position = int(position)
-    qk = heads[:n_heads + n_kv_heads]
-    if norms is not None:
-        q_norm, k_norm, eps = norms
-        qk = torch.cat([F.rms_norm(qk[:n_heads], (head_dim,), q_norm, eps),
-                        F.rms_norm(qk[n_heads:], (head_dim,), k_norm, eps)])
-    a, b = qk.float().chunk(2, dim=-1)
-    c, s = cos[position], sin[position]
-    rotated = torch.cat((a * c - b * s, b * c + a * s), -1).to(qkv.dtype)
-    k_cache[:, position], v_cache[:, position] = rotated[n_heads:], heads[n_heads + n_kv_heads:]
-    start = 0 if window is None else max(0, position + 1 - window)
-    q = (rotated[:n_heads] * growth.view(-1)[position].to(qkv.dtype)).view(n_kv_heads, -1, head_dim)
-    seen = slice(start, position + 1)
-    return F.scaled_dot_product_attention(q, k_cache[:, seen], v_cache[:, seen]).view(-1)
 
 
 @triton.jit
@@ -231,7 +208,8 @@ class Workspace:
 
 def decode_attention(qkv, k_cache, v_cache, cos, sin, growth, position, workspace, out,
                      window=None, norms=None, pdl=False):
-    """Attention of the token at `position`, whose key and value are also written into the cache.
+    """Attention of the token at `position`, whose key and value are also written into the cache:
+    what `Block.attention` (model.py) does between its two products, for one token.
 
     qkv:       [(n_heads + 2 n_kv_heads) * head_dim], this token's queries, keys and values,
                before RoPE

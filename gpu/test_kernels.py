@@ -7,13 +7,14 @@ import torch
 import sampling
 from conftest import CONFIGS, DEVICE, KERNELS, needs_kernels, random_model
 from gpu import token_kernels
-from gpu.decode_attention import Workspace, decode_attention, decode_attention_reference
+from gpu.decode_attention import Workspace, decode_attention
 from gpu.four_bits import product_of_four_bits
 from gpu.head import Head
 from gpu.lists import product_by_lists
 from gpu.one_kernel import product_in_one_kernel
 from gpu.tensor_cores import product_on_tensor_cores
 from gpu.token_kernels import embed
+from model import Block, Config, KVCache, Linear
 from sparse_gemv import sparse_gemv
 
 likeliest = token_kernels.likeliest_on_gpu if KERNELS else sampling.likeliest
@@ -25,6 +26,20 @@ def test_chunks_of_attention_are_a_power_of_two():
     for n_kv_heads in range(1, 500):
         splits = Workspace(n_kv_heads, n_kv_heads, 1, "cpu").splits
         assert splits in (4, 8, 16, 32) and splits >= min(32, 384 // n_kv_heads)
+
+
+def attention_of_the_model(qkv, k, v, rope, position, n_heads, window, norms):
+    """The definition of `decode_attention`, which writes into k and v as it does."""
+    n_kv_heads, context, head_dim = k.shape
+    config = Config(1, 1, 1, 1, n_heads, n_kv_heads, head_dim, 1e-5, context=context,
+                    sliding_window=window, qk_norm="head" if norms else None)
+    block, cache = Block(0, config, qkv.dtype, DEVICE, Linear), KVCache(config, context)
+    cache.k, cache.v, cache.length = k[None], v[None], position
+    if norms:
+        block.q_norm, block.k_norm, _ = norms
+    cos, sin, growth = (part[position] for part in rope)
+    return block.attention(qkv[None], {"plain": (cos, sin, growth)}, cache, lambda x, linear: (
+        qkv[None] if linear is block.qkv else x[0]))
 
 
 @needs_kernels
@@ -46,8 +61,8 @@ def test_attention(n_heads, n_kv_heads, head_dim, context, window):
         if norms:
             qkv /= 300  # the norms' eps matters
         at, k_expected, v_expected = torch.tensor([position], device=DEVICE), k.clone(), v.clone()
-        expected = decode_attention_reference(
-            qkv, k_expected, v_expected, *rope, position, window, norms)
+        expected = attention_of_the_model(
+            qkv, k_expected, v_expected, rope, position, n_heads, window, norms)
         for cache in (k, v):  # the new token's key and value, and those not yet written
             cache[:, position:] = float("nan")
         out = torch.full((n_heads * head_dim,), float("nan"), device=DEVICE)
