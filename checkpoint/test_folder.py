@@ -3,7 +3,6 @@
 import fnmatch
 import json
 import shutil
-import struct
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from checkpoint.conftest import (
     CONFIG,
     refused,
     same,
-    spm_tokenizer,
     weights,
     write_folder,
 )
@@ -26,46 +24,16 @@ def test_context_is_bounded(tmp_path):
         checkpoint.load(write_folder(tmp_path / "m"), context=65)
 
 
-@pytest.mark.parametrize("family, options", [
-    ("Llama", {"tie_word_embeddings": True}), ("Llama", {"tie_word_embeddings": False}),
-    ("Llama", {"attention_bias": True}), ("Qwen2", {}), ("Mistral", {"sliding_window": 16})])
-@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
-def test_saved_by_transformers(tmp_path, family, options, shard_size):
-    import transformers
-    torch.manual_seed(0)
-    config = getattr(transformers,
-                     f"{family}Config")(**{k: v for k, v in CONFIG.items() if k not in (
-        "model_type", "architectures", "tie_word_embeddings", "rope_theta")}, **options)
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config)
-    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
-    spm_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    ours = open_checkpoint(tmp_path)
-    shards = [f for f in ours.files if f.suffix == ".safetensors"]
-    assert len(shards) == (1 if shard_size == "5GB" else len(list(tmp_path.glob("model-*"))))
-    state = theirs.state_dict()
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    assert same(ours, state)
-    network, tokenizer = checkpoint.load(tmp_path)
-    ids = torch.tensor(tokenizer.encode("the wor and in"))
-    with torch.no_grad():
-        torch.testing.assert_close(network.logits(network.forward(ids)),
-                                   theirs(ids[None]).logits[0])
-
-
 def test_hub_cache_offline(tmp_path, monkeypatch):
     """A hub repository in the local cache, blobs behind symlinks, needs no network."""
     import huggingface_hub.constants
-    source = write_folder(tmp_path / "source")
-    repo = tmp_path / "hub" / "models--someone--tiny"
-    snapshot, sha = repo / "snapshots" / ("a" * 40), "a" * 40
-    snapshot.mkdir(parents=True)
-    (repo / "refs").mkdir()
+    repo, sha = tmp_path / "hub" / "models--someone--tiny", "a" * 40
+    snapshot = repo / "snapshots" / sha
+    for folder in snapshot, repo / "refs":
+        folder.mkdir(parents=True)
     (repo / "refs" / "main").write_text(sha)
-    (repo / "blobs").mkdir()
-    for file in source.iterdir():
-        shutil.copy(file, repo / "blobs" / file.name)
-        (snapshot / file.name).symlink_to(repo / "blobs" / file.name)
+    for file in write_folder(repo / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(file)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert same(open_checkpoint("someone/tiny"), weights())
@@ -132,42 +100,23 @@ def test_bad_tensors(tmp_path, change, words):
     refused(write_folder(tmp_path / "m", tensors=tensors), *words)
 
 
-def edit_header(file, edit):
-    """Rewrite a safetensors file's JSON header."""
-    data = file.read_bytes()
-    n, = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8:8 + n])
-    edit(header)
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n:])
-
-
 @pytest.mark.parametrize("damage", [
-    lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b""),
-    lambda f: f.write_bytes(b"\x80\x04}."),
-    lambda f: f.write_bytes(b"\xff" * 100),
-    lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(data_offsets=[0, 128])),
-    lambda f: edit_header(
-        f, lambda h: h["model.norm.weight"].update(data_offsets=[10**15, 10**15 + 128])),
-    lambda f: edit_header(f, lambda h: h["model.norm.weight"].update(shape=[1 << 62, 1 << 62]))])
+    lambda data: data[:-100], lambda data: b"", lambda data: b"\x80\x04}.",
+    lambda data: data.replace(b'"shape":[32]', b'"shape":[31]', 1)])
 def test_bad_safetensors(tmp_path, damage):
-    folder = write_folder(tmp_path / "m")
-    damage(folder / "model.safetensors")
-    refused(folder, "model.safetensors")
+    file = write_folder(tmp_path / "m") / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    refused(tmp_path / "m", "model.safetensors")
 
 
 def test_safetensors_with_a_long_header(tmp_path):
     """Sound but for its length, of which spaces are most."""
     file = write_folder(tmp_path / "m") / "model.safetensors"
     data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    for longer, words in (1 << 20, None), (4 << 20, "header claims"):
-        header = data[8:8 + length] + b" " * longer
-        file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length:])
-        if words:
-            refused(tmp_path / "m", words)
-        else:
-            checkpoint.load(tmp_path / "m")
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end] + b" " * (4 << 20)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    refused(tmp_path / "m", "header claims")
 
 
 @pytest.mark.parametrize("index, words", [

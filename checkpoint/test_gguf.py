@@ -110,13 +110,9 @@ BAD_METADATA = [  # architecture, further tensors, metadata, words of the error
     ("llama", {}, {"tokenizer.ggml.tokens": ["a"] * 320}, "twice"),
     ("llama", {}, {"tokenizer.ggml.scores": None}, "scores"),
     ("llama", {}, {"tokenizer.ggml.model": "gpt2"}, "merges"),
-    ("llama", {}, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["x y"]},
-     "cannot be read"),
     ("llama", {}, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "bloom"}, "'bloom'; supp"),
     ("llama", {}, {"tokenizer.ggml.bos_token_id": 9999}, "bos"),
     ("llama", {}, {"llama.block_count": 1000}, "missing"),
-    ("llama", {}, {"llama.embedding_length": 1 << 30}, "hidden_size"),
-    ("llama", {}, {"llama.attention.head_count": 0}, "num_attention"),
     ("llama", {}, {"llama.embedding_length": "many"}, "hidden_size"),
     ("llama", {}, {"llama.attention.head_count_kv": [2, 1]}, "num_key_value_heads"),
     ("llama", {}, {"llama.rope.dimension_count": 4, "llama.attention.key_length": 8}, "4 of 8"),
@@ -125,19 +121,14 @@ BAD_METADATA = [  # architecture, further tensors, metadata, words of the error
     ("llama", {"rope_freqs.weight": torch.ones(9)}, {}, "rope_freqs.weight has shape [9], more"),
     ("llama", {"rope_freqs.weight": torch.ones(3)}, {}, "short_factor is [1.0, 1.0, 1.0]"),
     ("llama", {}, {"llama.rope.scaling.type": "su"}, "'su'"),
-    ("llama", {}, {"llama.rope.scaling.type": "yarn"}, "factor is None"),
     ("granite", {}, {"granite.attention.scale": 0.1, "granite.rope.scaling.finetuned": False},
      "without RoPE"),
     ("phi3", FACTORS, ORIGINAL | {"phi3.rope.dimension_count": 3}, "3 of a head's 8 channels"),
     ("phi3", FACTORS, ORIGINAL | {"phi3.rope.dimension_count": 12}, "factor is 1.56"),
-    ("phi3", FACTORS, {"phi3.rope.scaling.original_context_length": 1},
-     "original_max_position_embeddings is 1"),
     ("phi3", {"rope_factors_short.weight": torch.ones(4)}, ORIGINAL,
      "rope_factors_long.weight is missing"),
     ("olmo2", {}, {"olmo2.attention.sliding_window": 8,
                    "olmo2.attention.sliding_window_pattern": [True] * 3}, "layer_types is [ True"),
-    ("olmo2", {}, {"olmo2.attention.sliding_window": 8,
-                   "olmo2.attention.sliding_window_pattern": 4}, "layer_types is 4"),
     ("mistral3", {}, {"mistral3.attention.temperature_scale": 0.1},
      "needs rope.scaling.type 'yarn'")]
 
@@ -152,7 +143,7 @@ def test_bad_gguf_bytes(tmp_path):
     """Cut off anywhere, too long, or of absurd counts, a GGUF is refused."""
     good = write_gguf(tmp_path / "good.gguf").read_bytes()
     bad = tmp_path / "bad.gguf"
-    for size in 0, 3, 4, 20, 200, 3000, 12000, len(good) // 2, len(good) - 50:
+    for size in 0, 3, 20, 3000, len(good) - 50:
         bad.write_bytes(good[:size])
         refused(bad, "bad.gguf")
     bad.write_bytes(good + bytes(64))

@@ -82,17 +82,6 @@ def test_gguf_end_of_turn(tmp_path):
     assert open_checkpoint(tmp_path / "m.gguf").tokenizer.eos_ids == {2, 7, 9}
 
 
-def test_text_of_strangers_without_control_tokens(smollm):
-    """By default a text may hold control tokens; special=False reads them as text."""
-    tokenizer, text = smollm[1], "Hi<|im_end|>\n<|im_start|>system"
-    end = tokenizer.tokenizer.token_to_id("<|im_end|>")
-    assert end in tokenizer.encode(text)
-    plain = tokenizer.encode(text, special=False)
-    assert not tokenizer.skipped & {*plain} and tokenizer.decode(plain) == text
-    assert end in tokenizer.encode(text)  # the next call is as before
-    assert tokenizer.encode("Hi there", special=False) == tokenizer.encode("Hi there")
-
-
 def test_tokenizer_of_another_model(default, tmp_path):
     folder = write_folder(tmp_path / "m", tokenizer=default.tokenizer.tokenizer)
     with pytest.raises(TokenizerError, match="vocabulary is 320"):
@@ -111,7 +100,7 @@ def test_bad_tokenizer(tmp_path):
     refused(folder, "tokenizer.json is missing", "save_pretrained")
 
 
-@pytest.mark.parametrize("bos", ["$A", "$B", ":1", "a b", "$", "Ġ", "[x]:99999999999"])
+@pytest.mark.parametrize("bos", ["$A", ":1", "[x]:99999999999"])
 def test_odd_name_of_the_first_token(tmp_path, bos):
     file = write_gguf(tmp_path / "m.gguf",
                       **{"tokenizer.ggml.tokens": [PIECES[0], bos, *PIECES[2:]]})

@@ -17,13 +17,13 @@ from cli.quantize_folder import write_folder
 from session import Session
 from tensor_parallel import Ranks
 
-NAMES = ["granite, odd heads, tied, biases", "granite 4", "phi-3, odd heads, tied",
-         "phi-4-mini, short text"]
+NAMES = ["llama-3.2, tied", "qwen2", "mistral", "granite, odd heads, tied, biases", "granite 4",
+         "phi-3, odd heads, tied", "phi-4-mini, short text"]
 
 
 @pytest.fixture(params=NAMES)
 def saved(request, tmp_path):
-    """(A folder that transformers wrote, its model)."""
+    """(A folder that transformers wrote, in shards; its model)."""
     torch.manual_seed(0)
     stem, changes, rope = CASES[request.param]
     config = getattr(transformers, f"{stem}Config")(
@@ -32,7 +32,7 @@ def saved(request, tmp_path):
     for name, parameter in theirs.named_parameters():
         if "bias" in name:
             torch.nn.init.normal_(parameter)
-    theirs.save_pretrained(tmp_path / "m")
+    theirs.save_pretrained(tmp_path / "m", max_shard_size="20KB")
     spm_tokenizer().save(str(tmp_path / "m" / "tokenizer.json"))
     return tmp_path / "m", theirs
 
