@@ -19,6 +19,7 @@ from checkpoint.default_model import fetch
 from checkpoint.digest import Digest
 from checkpoint.files import one_line
 from checkpoint.folder import NO_PICKLES, PICKLES, open_folder
+from checkpoint.gguf_file import open_gguf
 from checkpoint.hub import download
 from checkpoint.memory import require_memory, return_freed_memory
 from checkpoint.opened import Checkpoint, CheckpointError, refuse_stand_in
@@ -106,11 +107,6 @@ def open_checkpoint(model=None):
 
     Raises CheckpointError if it is none of these or damaged. The weights' values are not read.
     """
-    def open_gguf(file):
-        from checkpoint.gguf_file import open_gguf  # folders load without the package gguf
-
-        return open_gguf(file)
-
     if model is None:
         return open_gguf(fetch())
     path = Path(model)

@@ -216,14 +216,14 @@ class GGUFFile:
             # half a dimension more, because the product with head_dim is rounded down
             found["partial_rotary_factor"] = (turned + 0.5) / head_dim
         freqs, short, long = ROPE_TENSORS
-        original, factor = (self.get(f"rope.scaling.{key}")
-                            for key in ("original_context_length", "attn_factor"))
+        original = self.get("rope.scaling.original_context_length")
         if freqs in self.tensors:  # Llama 3's: the same for texts of every length
-            short, long, original, factor = freqs, freqs, self.get("context_length"), 1.0
+            short, long, original = freqs, freqs, self.get("context_length")
         if short in self.tensors:
             found["original_max_position_embeddings"] = original
             found["rope_scaling"] = {"rope_type": "longrope", "short_factor": read(short),
-                                     "long_factor": read(long), "attention_factor": factor}
+                                     "long_factor": read(long),
+                                     "attention_factor": self.get("rope.scaling.attn_factor")}
         return found
 
     def shapes(self):

@@ -20,14 +20,8 @@ import torch
 
 from checkpoint.values import flag, number, numbers
 
-NEEDED = {  # rope_type -> the numbers that it needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-               "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-    "longrope": ("original_max_position_embeddings",),
-}
+TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+MOST = 1 << 24  # tokens of a context
 
 
 def parse_rope(config, head_dim, context=None):
@@ -38,54 +32,72 @@ def parse_rope(config, head_dim, context=None):
     Raises ValueError, naming the key and its value.
     """
     rope, rope_type = rope_settings(config)
+
+    def value(key, default=None, low=1e-3):
+        return number(rope, key, default, low, 1e8, float)
+
     theta = number(config if rope.get("rope_theta") is None else rope, "rope_theta", None, 1.1,
                    1e12, float)
-    longest = number(config, "max_position_embeddings", high=1 << 24)
-    original = "original_max_position_embeddings"
+    longest = reach = number(config, "max_position_embeddings", high=MOST)
+    turned, original, factor = turned_channels(config, head_dim), None, 1.0
     if rope_type in ("llama3", "yarn", "longrope"):
-        within = config.get(original)  # counts more than the same key of RoPE's settings
-        if within is None and config.get("model_type") != "phi3":
-            within = rope.get(original, None if rope_type == "longrope" else longest)
-        rope = rope | {original: within}
-    settings = {key: number(rope, key, None, 2.0 if key == original else 1e-3, 1e8, float)
-                for key in NEEDED[rope_type]}
-    # A factor is there for longer texts, even if max_position_embeddings was left as it had been.
-    reach = longest
+        key = "original_max_position_embeddings"
+        original = config.get(key)  # counts more than the same key of RoPE's settings
+        if original is None and config.get("model_type") != "phi3":
+            original = rope.get(key, None if rope_type == "longrope" else longest)
+        rope = rope | {key: original}
+        original = value(key, low=2.0)
+    if rope_type != "default":
+        factor = value("factor", longest / original if rope_type == "longrope" else None)
+    # It is there for longer texts, even if max_position_embeddings was left as it had been.
     if rope_type in ("yarn", "longrope"):
-        stretch = number(rope, "factor", longest / settings[original], 1e-3, 1e8, float)
-        reach = longest = max(longest, min(int(stretch * settings[original]), 1 << 24))
+        reach = longest = max(longest, min(int(factor * original), MOST))
     elif rope_type == "linear":
-        reach = max(longest, min(int(longest * settings["factor"]), 1 << 24))
+        reach = max(longest, min(int(longest * factor), MOST))
     if context is not None and not 1 <= context <= reach:
         raise ValueError(f"context {context} is outside 1 to {reach}, the longest of this model")
-    turned = turned_channels(config, head_dim)
     fields = {"rope_theta": theta, "context": context or longest}
     if rope_type == "longrope":
-        within = settings[original]
-        fields["context"] = context or min(longest, int(within))
-        name = "long_factor" if fields["context"] > within else "short_factor"
-        settings["divisors"] = numbers(rope, name, turned // 2)
-        default = math.sqrt(1 + math.log(stretch) / math.log(within)) if stretch > 1 else 1.0
-        fields["rope_factor"] = number(rope, "attention_factor", default, 1e-3, 1e3, float)
+        fields["context"] = context or min(longest, int(original))
+        name = "long_factor" if fields["context"] > original else "short_factor"
+        divisors = torch.tensor(numbers(rope, name, turned // 2), dtype=torch.float64)
+        default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        fields["rope_factor"] = value("attention_factor", default)
+    else:
+        keep = kept_share(rope_type, rope, value, original, theta, turned)
+        divisors = 1 / (keep + (1 - keep) / factor)
     if rope_type == "yarn":
-        settings["beta_fast"] = number(rope, "beta_fast", 32.0, 1e-3, 1e8, float)
-        settings["beta_slow"] = number(rope, "beta_slow", 1.0, 1e-3, 1e8, float)
-        settings["truncate"] = flag(rope, "truncate", True)
-        fields["rope_factor"] = yarn_factor(rope, settings["factor"])
+        fields["rope_factor"] = value("attention_factor", yarn_factor(rope, factor))
     if config.get("model_type") == "ministral3" and rope.get("llama_4_scaling_beta") is not None:
-        fields["query_growth"] = (
-            number(rope, "llama_4_scaling_beta", None, 0.0, 10.0, float),
-            number(rope, "original_max_position_embeddings", None, 2.0, 1e8, float))
-    if rope_type == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
-        raise ValueError(f"config value low_freq_factor is {settings['low_freq_factor']}; it must "
-                         f"be below high_freq_factor {settings['high_freq_factor']}")
+        fields["query_growth"] = (value("llama_4_scaling_beta", None, 0.0),
+                                  value("original_max_position_embeddings", None, 2.0))
     if rope_type != "default" or turned < head_dim:
         still = [math.inf] * ((head_dim - turned) // 2)
         # `Config` has the exponents of a head that turns as a whole.
         exponents = torch.arange(turned // 2) * 2 * (1 / turned - 1 / head_dim)
-        found = divisors(rope_type, settings, theta, turned) * theta ** exponents
-        fields["rope_divisors"] = (*found.tolist(), *still)
+        fields["rope_divisors"] = (*(divisors * theta ** exponents).tolist(), *still)
     return fields
+
+
+def kept_share(rope_type, rope, value, original, theta, turned):
+    """The share of each pair's rotation that is not slowed down, float64 [turned / 2]."""
+    pair = torch.arange(turned // 2, dtype=torch.float64)
+    if rope_type == "llama3":
+        low, high = value("low_freq_factor"), value("high_freq_factor")
+        if low >= high:
+            raise ValueError(f"config value low_freq_factor is {low}; it must be below "
+                             f"high_freq_factor {high}")
+        turns = original / (2 * math.pi) * theta ** (-2 * pair / turned)
+        return ((turns - low) / (high - low)).clamp(0, 1)
+    if rope_type == "yarn":
+        # the pairs, as fractions, that turn so often within the original context
+        first, last = (turned * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                       for turns in (value("beta_fast", 32.0), value("beta_slow", 1.0)))
+        if flag(rope, "truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, turned - 1)
+        return 1 - ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return torch.full_like(pair, rope_type == "default")
 
 
 def rope_settings(config):
@@ -118,9 +130,9 @@ def rope_settings(config):
     if len({*names}) > 1:
         raise ValueError(f"RoPE's settings have rope_type {rope_type!r} and type {names[-1]!r}; "
                          "remove one of the two")
-    if rope_type not in NEEDED:
+    if rope_type not in TYPES:
         raise ValueError(f"rope scaling type {rope_type!r} is not supported; supported are "
-                         f"{', '.join(NEEDED)}")
+                         f"{', '.join(TYPES)}")
     return rope, rope_type
 
 
@@ -137,39 +149,10 @@ def turned_channels(config, head_dim):
     return turned
 
 
-def divisors(rope_type, settings, theta, head_dim):
-    """The divisors of the rotations of `head_dim` channels, float64 [head_dim / 2]."""
-    pair = torch.arange(head_dim // 2, dtype=torch.float64)
-    if rope_type == "default":
-        return torch.ones_like(pair)
-    if rope_type == "longrope":
-        return torch.tensor(settings["divisors"], dtype=torch.float64)
-    if rope_type == "linear":
-        keep = torch.zeros_like(pair)  # the share of each rotation that is not slowed down
-    elif rope_type == "llama3":
-        low, high = settings["low_freq_factor"], settings["high_freq_factor"]
-        turns = settings["original_max_position_embeddings"] / (2 * math.pi)
-        turns = turns * theta ** (-2 * pair / head_dim)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-    elif rope_type == "yarn":
-        def pair_of(turns):
-            """The pair, as a fraction, that turns so often within the original context."""
-            longest = settings["original_max_position_embeddings"] / (turns * 2 * math.pi)
-            return head_dim * math.log(longest) / (2 * math.log(theta))
-
-        first, last = pair_of(settings["beta_fast"]), pair_of(settings["beta_slow"])
-        if settings["truncate"]:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, head_dim - 1)
-        keep = 1 - ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)
-    return 1 / (keep + (1 - keep) / settings["factor"])
-
-
 def yarn_factor(rope, factor):
-    """YaRN's factor of cos and sin: as given, or by the paper's formula."""
+    """YaRN's factor of cos and sin, by the paper's formula."""
     def formula(weight):
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
     above, below = (number(rope, key, 0.0, 0.0, 1e3, float) for key in ("mscale", "mscale_all_dim"))
-    default = formula(above) / formula(below) if above and below else formula(1.0)
-    return number(rope, "attention_factor", default, 1e-3, 1e3, float)
+    return formula(above) / formula(below) if above and below else formula(1.0)
