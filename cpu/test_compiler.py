@@ -1,23 +1,22 @@
-"""Tests of how step.c becomes a library: which compiler, under which name, whole or not at all."""
+"""Tests of how step.c becomes a library: which compiler, under which name, whole or not at all;
+and of the memory and the threads that it touches."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import CONFIGS, random_model
+from conftest import CONFIGS, HERE, random_model
 from cpu import compiler
 from cpu.compiler import NoCompiler
 from decode import CpuDecoder
 from model import KVCache
 
-HERE = Path(__file__).resolve().parent
-has_compiler = True
 try:
     compiler.compiler()
+    has_compiler = True
 except NoCompiler:
     has_compiler = False
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="there is no C compiler")
@@ -28,6 +27,13 @@ def forget():
     compiler.outcomes.clear()
     yield
     compiler.outcomes.clear()
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A little program."""
+    (tmp_path / "two.c").write_text("int two(void) { return 2; }")
+    return tmp_path / "two.c"
 
 
 @pytest.mark.parametrize("there, module, wanted", [
@@ -48,42 +54,37 @@ def test_which_compiler(there, module, wanted, monkeypatch):
 
 
 @needs_compiler
-def test_the_name_holds_what_the_library_depends_on(tmp_path, monkeypatch):
-    source = tmp_path / "two.c"
-    source.write_text("int two(void) { return 2; }")
-    assert compiler.open_library(source, (), tmp_path / "cache").two() == 2
-    compiler.open_library(source, ("-DX",), tmp_path / "cache")
+def test_the_name_holds_what_the_library_depends_on(two, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    assert compiler.open_library(two, (), cache).two() == 2
+    compiler.open_library(two, ("-DX",), cache)
     with monkeypatch.context() as patch:  # another compiler of this name, or another processor
         patch.setattr(compiler, "run", lambda command, run=compiler.run: (
             (True, "another") if "-dM" in command else run(command)))
-        compiler.open_library(source, (), tmp_path / "cache")
-    source.write_text("int two(void) { return 1 + 1; }")
-    assert compiler.open_library(source, (), tmp_path / "cache").two() == 2
-    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert len(names) == 4 and all(name.endswith(".so") for name in names)
+        compiler.open_library(two, (), cache)
+    two.write_text("int two(void) { return 1 + 1; }")
+    assert compiler.open_library(two, (), cache).two() == 2
+    names = [path.suffix for path in cache.iterdir()]
+    assert names == [".so"] * 4
     monkeypatch.setattr(compiler, "build", None)  # from now on nothing is compiled
-    compiler.open_library(source, (), tmp_path / "cache")
+    compiler.open_library(two, (), cache)
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written(tmp_path):
-    source, wall = tmp_path / "two.c", tmp_path / "wall"
-    source.write_text("int two(void) { return 2; }")
-    wall.write_text("a file where a folder should be")
-    assert compiler.open_library(source, (), wall / "cache").two() == 2
+def test_a_cache_that_cannot_be_written(two, tmp_path):
+    (tmp_path / "wall").write_text("a file where a folder should be")
+    assert compiler.open_library(two, (), tmp_path / "wall" / "cache").two() == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two.c", "wall"]
 
 
 @needs_compiler
-def test_processes_at_once(tmp_path):
+def test_processes_at_once(two, tmp_path):
     """Every one gets a whole library, and one library stays."""
-    source = tmp_path / "two.c"
-    source.write_text("int two(void) { return 2; }")
     program = ("import sys; from pathlib import Path; from cpu import compiler; "
                "print(compiler.open_library(Path(sys.argv[1]), (), Path(sys.argv[2])).two())")
-    started = [subprocess.Popen([sys.executable, "-c", program, source, tmp_path / "cache"],
-                                cwd=HERE.parent,
-                                stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    words = [sys.executable, "-c", program, two, tmp_path / "cache"]
+    started = [subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, text=True)
+               for _ in range(3)]
     assert [process.communicate()[0] for process in started] == ["2\n"] * 3
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -120,13 +121,6 @@ def test_without_a_compiler_decoding_is_right_and_says_so_once(
     assert left == [".so"] * (words == "cannot be loaded")
 
 
-def test_the_source_needs_no_header_of_a_package():
-    includes = {line.split()[1] for line in compiler.SOURCE.read_text().splitlines()
-                if line.startswith("#include")}
-    assert includes <= {f"<{name}.h>" for name in (
-        "fenv", "math", "pthread", "sched", "stdint", "stdlib", "string", "time")}
-
-
 @needs_compiler
 @pytest.mark.parametrize("kind, runtime", [
     ("address,undefined", "libasan.so"), ("thread", "libtsan.so")])
@@ -139,7 +133,7 @@ def test_sanitizers(kind, runtime):
                                 "TSAN_OPTIONS": "exitcode=66", "UBSAN_OPTIONS": "halt_on_error=1"}
     program = "import sys; from cpu import test_step; test_step.run_for_sanitizers(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", program, f"-fsanitize={kind}"],
-                          cwd=HERE.parent, env=environment, capture_output=True, text=True)
+                          cwd=HERE, env=environment, capture_output=True, text=True)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("this kernel's addresses are too random for ThreadSanitizer")
     assert done.returncode == 0 and "anitizer" not in done.stderr, done.stderr[-3000:]

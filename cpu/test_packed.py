@@ -11,7 +11,6 @@ from checkpoint.conftest import write_gguf
 from checkpoint.gguf_file import GROUPED, groups_of, to_float
 from cli.accounting import block_bytes, other_bytes, tensors
 from cpu import compiler
-from cpu.conftest import fill
 from cpu.matrix import pieces
 from cpu.packed import Packed, PackedLinear
 from cpu.step import CStep
@@ -68,35 +67,30 @@ def test_the_numbers_are_those_of_gguf(name, n, size, monkeypatch):
 
 
 CONFIG = Config(131, 512, 256, 2, 8, 2, 32, context=40, qkv_bias=True)
-KINDS = [*GROUPED] * 2  # of the projections: all meet all
+KINDS = [*GROUPED]
 
 
 def random_model(config=CONFIG):
     """A model whose matrices have all types side by side."""
-    model, count = fill(Model(config)), iter(range(100))
-    packed = Model(config, linear_class=PackedLinear)
-    for ours, theirs in zip([*packed.linears(), packed.lm_head],
-                            [*model.linears(), model.lm_head]):
-        for i, width in enumerate(ours.widths):
-            weight, groups = random_tensor(KINDS[(seed := next(count)) % 8], width,
-                                           ours.in_features, seed)
-            scale = 0.5 / weight.std() / ours.in_features ** 0.5
+    packed, seed = Model(config, linear_class=PackedLinear), 0
+    for linear in [*packed.linears(), packed.lm_head]:
+        for i, width in enumerate(linear.widths):
+            weight, groups = random_tensor(KINDS[seed % 8], width, linear.in_features, seed)
+            scale, seed = 0.5 / weight.std() / linear.in_features ** 0.5, seed + 1
             for name in ("scale", "minimum"):
                 if (numbers := getattr(groups, name)) is not None:
                     numbers *= scale
-            ours.load_weight(i, weight * scale, groups)
-        if ours.bias is not None:
-            ours.bias.copy_(theirs.bias)
-    for ours, theirs in zip([packed, *packed.blocks], [model, *model.blocks]):
-        for name in ("attn_norm", "mlp_norm", "norm"):
-            if hasattr(ours, name):
-                getattr(ours, name).copy_(getattr(theirs, name))
-    if config.tie_embeddings:
-        packed.embedding = packed.lm_head.parts[0]
-    else:
-        weight, groups = random_tensor("Q5_0", config.vocab_size, config.hidden_size)
-        groups.scale *= 8
-        packed.embedding = Packed(weight * 8, groups)
+            linear.load_weight(i, weight * scale, groups)
+        if linear.bias is not None:
+            linear.bias.copy_(torch.randn(linear.bias.shape) / 4)
+    for block in packed.blocks:
+        for norm in (block.attn_norm, block.mlp_norm):
+            norm.copy_(1 + torch.rand(norm.shape) / 4)
+    packed.norm.fill_(1)
+    weight, groups = random_tensor("Q5_0", config.vocab_size, config.hidden_size)
+    groups.scale *= 8
+    packed.embedding = (packed.lm_head.parts[0] if config.tie_embeddings
+                        else Packed(weight * 8, groups))
     return packed
 
 

@@ -53,17 +53,13 @@ class RoundedCache(KVCache):
 def in_float32(model):
     """The same model in float32: its weights are those numbers."""
     plain = Model(model.config)
-    for ours, theirs in zip([*plain.linears(), plain.lm_head], [*model.linears(), model.lm_head]):
-        theirs.dtype = torch.float32  # that of weight()
-        ours.w_t.copy_(theirs.weight(0, theirs.ends[-1]))
-        if theirs.bias is not None:
-            ours.bias.copy_(theirs.bias)
-    for ours, theirs in zip(plain.blocks, model.blocks):
-        for name, norm in vars(theirs).items():
-            if name.endswith("_norm"):
-                getattr(ours, name).copy_(norm)
-    plain.norm.copy_(model.norm)
-    plain.embedding.copy_(model.embed(torch.arange(model.config.vocab_size)))
+    for ours, theirs in zip(*([m, *m.blocks, *m.linears(), m.lm_head] for m in (plain, model))):
+        for name, tensor in vars(theirs).items():
+            if name == "w_t":
+                theirs.dtype = torch.float32  # that of weight()
+                ours.w_t.copy_(theirs.weight(0, theirs.ends[-1]))
+            elif isinstance(tensor, torch.Tensor) and name != "scale":
+                getattr(ours, name).copy_(tensor)
     return plain
 
 
