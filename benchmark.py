@@ -145,9 +145,7 @@ def choose_thresholds(model, args):
     dense = torch.full((model.config.n_layers, len(PROJECTIONS)), -1.0)
     if not any(args.sparsity):
         return [dense for _ in args.sparsity], "no thresholds"
-    calibration = None
-    if args.config is None:
-        calibration = find(model)
+    calibration = find(model) if args.config is None else None
     if calibration is None:
         n = 1024 if model.device.type == "cuda" else 256  # a CPU would need minutes for more
         window = min(n // 2, model.config.context)

@@ -217,6 +217,16 @@ def fitting_context(model):
     return int(min(model.config.context, max(fits, 512)))
 
 
+def encode_prompt(args, tokenizer, prompt):
+    """The prompt's ids, and those that `write` continues: none if a chat model answers them."""
+    if not args.system and (args.raw or not tokenizer.has_chat_template):
+        ids = tokenizer.encode(prompt)
+        return ids, ids
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    messages = system + [{"role": "user", "content": prompt}]
+    return tokenizer.chat(messages, thinking=args.thinking), ()
+
+
 def main():
     """Load the model, generate text, and summarize the run on standard error."""
     args = parse_args()
@@ -231,14 +241,9 @@ def main():
         raise ValueError("this model's chat template has no switch for --thinking")
     sampling = choose_sampling(args, tokenizer)
     seed = args.seed if sampling["temperature"] > 0 else None
-    context, ids, continued = model.config.context, [], ()
+    ids, continued = ([], ()) if args.chat else encode_prompt(args, tokenizer, prompt)
+    context = model.config.context
     if not args.chat:
-        if args.system or (tokenizer.has_chat_template and not args.raw):
-            system = [{"role": "system", "content": args.system}] if args.system else []
-            ids = tokenizer.chat(system + [{"role": "user", "content": prompt}],
-                                 thinking=args.thinking)
-        else:
-            ids = continued = tokenizer.encode(prompt)
         context = min(context, len(ids) + args.max_new_tokens)
     elif args.context is None:
         context = fitting_context(model)

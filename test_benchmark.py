@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import types
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 
 import benchmark
 import checkpoint.memory
+from calibrate import calibrate
 from cli import transformers_speed
 from cli.accounting import block_bytes, other_bytes
 from decode import CpuDecoder
@@ -64,10 +66,6 @@ def test_transformers_gets_the_same_weights(config, quantize):
 
 
 # ---- measuring ---------------------------------------------------------------------------------
-
-def test_bandwidth_is_plausible():
-    assert 1e8 < benchmark.read_bandwidth(torch.device("cpu")) < 1e13
-
 
 def clock(monkeypatch, *seconds, module=benchmark):
     """Let a module's clock show these numbers."""
@@ -191,10 +189,14 @@ def test_a_dense_run_needs_no_calibration(benchmarked, measured, monkeypatch):
     assert code == 0 and "no thresholds" in out, err
 
 
-def test_the_default_model_uses_its_calibration(benchmarked, measured):
-    code, out, err = benchmarked("--sparsity", "0.5")
-    assert code == 0 and out.startswith("SmolLM2-135M-Instruct bfloat16 on CPU"), err
-    assert "fisher from self-written" in out and "10.0    0.001    1000       1%" in out
+def test_a_models_own_calibration_is_used(benchmarked, measured, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    model, _ = checkpoint.load(folder)
+    calibrate(model, torch.arange(256).flip(0), 64, source="mine").save(
+        folder / "calibration.safetensors")
+    code, out, err = benchmarked("--model", folder, "--sparsity", "0.5", "--context", 20)
+    assert code == 0 and out.startswith(f"{folder} bfloat16 on CPU"), err
+    assert "fisher from mine" in out and "10.0    0.001    1000       1%" in out
 
 
 def test_too_little_memory(benchmarked, monkeypatch):

@@ -20,14 +20,6 @@ from cli.command_line import make_parser, run_script
 from model import PROJECTIONS, SITES
 
 FOLDER = Path(__file__).parent
-MODELS = {  # table -> the start of its calibrations' names
-    "Llama-2-7B": "llama-2-7b",
-    "Llama-2-13B": "llama-2-13b",
-    "Llama-2-70B": "llama-2-70b",
-    "Llama-3-8B": "llama-3-8b",
-    "Llama-3-70B": "llama-3-70b",
-    "Mistral-7B": "mistral-7b-v0.1",
-}
 NOTES = (
     "Tables made with Llama-3 serve Llama-3.1 too, whose weights have the same shapes. The "
     "release's default-path histograms of Llama-3-8B are copies of Llama-2-7B's; these "
@@ -67,10 +59,11 @@ def convert(path, allocation):
 
 def convert_all(folder):
     """Write every model's two calibrations into a folder, and yield their paths."""
-    for table, name in MODELS.items():
+    for table in sorted((FOLDER / "teal").glob("*.npz")):
+        name = table.stem.lower().replace("mistral-7b", "mistral-7b-v0.1")
         for allocation in ("greedy", "uniform"):
             path = Path(folder) / f"{name}.{allocation}.safetensors"
-            convert(FOLDER / "teal" / f"{table}.npz", allocation).save(path)
+            convert(table, allocation).save(path)
             yield path
 
 
