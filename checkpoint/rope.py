@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from checkpoint.values import flag, number, numbers
+from checkpoint.values import choices, flag, number
 
 TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 MOST = 1 << 24  # tokens of a context
@@ -60,7 +60,9 @@ def parse_rope(config, head_dim, context=None):
     if rope_type == "longrope":
         fields["context"] = context or min(longest, int(original))
         name = "long_factor" if fields["context"] > original else "short_factor"
-        divisors = torch.tensor(numbers(rope, name, turned // 2), dtype=torch.float64)
+        divisors = [number({name: divisor}, name, None, 1e-6, 1e8, float)
+                    for divisor in choices(rope, name, turned // 2)]
+        divisors = torch.tensor(divisors, dtype=torch.float64)
         default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         fields["rope_factor"] = value("attention_factor", default)
     else:

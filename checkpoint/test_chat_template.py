@@ -6,9 +6,7 @@ import pytest
 import transformers
 
 from checkpoint import chat_template
-from checkpoint.conftest import (
-    spm_tokenizer,
-)
+from checkpoint.conftest import spm_tokenizer
 from checkpoint.tokenizer import Tokenizer
 
 TEMPLATES = [

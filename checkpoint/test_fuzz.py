@@ -21,10 +21,10 @@ import torch
 import generate
 from checkpoint import CheckpointError, load
 from checkpoint.config import parse_config
-from checkpoint.conftest import CASES, ROPE, SMALL, spm_tokenizer
+from checkpoint.conftest import CASES, ROPE, SMALL
 from checkpoint.conftest_damage import DAMAGES, SHARES, edit_json, turn_weight_bytes
-from checkpoint.conftest_victims import MAKERS, TEMPLATE, Victim, refusal
-from checkpoint.tokenizer import Tokenizer, TokenizerError
+from checkpoint.conftest_victims import MAKERS, Victim, refusal
+from checkpoint.tokenizer import TokenizerError
 
 MEMORY = 1 << 30
 
@@ -83,19 +83,6 @@ def test_configs_of_every_family(request):
             except ValueError:
                 ends["refused"] += 1
     assert min(ends.values()) > 0
-
-
-def test_chat_templates(request):
-    """Damaged templates end in text or in one sentence, soon."""
-    rng = random.Random("templates")
-    pieces = ["", "{", "}}", "{%", "\u0000", "\ud800", "|", "'", ".x", "()"]
-    for _ in range(request.config.getoption("fuzz") // 400):
-        at = rng.randrange(len(TEMPLATE))
-        template = TEMPLATE[:at] + rng.choice(pieces) + TEMPLATE[at + rng.randrange(3):]
-        tokenizer = Tokenizer(spm_tokenizer(), 320, {"bos_token": "<s>"}, [], template)
-        said = [{"role": "user", "content": "{{ 7 * 7 }} <s>"}]
-        _, message = refusal(lambda: tokenizer.chat(said), TokenizerError)
-        assert message is None or "chat template" in message, message
 
 
 def test_endless_tokenizer(victims, bounded_memory):

@@ -11,15 +11,7 @@ import torch
 import checkpoint
 from checkpoint import open_checkpoint
 from checkpoint.config import parse_config
-from checkpoint.conftest import (
-    CONFIG,
-    convert_to_gguf,
-    pair,
-    refused,
-    same,
-    weights,
-    write_gguf,
-)
+from checkpoint.conftest import CONFIG, convert_to_gguf, pair, refused, same, weights, write_gguf
 from checkpoint.gguf_file import CHUNK, to_float
 
 
@@ -115,7 +107,7 @@ BAD_METADATA = [  # architecture, further tensors, metadata, words of the error
     ("llama", {}, {"llama.block_count": 1000}, "missing"),
     ("llama", {}, {"llama.embedding_length": "many"}, "hidden_size"),
     ("llama", {}, {"llama.attention.head_count_kv": [2, 1]}, "num_key_value_heads"),
-    ("llama", {}, {"llama.rope.dimension_count": 4, "llama.attention.key_length": 8}, "4 of 8"),
+    ("llama", {}, {"llama.rope.dimension_count": 4}, "partial_rotary_factor is 0.5"),
     ("llama", {"blk.0.post_attention_norm.weight": torch.ones(32)}, {},
      "blk.0.ffn_norm.weight and blk.0.post_attention_norm.weight have the same meaning"),
     ("llama", {"rope_freqs.weight": torch.ones(9)}, {}, "rope_freqs.weight has shape [9], more"),

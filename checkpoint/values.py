@@ -31,9 +31,3 @@ def choices(config, key, length, allowed=None):
         raise ValueError(f"config value {key} is {str(values)[:80]}; expected a list of {length} "
                          f"values, {kinds}")
     return values
-
-
-def numbers(config, key, length):
-    """A list of so many positive numbers."""
-    return [number({key: value}, key, None, 1e-6, 1e8, float)
-            for value in choices(config, key, length)]
