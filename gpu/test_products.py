@@ -11,7 +11,7 @@ from conftest import DEVICE, TOLERANCE, error, needs_kernels, reference
 from gpu import product as choice
 from gpu.four_bits import product_of_four_bits
 from gpu.lists import product_by_lists
-from gpu.one_kernel import one_kernel_pays, product_in_one_kernel
+from gpu.one_kernel import product_in_one_kernel
 from gpu.tensor_cores import product_on_tensor_cores, split_rows
 from quantize import dequantize, quantize_int4, split_groups
 
@@ -148,46 +148,40 @@ def test_nan_and_infinity_spread(kind):
 
 # ---- choices -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype, k, n, dense, sparse", [
-    (torch.bfloat16, 2112, 2112, "on_tensor_cores", "in_one_kernel"),
-    (torch.bfloat16, 2112, 2080, "on_tensor_cores", "by_lists"),
-    (torch.bfloat16, 2048, 16384, "in_one_kernel", "by_lists"),
-    (torch.float32, 2112, 2112, "in_one_kernel", "in_one_kernel"),
-    (torch.float32, 8192, 2048, "in_one_kernel", "by_lists"),
-    (torch.int8, 64, 64, "by_lists", "by_lists"),
-    (torch.uint8, 64, 64, "of_four_bits", "of_four_bits")])
-def test_which_kernel(dtype, k, n, dense, sparse, monkeypatch):
+B16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype, k, ends, dense, sparse", [
+    # of Llama-3.2-1B, Llama-3-8B, Llama-2-7B
+    (B16, 2048, (2048, 2560, 3072), "in_one_kernel", "in_one_kernel"),
+    (B16, 2048, (8192, 16384), "in_one_kernel", "by_lists"),
+    (B16, 8192, (2048,), "in_one_kernel", "by_lists"),
+    (B16, 4096, (4096, 5120, 6144), "on_tensor_cores", "in_one_kernel"),
+    (B16, 4096, (4096, 8192, 12288), "on_tensor_cores", "by_lists"),
+    (B16, 2112, (2112,), "on_tensor_cores", "in_one_kernel"),
+    (B16, 2112, (2080,), "on_tensor_cores", "by_lists"),  # a tile within one matrix
+    (B16, 2048, (2000, 2048), "in_one_kernel", "by_lists"),
+    (B16, 6144, (64,), "in_one_kernel", "in_one_kernel"),  # six tiles of 64 rows a program
+    (B16, 6208, (64,), "in_one_kernel", "by_lists"),  # seven
+    (torch.float32, 2112, (2112,), "in_one_kernel", "in_one_kernel"),
+    (torch.int8, 64, (64,), "by_lists", "by_lists"),
+    (torch.uint8, 64, (64,), "of_four_bits", "of_four_bits")])
+def test_which_kernel(dtype, k, ends, dense, sparse, monkeypatch):
     """`product` passes everything on; with thresholds, to a kernel that takes them."""
     calls = []
     for name in ("by_lists", "in_one_kernel", "on_tensor_cores", "of_four_bits"):
         monkeypatch.setattr(choice, f"product_{name}",
                             lambda *a, name=name, **o: calls.append((name, a, o)))
-    x = torch.empty(k, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
-    w_t, out, thresholds = torch.empty(k, n, dtype=dtype), torch.empty(n), torch.zeros(1)
-    scale = torch.ones(n) if dtype.itemsize == 1 else None
-    choice.product(x, w_t, None, out, bias=out, scale=scale)
-    choice.product(x, w_t, thresholds, out, bias=out, scale=scale)
+    x = torch.empty(k, dtype=B16 if dtype.itemsize == 1 else dtype)
+    w_t, out = torch.empty(k, ends[-1], dtype=dtype, device="meta"), torch.empty(ends[-1])
+    thresholds, scale = torch.zeros(len(ends)), out if dtype.itemsize == 1 else None
+    choice.product(x, w_t, None, out, ends=ends, scale=scale)
+    choice.product(x, w_t, thresholds, out, ends=ends, scale=scale)
     assert [name for name, _, _ in calls] == [dense, sparse]
     for _, arguments, options in calls:
-        assert options["bias"] is out and options.get("scale") is scale
+        assert options["ends"] is ends and options.get("scale") is scale
         assert arguments[:2] == (x, w_t) and arguments[-1] is out
     assert calls[1][1][2] is thresholds
-
-
-def test_one_kernel_pays_for_few_rows():
-    """On the shapes that were timed: Llama-3.2-1B, Llama-2-7B, Llama-3-8B."""
-    def pays(k, *ends, dtype=torch.bfloat16):
-        x = torch.empty(k, dtype=torch.bfloat16, device="meta")
-        w_t = torch.empty(k, ends[-1], dtype=dtype, device="meta")
-        return one_kernel_pays(x, w_t, ends)
-
-    assert pays(2048, 2048, 2560, 3072) and pays(2048, 2048)
-    assert pays(4096, 4096, 5120, 6144) and pays(4096, 4096)
-    assert not pays(4096, 4096, 8192, 12288) and not pays(2048, 8192, 16384)
-    assert not pays(8192, 2048) and not pays(14336, 4096)
-    assert pays(6144, 64) and not pays(6208, 64)  # six tiles of 64 rows a program, seven
-    assert not pays(2048, 2000, 2048) and not pays(2048, 2080)  # a tile within one matrix
-    assert not pays(2048, 2048, dtype=torch.int8) and not pays(2048, 2048, dtype=torch.uint8)
 
 
 def test_every_program_on_tensor_cores_has_rows():
