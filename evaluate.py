@@ -89,11 +89,11 @@ def evaluate(model, windows, tables):
 def cut(tokens, window, offset=0, n=None):
     """A text's token ids -> n of its windows, from window number `offset` on: [n, window].
 
-    Without n, all that follow. Raises ValueError if the text does not hold them, or holds none.
+    Without n, all that follow, at least one. Raises ValueError if the text does not hold them.
     """
     held = len(tokens) // window
-    n = max(1, held - offset) if n is None else n
-    if offset < 0 or n < 1 or offset + n > held:
+    n = n or max(1, held - offset)
+    if offset + n > held:
         raise ValueError(
             f"the text holds {held} windows of {window} tokens; windows {offset} to "
             f"{offset + n - 1} were requested; give a longer text or other --window, --offset, "
@@ -103,24 +103,19 @@ def cut(tokens, window, offset=0, n=None):
 
 def find_calibrations(model, files, allocations):
     """{allocation: Calibration}: from the files; without files, those available for this model."""
-    found = {}
-    for path in files:
-        calibration = Calibration.load(path, model.config)
-        allocation = calibration.metadata["allocation"]
-        if allocation in found:
-            raise ValueError(f"{path} is a second {allocation} calibration; give one file for "
-                             "each allocation")
-        found[allocation] = calibration
-    for calibration in () if files else candidates(model):
-        found.setdefault(calibration.metadata["allocation"], calibration)
-    for allocation in allocations or ():
-        if allocation not in found:
-            raise ValueError(
-                f"there is no {allocation} calibration for this model; make one with "
-                f"calibrate.py --allocation {allocation} and name it with --calibration")
-    if not found:
-        raise ValueError("there is no calibration for this model; make one with calibrate.py")
-    return {name: found[name] for name in allocations or found}
+    given, found = [Calibration.load(path, model.config) for path in files], {}
+    for calibration in given or candidates(model):
+        name = calibration.metadata["allocation"]
+        if given and name in found:
+            raise ValueError(f"{calibration.path} is a second {name} calibration; give one file "
+                             "for each allocation")
+        found.setdefault(name, calibration)
+    wanted = allocations or list(found) or ["fisher"]
+    for name in wanted:
+        if name not in found:
+            raise ValueError(f"there is no {name} calibration for this model; make one with "
+                             f"calibrate.py --allocation {name} and name it with --calibration")
+    return {name: found[name] for name in wanted}
 
 
 def settings(model, sparsities, files=(), allocations=None):

@@ -177,18 +177,13 @@ def candidates(model):
     """
     config, folder = own_config(model), getattr(model, "folder", None)
     own = [] if folder is None else [folder / "calibration.safetensors"]  # None if made in memory
-    shipped = sorted(path for path in Path(__file__).parent.glob("*.safetensors")
-                     if metadata_of(path).get("fingerprint") == fingerprint(config))
-    shipped.sort(key=lambda path: ALLOCATIONS.index(metadata_of(path)["allocation"]))
-    paths = [*filter(Path.is_file, [*own, cache_path(model)]), *shipped]
+    paths = [*filter(Path.is_file, [*own, cache_path(model)])]
+    for path in sorted(Path(__file__).parent.glob("*.safetensors")):  # the best allocation first
+        with safe_open(path, "pt") as file:
+            if file.metadata()["fingerprint"] == fingerprint(config):
+                paths.append(path)
     found = [Calibration.load(path, config) for path in paths]
     return sorted(found, key=lambda calibration: not calibration.is_own(model))
-
-
-def metadata_of(path):
-    """The metadata of a file in safetensors format, a dict of strings."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
 
 
 def find(model, path=None):

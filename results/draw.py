@@ -34,9 +34,12 @@ def hidden_state(model, tokenizer):
     return seen[0]
 
 
-def draw_idea(path):
+def main():
     """Draw CHANNELS of a hidden state x as bars, next to them W^T, one row per channel, with its
     dropped rows left blank."""
+    parser = make_parser(__doc__)
+    parser.add_argument("path", metavar="FILE.png")
+    path = parser.parse_args().path
     model, tokenizer = load()
     x = hidden_state(model, tokenizer)[:CHANNELS]
     calibration, place = find(model), (LAYER, PROJECTIONS.index("down"))
@@ -59,12 +62,6 @@ def draw_idea(path):
     figure.suptitle(f"Sparsity {SPARSITY:.0%} of the whole model; this projection (down, layer "
                     f"{LAYER}) drops {dropped:.0%} on average")
     figure.savefig(path, dpi=120)
-
-
-def main():
-    parser = make_parser(__doc__)
-    parser.add_argument("path", metavar="FILE.png")
-    draw_idea(parser.parse_args().path)
 
 
 if __name__ == "__main__":
