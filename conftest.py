@@ -1,7 +1,6 @@
 """Settings, options and fixtures of the tests, and the one reference of all products."""
 
 import collections
-import contextlib
 import io
 import json
 import math
@@ -10,7 +9,6 @@ import os
 import random
 import signal
 import sys
-import types
 from pathlib import Path
 
 # As in generate.py, before anything imports PyTorch.
@@ -130,49 +128,6 @@ def error(y, expected):
     never passes."""
     y, expected = y.double().view(-1), expected.double().view(-1)
     return ((y - expected).norm() / expected.norm().clamp(min=len(y) ** 0.5)).item()
-
-
-@pytest.fixture
-def guard(monkeypatch, any_head):
-    """Kernels that only note (name, address of the tensor whose device was made the current one);
-    everything lies on a CPU and takes the GPU's way."""
-    held, notes, kernels = [], [], []
-
-    @contextlib.contextmanager
-    def device_of(tensor):
-        held.append(tensor.data_ptr())
-        yield
-        held.pop()
-
-    class Kernel:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda *_, **__: notes.append((self.name, held[-1] if held else None))
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    from gpu import (
-        decode_attention,
-        decoder,
-        four_bits,
-        head,
-        lists,
-        one_kernel,
-        tensor_cores,
-        token_kernels,
-    )
-
-    for module in (sparse_gemv, lists, one_kernel, tensor_cores, four_bits, decode_attention,
-                   head, token_kernels, decoder):
-        if hasattr(module, "launch_options"):
-            monkeypatch.setattr(module, "launch_options", lambda device: {"PDL": False})
-        if hasattr(module, "INTERPRETED"):
-            monkeypatch.setattr(module, "INTERPRETED", True)
-        for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
-            kernels.append(f"{module.__name__.removeprefix('gpu.')}.{name}")
-            monkeypatch.setattr(module, name, Kernel(kernels[-1]))
-    return types.SimpleNamespace(held=held, notes=notes, kernels=set(kernels))
 
 
 # ---- LM heads with bounds -----------------------------------------------------------------------

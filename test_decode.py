@@ -4,6 +4,7 @@ interpreter.
 test_sparse_gemv.py starts this file in the interpreter.
 """
 
+import contextlib
 import dataclasses
 from unittest import mock
 
@@ -12,24 +13,39 @@ import torch
 
 from conftest import CONFIGS, DEVICE, INTERPRETED, KERNELS, random_model
 from decode import CpuDecoder, decode_one_token
-from gpu import token_kernels
 from gpu.decoder import GpuDecoder
 from model import KVCache, Linear
 from quantize import Int8Linear
 from sampling import sample
 
-# ---- the device: Triton launches on the current one, which need not be that of the tensors ------
 
+def test_a_capture_takes_the_decoders_device_and_puts_back_what_it_changes(monkeypatch):
+    """The current device need not be that of the tensors: else tokens could be read before they
+    are written. Token, position, counts and random state stay. What is chosen while kernels are
+    compiled may be any number: the trial step reads a token that exists."""
+    held, notes, steps = [], [], []
 
-def test_the_decoder_captures_replays_and_records_on_its_device(guard, monkeypatch):
-    """Else tokens could be read before they are written."""
+    @contextlib.contextmanager
+    def device_of(tensor):
+        held.append(tensor.data_ptr())
+        yield
+        held.pop()
+
     def watched(name, result=mock.DEFAULT):
         def note(*arguments, **options):
-            assert guard.held == [decoder.x.data_ptr()], name
-            guard.notes.append((name, decoder.x.data_ptr()))
+            assert held == [decoder.x.data_ptr()], name
+            notes.append(name)
             return result
         return note
 
+    def step():
+        steps.append((decoder.token.item(), decoder.position.item()))
+        watched("step")()
+        for name in state:
+            getattr(decoder, name).add_(2**40)
+        torch.rand(3, generator=generator)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock(side_effect=watched(name)))
     torch.cuda.Event.side_effect = None
@@ -38,43 +54,22 @@ def test_the_decoder_captures_replays_and_records_on_its_device(guard, monkeypat
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(
         *size, **options))
-    model = random_model(CONFIGS["llama"], device="cpu")
-    decoder = GpuDecoder(model, KVCache(model.config, 160), token_kernels.likeliest_on_gpu)
-    decoder.start(5, 0)
-    list(decoder.tokens(3))
-    decoder.set_thresholds(torch.full((2, 7), 0.3))
-    names = [name for name, _ in guard.notes]
-    assert names.count("graph") == 2 and names.count("replay") == names.count("record") == 3
-    assert {"Stream", "stream", "current_stream", "one_kernel._every_row_kernel",
-            "lists._fused_sum_kernel"} <= set(names)
-    assert all(place is not None for _, place in guard.notes) and not guard.held
-
-
-def test_what_a_trial_step_changes_is_put_back(guard, monkeypatch):
-    """Token, position, counts and random state are those of before a capture. What is chosen while
-    kernels are compiled may be any number: the trial step reads a token that exists."""
-    for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     generator, model = torch.Generator().manual_seed(3), random_model(
         CONFIGS["llama"], device="cpu")
-    decoder, steps = GpuDecoder(model, KVCache(model.config, 160), None, [generator]), []
-    state = {"token": 5, "position": 7, "kept": 2}
-
-    def step():
-        steps.append((decoder.token.item(), decoder.position.item()))
-        for name in state:
-            getattr(decoder, name).add_(2**40)
-        torch.rand(3, generator=generator)
-
-    decoder.step = step
+    decoder = GpuDecoder(model, KVCache(model.config, 160), None, [generator])
+    decoder.step, state = step, {"token": 5, "position": 7, "kept": 2}
     for name, value in state.items():
         getattr(decoder, name).fill_(value)
-    decoder.capture()
+    decoder.prepare()
     for name, value in state.items():
         assert (getattr(decoder, name) == value).all(), name
     assert torch.equal(torch.rand(9, generator=generator),
                        torch.rand(9, generator=torch.Generator().manual_seed(3)))
     assert len(steps) == 3 and steps[1] == (0, 158)  # the cache's last rows
+    list(decoder.tokens(3))
+    decoder.set_thresholds(torch.full((2, 7), 0.3))
+    assert notes.count("graph") == 2 and notes.count("replay") == notes.count("record") == 3
+    assert {"Stream", "stream", "current_stream"} <= set(notes) and not held
 
 
 MIXED = dataclasses.replace(CONFIGS["qwen3"], qkv_bias=True, o_bias=True, sliding_window=20,

@@ -77,10 +77,11 @@ def select(x, thresholds, splits, norm=None, swiglu=False, kept=None):
     weight, eps = norm or (None, 0.0)
     chunk_padded, k_padded = triton.next_power_of_2(chunk), triton.next_power_of_2(k)
     entries = max(chunk_padded, k_padded if norm else 0)
-    _fused_select_kernel[(thresholds.numel(), splits)](
-        x, weight, *lists, kept, thresholds, eps, K=k, CHUNK=chunk, SWIGLU=swiglu,
-        CHUNK_PADDED=chunk_padded, K_PADDED=k_padded, num_warps=min(16, max(1, entries // 256)),
-        **launch_options(x.device))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _fused_select_kernel[(thresholds.numel(), splits)](
+            x, weight, *lists, kept, thresholds, eps, K=k, CHUNK=chunk, SWIGLU=swiglu,
+            CHUNK_PADDED=chunk_padded, K_PADDED=k_padded, num_warps=min(16, max(1, entries // 256)),
+            **launch_options(x.device))
     return lists, chunk
 
 
@@ -117,8 +118,8 @@ def product_by_lists(x, w_t, thresholds, out, *, ends=None, scale=None, bias=Non
     if thresholds is None:
         thresholds = _keep_all(x.device, len(ends))
     sums = workspace(x.device, (splits * n, torch.float32), (tiles, torch.int32))
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        lists, chunk = select(x, thresholds, splits, norm, swiglu, kept)
+    lists, chunk = select(x, thresholds, splits, norm, swiglu, kept)
+    with torch.cuda.device_of(x):
         _fused_sum_kernel[(tiles, splits)](
             *lists, w_t, out, scale, bias, residual, *sums, K=k, N=n, END0=end0, END1=end1,
             CHUNK=chunk, SPLITS=splits, BLOCK_N=block_n, BLOCK_K=block_k,

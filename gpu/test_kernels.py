@@ -1,21 +1,14 @@
-"""Attention of one token, the choice of a token, and what all launches share. On a GPU, or in
-Triton's interpreter, which test_sparse_gemv.py starts."""
+"""Attention of one token, and the choice of a token. On a GPU, or in Triton's interpreter, which
+test_sparse_gemv.py starts."""
 
 import pytest
 import torch
 
 import sampling
-from conftest import CONFIGS, DEVICE, KERNELS, needs_kernels, random_model
+from conftest import DEVICE, KERNELS, needs_kernels
 from gpu import token_kernels
 from gpu.decode_attention import Workspace, decode_attention
-from gpu.four_bits import product_of_four_bits
-from gpu.head import Head
-from gpu.lists import product_by_lists
-from gpu.one_kernel import product_in_one_kernel
-from gpu.tensor_cores import product_on_tensor_cores
-from gpu.token_kernels import embed
 from model import Block, Config, KVCache, Linear
-from sparse_gemv import sparse_gemv
 
 likeliest = token_kernels.likeliest_on_gpu if KERNELS else sampling.likeliest
 pytestmark = pytest.mark.usefixtures("seed", "poisoned")
@@ -89,31 +82,3 @@ def test_likeliest(dtype):
                 spoilt = logits.clone()
                 spoilt[place] = bad
                 assert likeliest(spoilt).tolist() == [-1]
-
-
-def test_kernels_are_launched_on_the_device_of_their_tensors(guard):
-    """Each public function by itself, for somebody may have copied its file."""
-    x, w_t, out, one = torch.randn(64), torch.randn(64, 32), torch.empty(32), torch.zeros(1)
-    model = random_model(CONFIGS["mistral"], device="cpu")
-    cache, w4 = torch.zeros(1, 8, 16), torch.zeros(64, 16, dtype=torch.uint8)
-    scale = torch.zeros(64, 1, 2, dtype=torch.bfloat16)
-    calls = {
-        "sparse_gemv": lambda: sparse_gemv(x, w_t, 0.1),
-        "lists": lambda: product_by_lists(x, w_t, one, out),
-        "one_kernel": lambda: (product_in_one_kernel(x, w_t, None, out),
-                               product_in_one_kernel(x, w_t, one, out)),
-        "tensor_cores": lambda: product_on_tensor_cores(x, w_t, out),
-        "four_bits": lambda: product_of_four_bits(x, w4, None, out, scale=scale),
-        "decode_attention": lambda: decode_attention(
-            x[:48], cache, cache.clone(), torch.ones(8, 8), torch.ones(8, 8), torch.ones(8),
-            one.long(), Workspace(1, 1, 16, "cpu"), out[:16]),
-        "head": lambda: Head(model.lm_head, (model.norm, 1e-5), 1)(x[:48], torch.empty(101)),
-        "token_kernels": lambda: (embed(model, one.long(), one.long(), x),
-                                  token_kernels.likeliest_on_gpu(x)),
-    }
-    for module, call in calls.items():
-        call()
-        names = {name for name, _ in guard.notes}
-        assert names == {name for name in guard.kernels if name.startswith(f"{module}.")}, module
-        assert {place for _, place in guard.notes} == {x.data_ptr()} and not guard.held, module
-        guard.notes.clear()

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,19 @@ def test_offsets_have_64_bits_from_2_to_the_31_on():
         ast.parse(file.read_text())) if isinstance(node, ast.IfExp) and ".to(tl.int64)"
         in ast.unparse(node.body)]
     assert len(tests) >= 5 and all(test.endswith(">= 2 ** 31") for test in tests), tests
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors():
+    """Triton launches on the current device, which need not be that."""
+    launches = 0
+    for tree in (ast.parse(file.read_text()) for file in FILES):
+        inside = {node for block in ast.walk(tree) if isinstance(block, ast.With) and "device_of"
+                  in ast.unparse(block.items) for node in ast.walk(block)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and re.match(r"_\w+_kernel\[", ast.unparse(node.func)):
+                assert node in inside, ast.unparse(node.func)
+                launches += 1
+    assert launches >= 13
 
 
 def test_lines_have_at_most_100_columns():
