@@ -121,10 +121,11 @@ def rope_settings(config):
             or any(isinstance(value, dict) for value in (*new.values(), *old.values()))):
         raise ValueError(f"config value rope_scaling is {old or new!r}; expected one flat object "
                          "for all layers")
-    if old and new and new | old != new:
+    plain = {"rope_type": "default", "rope_theta": old.get("rope_theta", config.get("rope_theta"))}
+    rope = old if plain | new == plain else new
+    if rope | old != rope:
         raise ValueError(f"config value rope_scaling is {old!r}, but rope_parameters is {new!r}; "
                          "write into the latter what counts, and remove the former")
-    rope = new or old
     names = [str(rope[key]) for key in ("rope_type", "type") if rope.get(key) is not None]
     if config.get("model_type") == "phi3":  # its names in old configs of this family
         names = ["longrope" if name in ("su", "yarn") else name for name in names]
