@@ -180,7 +180,7 @@ def candidates(model):
     paths = [*filter(Path.is_file, [*own, cache_path(model)])]
     for path in sorted(Path(__file__).parent.glob("*.safetensors")):  # the best allocation first
         with safe_open(path, "pt") as file:
-            if file.metadata()["fingerprint"] == fingerprint(config):
+            if (file.metadata() or {}).get("fingerprint") == fingerprint(config):
                 paths.append(path)
     found = [Calibration.load(path, config) for path in paths]
     return sorted(found, key=lambda calibration: not calibration.is_own(model))
