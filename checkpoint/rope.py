@@ -39,7 +39,7 @@ def parse_rope(config, head_dim, context=None):
     theta = number(config if rope.get("rope_theta") is None else rope, "rope_theta", None, 1.1,
                    1e12, float)
     longest = reach = number(config, "max_position_embeddings", high=MOST)
-    turned, original, factor = turned_channels(config, head_dim), None, 1.0
+    turned, original, factor = turned_channels(rope, config, head_dim), None, 1.0
     if rope_type in ("llama3", "yarn", "longrope"):
         key = "original_max_position_embeddings"
         original = config.get(key)  # counts more than the same key of RoPE's settings
@@ -139,9 +139,9 @@ def rope_settings(config):
     return rope, rope_type
 
 
-def turned_channels(config, head_dim):
+def turned_channels(rope, config, head_dim):
     """How many channels of a head turn: all, but in Phi-4-mini the first three quarters."""
-    rope, key = rope_settings(config)[0], "partial_rotary_factor"
+    key = "partial_rotary_factor"
     share = number(config if rope.get(key) is None else rope, key, 1.0, 0.0, 1.0, float)
     turned = int(head_dim * share)
     if turned < head_dim and config.get("model_type") != "phi3":

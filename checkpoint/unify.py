@@ -13,7 +13,8 @@ partial   Phi-4-mini rotates only the first channels of a head. The rows of q an
 text      Checkpoints of Ministral 3 and Qwen3-VL hold a part for images, which is not read.
 """
 
-from checkpoint.rope import turned_channels
+import math
+
 from checkpoint.values import number
 from model import SITES
 
@@ -34,7 +35,7 @@ def unify(config_json, config, stored, read):
     Raises ValueError, naming the tensor.
     """
     shapes, places = stored_names(config, stored)
-    factors, order = granite_factors(config_json), head_order(config_json, config.head_dim)
+    factors, order = granite_factors(config_json), head_order(config)
 
     def read_unified(name, part=...):
         stored_name, row = places[name]
@@ -95,9 +96,10 @@ def granite_factors(config_json):
             "norm": 1 / logits}
 
 
-def head_order(config_json, head_dim):
+def head_order(config):
     """The order of a head's channels in which j pairs with j + head_dim / 2; None if all turn."""
-    turned = turned_channels(config_json, head_dim)
+    head_dim = config.head_dim
+    turned = head_dim - 2 * config.rope_divisors.count(math.inf)
     if turned == head_dim:
         return None
     half, middle = turned // 2, (turned + head_dim) // 2
