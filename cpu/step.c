@@ -51,6 +51,7 @@ INLINE Floats get_lanes(const void *array, int64_t i, const int dtype);  // LANE
 INLINE Floats lanes_at(const float *array);                              // LANES floats
 static void put(void *array, int64_t i, float x, int dtype);             // writes number i
 static float dot(const float *x, const void *row, int n, int dtype);     // x [n] times a row
+static float rounded(float x, int dtype);                                // as put and get make it
 INLINE float exponential(float x);                                       // e^x
 
 // ---- TEAL: sums of the rows that matter -------------------------------------------------------
@@ -223,13 +224,14 @@ static void add_rows(float *y, const Matrix *a, int part, int first, int width, 
 static void product(const Model *m, const Matrix *a, const float *x, int worker, int share,
                     float *sums) {
     int n_row_shares = row_shares(m), n_column_shares = m->n_shares / n_row_shares;
-    int r = share % n_row_shares, c = share / n_row_shares;
+    int r = share % n_row_shares, c = share / n_row_shares, n = 0;
     int32_t *rows = m->kept_k + (int64_t)worker * m->largest_k;
     float *values = m->kept_x + (int64_t)worker * m->largest_k, y[TILE];
     sums += (int64_t)r * a->n;
     for (int part = 0; part < a->n_parts; part++) {
         int start = part ? a->ends[part - 1] : 0;
-        int n = keep_rows(x, a->k, a->thresholds[part], rows, values);
+        if (part == 0 || a->thresholds[part] != a->thresholds[part - 1])  // else, the same list
+            n = keep_rows(x, a->k, a->thresholds[part], rows, values);
         int from = (int64_t)n * r / n_row_shares, to = (int64_t)n * (r + 1) / n_row_shares;
         if (share == 0) a->kept[part] += n;
         int size = a->ends[part] - start, multiple = a->packed ? packed_block(a, part) : 64;
@@ -294,7 +296,8 @@ static void rotate(float *restrict head, const float *restrict cosine, const flo
     }
 }
 
-// The q|k|v that the shares summed -> q, k, v, rotated. Norms and growth are for some families.
+// The q|k|v that the shares summed -> q, k, v, rotated, k and v as the cache has them. Norms and
+// growth are for some families.
 static void prepare_heads(const Model *m, const Layer *layer, const float *turns, float *qkv) {
     int d = m->head_dim, heads = m->heads, kv_heads = m->kv_heads;
     const float *cosine = turns + layer->rope * d / 2, *sine = cosine + m->n_ropes * d / 2;
@@ -313,6 +316,7 @@ static void prepare_heads(const Model *m, const Layer *layer, const float *turns
         if (head < heads)
             for (int j = 0; j < d; j++) x[j] *= growth;
     }
+    for (int j = 0; j < 2 * kv_heads * d; j++) k[j] = rounded(k[j], m->cache_dtype);
 }
 
 // The share's part of the token's k and v, into the cache.
@@ -327,31 +331,35 @@ static void store_kv(const Model *m, const Layer *layer, const float *qkv, int s
         }
 }
 
-// y = softmax(q K^T / sqrt(head_dim)) V of one head, over n rows of its cache; p [n] is for the
-// probabilities.
-static void attend(const Model *m, const float *q, const char *keys, const char *values, int n,
-                   float *p, float *y) {
+// y = softmax(q K^T / sqrt(head_dim)) V of one head, over n rows of its cache and the token's own k
+// and v; p [n + 1] is for the probabilities.
+static void attend(const Model *m, const float *q, const float *k, const float *v, const char *keys,
+                   const char *values, int n, float *p, float *y) {
     int d = m->head_dim, dtype = m->cache_dtype;
     int64_t stride = (int64_t)d * bytes_of(dtype);
     float scale = 1 / sqrtf(d), most = -INFINITY, total = 0;
     for (int s = 0; s < n; s++) p[s] = dot(q, keys + s * stride, d, dtype) * scale;
-    for (int s = 0; s < n; s++) most = p[s] > most ? p[s] : most;
-    for (int s = 0; s < n; s++) p[s] = exponential(p[s] - most);
-    for (int s = 0; s < n; s++) total += p[s];
+    p[n] = dot(q, k, d, FLOAT32) * scale;
+    for (int s = 0; s <= n; s++) most = p[s] > most ? p[s] : most;
+    for (int s = 0; s <= n; s++) p[s] = exponential(p[s] - most);
+    for (int s = 0; s <= n; s++) total += p[s];
     memset(y, 0, d * sizeof *y);
     add_floats(y, values, stride, m->positions, p, n, d, dtype);
-    for (int j = 0; j < d; j++) y[j] /= total;
+    for (int j = 0; j < d; j++) y[j] = (y[j] + p[n] * v[j]) / total;
 }
 
-// Attention of the share's heads. Several heads of q may share one of k and v.
+// Attention of the share's heads. Several heads of q may share one of k and v. The token's own k
+// and v are those of qkv, for another worker may still be writing them into the cache.
 static void attention(const Model *m, const Layer *layer, const float *qkv, float *scores,
                       int share) {
-    int d = m->head_dim, group = m->heads / m->kv_heads, of = m->n_shares, n = m->position + 1;
-    int first = layer->window && layer->window < n ? n - layer->window : 0;
-    for (int head = m->heads * share / of; head < m->heads * (share + 1) / of; head++) {
-        int64_t at = ((int64_t)(head / group) * m->context + first) * d * bytes_of(m->cache_dtype);
-        attend(m, qkv + head * d, (const char *)layer->keys + at, (const char *)layer->values + at,
-               n - first, scores, m->attended + head * d);
+    int d = m->head_dim, heads = m->heads, of = m->n_shares, n = m->position;
+    int first = layer->window && layer->window <= n ? n + 1 - layer->window : 0;
+    for (int head = heads * share / of; head < heads * (share + 1) / of; head++) {
+        int kv = head / (heads / m->kv_heads);
+        const float *k = qkv + (heads + kv) * d, *v = k + m->kv_heads * d;
+        int64_t at = ((int64_t)kv * m->context + first) * d * bytes_of(m->cache_dtype);
+        attend(m, qkv + head * d, k, v, (const char *)layer->keys + at,
+               (const char *)layer->values + at, n - first, scores, m->attended + head * d);
     }
 }
 
@@ -453,7 +461,6 @@ static void decode(const Model *m, int worker) {
         barrier(team);
         prepare_heads(m, layer, turns, qkv);
         FOR_SHARES store_kv(m, layer, qkv, share);
-        barrier(team);
         FOR_SHARES attention(m, layer, qkv, scores, share);
         barrier(team);
         FOR_SHARES product(m, &layer->o, m->attended, worker, share, m->sums[1]);
@@ -572,6 +579,12 @@ static uint16_t to_float16(uint32_t bits) {
     else
         half = (low - (112u << 23) + 0xfff + (low >> 13 & 1)) >> 13;
     return half | (bits >> 16 & 0x8000);
+}
+
+static float rounded(float x, int dtype) {
+    float number = 0;
+    put(&number, 0, x, dtype);
+    return get(&number, 0, dtype);
 }
 
 // The product of x [n] and one row. Four sums side by side, because each addition waits for the one
@@ -765,7 +778,7 @@ INLINE void split_fields(const Shorts *t, Shorts *field, const int bits) {
 }
 
 // float16 -> float32 by moving bits. The exponent keeps float16's bias, so this is 2^-112 times the
-// number, and `unit` in add_packed_of makes up for it. The mask clears copies of the sign bit. Not
+// number, and `unit` in add_blocks_of makes up for it. The mask clears copies of the sign bit. Not
 // for denormals, infinities or NaN.
 INLINE Floats small_halves(const uint16_t *array) {
     Ints halves;
@@ -810,7 +823,7 @@ INLINE void add_group(float *restrict y, const Shorts *sums, const Packed *w, in
 }
 
 // y [n_blocks of columns] += x[i] * row rows[i] of w from block `first` on, for each i below n.
-INLINE void add_packed_of(float *restrict y, const Packed *w, int first, int n_blocks,
+INLINE void add_blocks_of(float *restrict y, const Packed *w, int first, int n_blocks,
                           const int32_t *rows, const float *x, int n, const int bits) {
     const int most = bits == 8 ? 15 : (1 << bits) - 1, n_sums = block_sums(bits);
     const uint16_t *words = w->words + (int64_t)first * block_words(bits);
@@ -844,27 +857,30 @@ INLINE void add_packed_of(float *restrict y, const Packed *w, int first, int n_b
     }
 }
 
+static void add_blocks(float *y, const Packed *w, int first, int n_blocks, const int32_t *rows,
+                       const float *x, int n) {
+    switch (w->bits) {
+    case 4: add_blocks_of(y, w, first, n_blocks, rows, x, n, 4); break;
+    case 5: add_blocks_of(y, w, first, n_blocks, rows, x, n, 5); break;
+    case 6: add_blocks_of(y, w, first, n_blocks, rows, x, n, 6); break;
+    case 8: add_blocks_of(y, w, first, n_blocks, rows, x, n, 8); break;
+    }
+}
+
 static void add_packed(float *y, const Matrix *a, int part, int first, int width,
                        const int32_t *rows, const float *x, int n) {
-    const Packed *w = &a->packed[part];
-    int block = block_columns(w->bits), n_blocks = (width + block - 1) / block;
-    first /= block;
-    switch (w->bits) {
-    case 4: add_packed_of(y, w, first, n_blocks, rows, x, n, 4); break;
-    case 5: add_packed_of(y, w, first, n_blocks, rows, x, n, 5); break;
-    case 6: add_packed_of(y, w, first, n_blocks, rows, x, n, 6); break;
-    case 8: add_packed_of(y, w, first, n_blocks, rows, x, n, 8); break;
-    }
+    int block = packed_block(a, part);
+    add_blocks(y, &a->packed[part], first / block, (width + block - 1) / block, rows, x, n);
 }
 
 // A packed embedding is W transposed, too: a token's row is a column of it, found one k at a time.
 static void embed_packed(const Model *m, float *x) {
-    int width = packed_block(&m->embedding, 0), place = m->token % width;
+    int width = packed_block(&m->embedding, 0);
     const float one = 1;
     for (int32_t k = 0; k < m->hidden; k++) {
         float block[128] = {0};
-        add_packed(block, &m->embedding, 0, m->token - place, width, &k, &one, 1);
-        x[k] = block[place];
+        add_blocks(block, m->embedding.packed, m->token / width, 1, &k, &one, 1);
+        x[k] = block[m->token % width];
     }
 }
 
