@@ -43,8 +43,8 @@ from model import PROJECTIONS
 
 # What was measured, known by its content: rows of --json that agree in all of these are the same
 # measurement. `weights`, `tokens` and `thresholds` are hashes.
-IDENTITY = ("weights", "dtype", "quantize", "tokens", "window", "windows",
-            "allocation", "thresholds", "sparsity")
+IDENTITY = ("weights", "dtype", "quantize", "tokens", "window", "allocation", "thresholds",
+            "sparsity")
 
 
 # ---- scoring -----------------------------------------------------------------------------------

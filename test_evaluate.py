@@ -149,7 +149,7 @@ def test_what_is_measured_again_is_replaced(evaluated, tmp_path, calibration):
     third = rows("--sparsity", 0.5, "--model", "./m3/", "--text", other / "same")
     assert third[:2] == [first[0], second[2]] and len(third) == 3
     assert third[2] == first[1] | {"model": "./m3/", "text": "same"}
-    for more in (["--windows", 1], ["--text", other / "text"],
+    for more in (["--windows", 1], ["--window", 128], ["--text", other / "text"],
                  ["--calibration", other / "uniform.safetensors"]):
         before, third = third, rows("--sparsity", 0.5, *more)
         assert third[:-1] == before

@@ -23,6 +23,7 @@ def test_lines_without_a_terminal(every, lines, monkeypatch, capsys):
         for _ in range(4):
             time.sleep(0.01)
             bar.update(0.5)
+    assert bar.mininterval == bar.delay == progress.EVERY
     told = capsys.readouterr().err.splitlines()
     assert len(told) == lines
     assert all(re.fullmatch(r"waiting: (25|50|75|100)%, 00:00 left", line) for line in told), told
