@@ -64,19 +64,6 @@ def test_state_dicts_and_other_dtypes():
         new.threshold, torch.tensor([0.3], device=DEVICE))  # not rounded
 
 
-def test_a_saved_model_loads_as_what_it_was(tmp_path):
-    """By transformers, without SparseLinear: the dense model."""
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-                                      num_hidden_layers=2, num_attention_heads=2)
-    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(10)[None]
-    expected = model(ids).logits
-    replace_linears(model, {name: 0.1 for name, part in model.named_modules()
-                            if isinstance(part, nn.Linear) and "layers" in name})
-    model.save_pretrained(tmp_path)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(ids).logits, expected)
-
-
 def test_compiled_whole_and_thresholds_change():
     model = nn.Sequential(SparseLinear.from_linear(linear(96, 160), 0.5), nn.SiLU(),
                           SparseLinear.from_linear(linear(160, 96), 0.05))
@@ -138,8 +125,9 @@ def text(*shape):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_models(family):
-    """Dense at threshold -1 as before; at others the sparsity asked for, token by token."""
+def test_transformers_models(family, tmp_path):
+    """Dense at threshold -1 as before; at others the sparsity asked for, token by token. A saved
+    model is the dense one again, without SparseLinear."""
     model = random_model(family)
     # Texts as long as the one decoded: later tokens attend to more, and their inputs shrink.
     calibration = calibrate_module(model, text(64, 48).split(16))
@@ -154,7 +142,7 @@ def test_transformers_models(family):
             logits.append(model(token.view(1, 1), past_key_values=cache).logits)
         return torch.cat(logits)
 
-    before = decode()
+    before, whole = decode(), model(ids).logits
     replace_linears(model, calibration.thresholds(0))
     torch.testing.assert_close(decode(), before, rtol=1e-5, atol=1e-5)
 
@@ -174,6 +162,9 @@ def test_transformers_models(family):
         for hook in hooks:
             hook.remove()
         assert abs(dropped / weights - sparsity) <= 0.02
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).to(DEVICE).eval()
+    assert torch.equal(again(ids).logits, whole)
 
 
 def test_bad_calibrations_are_named():

@@ -45,36 +45,26 @@ def driver(monkeypatch, any_head):
     """A driver of two Hopper GPUs that loads and launches by noting it. Nothing is compiled yet."""
     thread, notes = threading.local(), types.SimpleNamespace(loaded=[], launched=[])
 
-    class Driver:
-        def get_current_device(self):
-            return getattr(thread, "device", DEVICE)
+    def load_binary(name, code, shared, device):
+        notes.loaded.append((name, device))
+        return "module", "function", 32, 0, 1024
 
-        def get_current_stream(self, device):
-            return 0
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-        def launcher_cls(self, src, metadata):
-            return lambda *arguments: notes.launched.append(src.fn)
-
-        class utils:
-            @staticmethod
-            def get_device_properties(device):
-                return {"max_shared_mem": 232448}
-
-            @staticmethod
-            def load_binary(name, code, shared, device):
-                notes.loaded.append((name, device))
-                return "module", "function", 32, 0, 1024
+    driver = types.SimpleNamespace(
+        get_current_device=lambda: getattr(thread, "device", DEVICE),
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=lambda src, metadata: lambda *arguments: notes.launched.append(src.fn),
+        utils=types.SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+            load_binary=load_binary))
 
     @contextlib.contextmanager
     def device_of(tensor):
-        before, thread.device = Driver().get_current_device(), tensor.gpu
+        before, thread.device = driver.get_current_device(), tensor.gpu
         yield
         thread.device = before
 
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(torch.Tensor, "gpu", DEVICE, raising=False)
     for module in (*MODULES, sys.modules["gpu.decoder"]):
@@ -158,7 +148,7 @@ def test_a_steps_kernels_are_complete(driver, sparse, products, n_launches):
         assert decoder.position.item() == 7 and decoder.kept.sum() == 0 and not driver.launched
         return decoder
 
-    make_decoder(2)
+    make_decoder(1 + sparse)
     loaded = driver.loaded.copy()
     assert {name for name, _ in loaded} == products | {
         "_embed_kernel", "_decode_attention_kernel", "_rows_kernel", "_likeliest_kernel"}
