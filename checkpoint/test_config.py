@@ -108,7 +108,8 @@ def test_two_spellings_of_rope(model_type, old, new):
         ours = parse_config(copy.deepcopy(config))
     except ValueError as error:
         assert any(word in str(error) for word in ("rope", "factor", "original"))
-        assert new or model_type in ("phi3", "olmo3") or "type" in old["rope_scaling"]
+        assert new not in (None, {"rope_type": "default"}) or model_type in ("phi3", "olmo3") or (
+            "rope_type" in old["rope_scaling"])
         return
     try:
         theirs = transformers.AutoConfig.for_model(**config)
