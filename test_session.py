@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -365,9 +366,12 @@ def test_prompts_one_after_the_other():
 
 
 def test_ctrl_c_while_a_prompt_is_read(monkeypatch):
-    """The session holds the tokens that it computed, and the next prompt goes on behind them."""
+    """The session holds the tokens that it computed, and the next prompt goes on behind them. A bar
+    tells how far it is."""
     model, prompt = random_model(CONFIGS["llama"]), torch.randint(0, 101, (100,)).tolist()
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", {"cpu": 16, "cuda": 16})
+    bars = mock.MagicMock(**{"return_value.__exit__.return_value": False})
+    monkeypatch.setattr(session_module, "progress", bars)
     session, chunks = Session(model), []
 
     def interrupted(x, project, mlp=model.blocks[1].mlp):
@@ -384,6 +388,10 @@ def test_ctrl_c_while_a_prompt_is_read(monkeypatch):
     assert session.stats.prompt_tokens == 16
     assert list(session.generate(prompt, 8)) == list(Session(model).generate(prompt, 8))
     assert session.stats.prompt_tokens == 100
+    assert [call.args[1] for call in bars.call_args_list] == [100, 84, 100]  # tokens to read
+    assert bars.call_args.kwargs == {"delay": 2}
+    update = bars.return_value.__enter__.return_value.update
+    assert sum(call.args[0] for call in update.call_args_list) == 16 + 84 + 100
 
 
 # ---- the Python API ----------------------------------------------------------------------------
@@ -483,9 +491,9 @@ def test_a_penalty_bears_any_token(monkeypatch, token):
 
 def test_repetition_penalty_over_a_text():
     """Greedy with a penalty is transformers' definition, step by step, in the prompt too."""
-    model, ids = random_model(CONFIGS["llama"], device="cpu"), [5, 6, 7, 6]
+    model, ids = random_model(CONFIGS["llama"], device="cpu"), [*range(0, 101, 2)]
     processor, text = transformers.RepetitionPenaltyLogitsProcessor(1.5), list(ids)
-    while len(text) < 24:
+    while len(text) < len(ids) + 20:
         logits = model.logits(model.forward(torch.tensor(text))[-1:])
         text.append(processor(torch.tensor([text]), logits)[0].argmax().item())
-    assert list(generate_tokens(model, ids, 20, repetition_penalty=1.5)) == text[4:]
+    assert list(generate_tokens(model, ids, 20, repetition_penalty=1.5)) == text[len(ids):]

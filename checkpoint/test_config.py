@@ -153,6 +153,10 @@ NOT_LLAMA = "experts, Mamba layers or no RoPE"
     (LLAMA, {"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]},
      "no_rope_layers is"),
     (LLAMA, {"hidden_size": "many"}, "hidden_size is 'many'"),
+    (LLAMA, {"hidden_size": None}, "hidden_size is None"),
+    (LLAMA, {"max_position_embeddings": None}, "max_position_embeddings is None"),
+    (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps is None"),
+    (LLAMA, {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is"),
     (LLAMA, {"num_hidden_layers": -1}, "num_hidden_layers is -1"),
     (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers is True"),
     (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads is 3"),
@@ -174,6 +178,7 @@ NOT_LLAMA = "experts, Mamba layers or no RoPE"
     (PHI, {"partial_rotary_factor": 0.4}, "3 of a head's 8 channels turn"),
     (PHI, {"partial_rotary_factor": 0.0}, "0 of a head's 8 channels turn"),
     (PHI, {"rope_scaling": LONGROPE}, "original_max_position_embeddings is None"),
+    (PHI, {"rope_scaling": LONGROPE, "original_max_position_embeddings": 1}, "embeddings is 1"),
     (LONG, {"rope_scaling": LONGROPE | {"short_factor": [1.0] * 3}}, "short_factor is .*list of 4"),
     (LONG, {"rope_scaling": LONGROPE | {"short_factor": [1.0] * 3 + ["a"]}}, "factor is 'a'"),
     (GRANITE, {"num_local_experts": 8}, NOT_LLAMA), (GRANITE, {"layer_types": None}, NOT_LLAMA),
@@ -245,15 +250,22 @@ def test_ministral_without_yarn():
     assert parse_config(config).query_growth == (0.0, 1)
 
 
-@pytest.mark.parametrize("name, weights", {
-    "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
-    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "llama-3.2-1b": 1_235_814_400,
-    "mistral-7b": 7_241_732_096, "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304,
-}.items())
-def test_known_models(name, weights):
+@pytest.mark.parametrize("name, weights, theta, context, window", [
+    ("llama-2-7b", 6_738_415_616, 1e4, 4096, None),
+    ("llama-2-13b", 13_015_864_320, 1e4, 4096, None),
+    ("llama-2-70b", 68_976_648_192, 1e4, 4096, None),
+    ("llama-3-8b", 8_030_261_248, 5e5, 32768, None),
+    ("llama-3-70b", 70_553_706_496, 5e5, 32768, None),
+    ("llama-3.2-1b", 1_235_814_400, 5e5, 131072, None),
+    ("mistral-7b", 7_241_732_096, 1e4, 32768, 4096),
+    ("qwen2.5-0.5b", 494_032_768, 1e6, 32768, None),
+    ("qwen2.5-1.5b", 1_543_714_304, 1e6, 32768, None)])
+def test_known_models(name, weights, theta, context, window):
     """They are as large as their makers say."""
     config = KNOWN_MODELS[name]
     assert sum(map(math.prod, tensor_shapes(config).values())) == weights
+    assert (config.rope_theta, config.context, config.sliding_window) == (theta, context, window)
+    assert config.norm_eps == (1e-6 if "qwen" in name else 1e-5)
     if name == "llama-3.2-1b":  # of the fastest pairs, and of the slowest
         assert config.rope_divisors[0] == 1 and config.rope_divisors[-1] == 32
 

@@ -211,7 +211,7 @@ def test_text_cut_within_a_character(kind):
         ids = [bytes_of[byte] for byte in text]
         return [] if None in ids else ids  # a vocabulary may lack the rarest bytes
 
-    for text in "x\u00e9", "x\uffff", "x\U0010ffff":
+    for text in "x\u00e9", "x\u0800", "x\uffff", "x\U0010ffff":
         ids = ids_of(text.encode())
         for n in range(len(ids) and len(ids) + 1):
             stream = TextStream(t)
