@@ -120,10 +120,9 @@ def test_thinking(run, tiny, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     words = ["--model", folder, "--max-new-tokens", "1"]
     for switch, n_tokens in ([], 5), (["--thinking"], 9), (["--no-thinking"], 10):
-        done = run(generate.main, *words, *switch, "--prompt", "abc")
-        assert f"prompt {n_tokens} tokens" in done.err
-    done = run(generate.main, *words, *switch, "--chat", stdin="abc\n")
-    assert "prompt 10 tokens" in done.err
+        for done in (run(generate.main, *words, *switch, "--prompt", "abc"),
+                     run(generate.main, *words, *switch, "--chat", stdin="abc\n")):
+            assert f"prompt {n_tokens} tokens" in done.err
 
 
 def test_options(run, tiny, tmp_path):
