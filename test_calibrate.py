@@ -371,11 +371,15 @@ def test_calibrating_on_a_text(calibrated, tmp_path, allocation, monkeypatch):
 
 def test_calibrating_on_what_the_model_writes(calibrated, model, monkeypatch):
     monkeypatch.setattr(Letters, "bos_id", 7)
-    monkeypatch.setattr(calibrate, "calibrate", mock.Mock(side_effect=calibrate.calibrate))
+    for name in ("calibrate", "count"):
+        monkeypatch.setattr(calibrate, name, mock.Mock(side_effect=getattr(calibrate, name)))
     assert calibrated("--tokens", 128, "--seed", 3, "--allocation", "uniform")[0] == 0
     assert find(model).metadata["source"] == "self-written, seed 3"
     _, tokens, *_, bos_id = calibrate.calibrate.call_args.args
     assert torch.equal(tokens, write_text(model, Letters(), 128, 3)) and bos_id == 7
+    windows = calibrate.count.call_args.args[1]  # each begins as a text does
+    assert (windows[:, 0] == 7).all()
+    assert torch.equal(windows[:, 1:], tokens.view(windows.shape)[:, 1:])
     assert not torch.equal(tokens, write_text(model, Letters(), 128, 4)) and len(tokens) == 128
 
 
