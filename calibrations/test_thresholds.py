@@ -120,7 +120,7 @@ def test_hostile_files_are_refused(calibration, tmp_path):
     for changes, sentence in (
             ({"thresholds": nan}, "must be finite"),
             ({"thresholds": falling}, "must be finite"),
-            ({"thresholds": -calibration.table - 1}, "must be finite"),
+            ({"thresholds": calibration.table - 1}, "must be finite"),
             ({"thresholds": calibration.table[:1]}, "expected F32"),
             ({"thresholds": calibration.table.double()}, "expected F32"),
             ({"sparsities": calibration.sparsities * 2}, "must lie in"),
@@ -189,6 +189,7 @@ def test_the_shipped_calibrations_are_those_of_the_default_models_weights(smollm
     """The default allocation comes first."""
     found = candidates(smollm[0])[-2:]
     assert [one.metadata["allocation"] for one in found] == ["fisher", "uniform"]
+    assert ALLOCATIONS[0] == "fisher"
     assert all(one.path.parent.name == "calibrations" for one in found)
     assert all(one.is_own(smollm[0]) for one in found)
 

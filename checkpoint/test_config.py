@@ -156,6 +156,7 @@ NOT_LLAMA = "experts, Mamba layers or no RoPE"
     (LLAMA, {"hidden_size": None}, "hidden_size is None"),
     (LLAMA, {"max_position_embeddings": None}, "max_position_embeddings is None"),
     (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps is None"),
+    (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     (LLAMA, {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is"),
     (LLAMA, {"num_hidden_layers": -1}, "num_hidden_layers is -1"),
     (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers is True"),
