@@ -212,6 +212,7 @@ def test_what_counts_in_one_place_alone():
     text = {"model_type": "ministral3", "eos_token_id": 2}
     found = text_part({"model_type": "mistral3", "text_config": text, "eos_token_id": [5]})
     assert found == text | {"eos_token_id": [5], "tie_word_embeddings": True}
+    assert not text_part({"model_type": "qwen3_vl", "text_config": text})["tie_word_embeddings"]
 
 
 def test_context_of_longrope():
