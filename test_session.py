@@ -458,12 +458,15 @@ def test_what_the_context_cannot_hold(n, asked, words):
             next(tokens)
 
 
-def test_weights_beyond_the_type():
+def test_weights_beyond_the_type_or_of_another_shape():
     model, norm = sound_model(torch.float16), torch.ones(32)
     for value, words in (7e4, "torch.float16 ends at 65504"), (math.nan, "get a sound check"):
         norm[3] = value
         with pytest.raises(ValueError, match=f"model.norm.weight .* {words}"):
             put(model, "model.norm.weight", norm)
+    for name, shape in ("model.norm", (1,)), ("model.layers.9.mlp.up_proj", (48, 32)):
+        with pytest.raises(ValueError, match=f"{name}.weight has shape"):
+            put(model, f"{name}.weight", torch.ones(shape))
 
 
 # ---- repetition penalty and min-p ---------------------------------------------------------------
