@@ -135,7 +135,7 @@ def test_graph_and_kernels_choose_the_same_tokens():
             cache = KVCache(model.config, 160, torch.float32, DEVICE)
             decoder = GpuDecoder(
                 model, cache, lambda logits: sample(logits, *sampling, generator=generator),
-                [generator], graph)
+                [generator], graph=graph)
             tokens = [5]
             for table in tables:
                 decoder.set_thresholds(table)
