@@ -21,8 +21,8 @@ def prefill(model, cache, chunks):
 
     chunks: the prompt in pieces, an iterable of ids int64 [T]
 
-    Every weight is read once for a chunk's T tokens, so arithmetic takes the time, not memory, and
-    it runs dense.
+    Every weight is read once for a chunk's T tokens, so the time goes into arithmetic, not memory,
+    and prefill stays dense.
     """
     for tokens in chunks:
         hidden = model.forward(tokens, cache)  # [T, hidden_size]
@@ -58,7 +58,8 @@ class CpuDecoder:
     """Decodes tokens of a model on a CPU over a KV cache: in C, or slowly in PyTorch.
 
     choose: a function of logits [V] that returns a token id, int64 [1]
-    head:   top, seen, penalty: which logits `choose` needs (see `CStep`); the default is all
+    head:   top, seen, penalty: `choose` needs only the `top` largest logits (after the penalty of
+            those seen); the default is all
 
     `kept`, int64 [n_layers, 7], counts the rows read by the `n_steps` steps so far. `bounds` is the
     LM head's Certificate (lm_head.py: an int8 copy that rules out most rows), or None.
@@ -70,7 +71,7 @@ class CpuDecoder:
         self.kept, self.step_rows = torch.zeros(2, *self.thresholds.shape, dtype=torch.int64)
         self.n_steps = self.head_rows_read = 0
         self.read_token = self.read_token_without_c
-        if model.ranks is not None:  # they are for GPUs; on a CPU, they serve tests
+        if model.ranks is not None:  # several processes are for GPUs; on a CPU, for tests
             return
         try:
             self.read_token = CStep(model, cache, self.thresholds, self.step_rows, **head)

@@ -16,7 +16,7 @@ import shlex
 import sys
 from numbers import Integral
 
-# Before PyTorch starts OpenMP: threads that spin for long while they wait for each other, as
+# Before PyTorch starts OpenMP: threads that spin for a long time while they wait for each other, as
 # they do by default, make decoding several times slower on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
@@ -65,15 +65,15 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, *, sparsity=0.0, cali
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(text and isinstance(text, str) for text in stop):
         raise ValueError(f"stop is {stop}; expected texts of at least one character")
-    # text_pieces decodes a continuation after its prompt (spaces differ), an answer by itself
+    # text_pieces decodes a continuation with its prompt, for the right spaces; an answer, alone
     if isinstance(prompt, str):
         ids = continued = tokenizer.encode(prompt)
     else:
         ids, continued = prompt, ()
     thresholds = find_thresholds(model, tokenizer, sparsity, calibration)
-    ids = generate_tokens(model, ids, max_new_tokens, thresholds=thresholds,
+    new = generate_tokens(model, ids, max_new_tokens, thresholds=thresholds,
                           stop=tokenizer.eos_ids, **options)
-    yield from text_pieces(ids, tokenizer, stop, continued)
+    yield from text_pieces(new, tokenizer, stop, continued)
 
 
 def generate_tokens(model, ids, max_new_tokens, **options):
@@ -92,7 +92,7 @@ def open_session(model, thresholds=None, *, context, **options):
     advice = "" if model.dtype.itemsize == 2 else " or --dtype bfloat16"
     require_memory(context * cache_bytes(model.config, model.dtype), model.device,
                    f"a context of {context} tokens", f"try a shorter one with --context{advice}")
-    certificate = model.config.vocab_size * (model.config.hidden_size + 3 * 4)  # and three float32
+    certificate = model.config.vocab_size * (model.config.hidden_size + 3 * 4)  # int8, 3 float32
     if context * cache_bytes(model.config, model.dtype) + certificate > free_memory(model.device):
         options["head"] = "whole"
     return Session(model, thresholds, context=context, **options)
@@ -235,7 +235,7 @@ def main():
     if args.prompt == "-":
         args.prompt = read_input(sys.stdin.read) if rank() == 0 else None
     model, tokenizer = load_model(args, context=args.context)
-    # under torchrun, every process takes the first one's
+    # under torchrun (several GPUs), every process takes the first one's
     prompt, args.seed = from_first((args.prompt, args.seed))
     if args.thinking is not None and not tokenizer.can_think:
         raise ValueError("this model's chat template has no switch for --thinking")
@@ -258,7 +258,7 @@ def main():
         before = session.measured()
         new = session.generate(ids, args.max_new_tokens)
         text, ended = write(new, tokenizer, args.stop, continued)
-        # Ctrl-C first, then what ended the session, else a stop text
+        # the reason: Ctrl-C, else the session's own, else a stop text
         session.ended = ended if ended == "interrupted" else session.ended or ended
         explain_end(session, args.max_new_tokens)
         warn_of_sparsity(session, session.measured() - before, sparsity)

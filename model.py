@@ -39,7 +39,8 @@ class Config:
     context: int = 2048  # longest text, in tokens
     tie_embeddings: bool = False  # the LM head is the embedding
 
-    # What Llama 2 does not have, and later releases and other families set. Skip it at first.
+    # What Llama 2 does not have, and later releases and other families set. Skip it at first,
+    # with the next two methods.
     rope_divisors: tuple = ()  # stretch RoPE's wavelengths, one per pair; () means 1 for all
     rope_factor: float = 1.0  # multiplies rotated q and k, so scores by its square (YaRN, Granite)
     plain_rope_layers: tuple = ()  # layers whose RoPE both of these leave alone (OLMo 3)
@@ -110,8 +111,8 @@ class Block:
         self.gate_up, self.down = make("gate_up"), make("down")
 
     def attention(self, x, ropes, cache, project):
-        """Causal attention of the T new tokens over all S tokens so far. ropes: see `Model.rope`;
-        project: `dense`, or `masked` with thresholds."""
+        """Causal attention of the T new tokens over all S tokens so far. ropes: {kind:
+        (cos, sin, growth)}, by `Model.rope`; project: `dense`, or `masked` with thresholds."""
         config = self.config
         q, k, v = project(x, self.qkv).split(self.qkv.widths, dim=-1)
         if config.qk_norm:
@@ -210,7 +211,7 @@ class Linear:
 
     def allocate(self, device, dtype=None):
         """Make w_t [K, N] in dtype (int8 by quantize.py), else in self.dtype. An LM head's w_t is
-        a view of W [N, K]: a logit reads one row (lm_head.py). Not so in int8 on a GPU."""
+        a view of W [N, K], where a logit is one row (lm_head.py); but not in int8 on a GPU."""
         by_logit = self.site == "lm_head" and (dtype is None or torch.device(device).type == "cpu")
         shape = (self.in_features, self.ends[-1])[::-1 if by_logit else 1]
         w = torch.empty(shape, dtype=dtype or self.dtype, device=device)
@@ -279,7 +280,7 @@ class Model:
         self.set_context(config)
 
     def set_context(self, config):
-        """Use the context and RoPE of `config`, else equal to this model's (calibrate.py)."""
+        """Use `config`, which differs from this model's only in context and RoPE."""
         self.config = config
         self.rotations = {kind: [y.to(self.device) for y in rotation(config, kind)]
                           for kind in map(config.rope_kind, range(config.n_layers))}

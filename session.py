@@ -105,9 +105,9 @@ class Session:
         if self.penalty != 1:
             logits = penalize(logits, self.seen, self.penalty)
         if self.sampling[0] == 0:
-            token = likeliest(logits)  # -1 by itself
+            token = likeliest(logits)  # gives -1 for these on its own
         else:
-            low, high = logits.aminmax()  # both are NaN if any logit is
+            low, high = logits.aminmax()  # both NaN if any logit is; NaN < inf is false
             finite = high.float() - low.float() < math.inf
             token = sample(logits, *self.sampling).masked_fill(~finite, -1)
         if self.penalty != 1:
@@ -124,7 +124,7 @@ class Session:
             size = PREFILL_CHUNK[device.type]
             for chunk in (tokens[i:i + size] for i in range(0, len(tokens), size)):
                 yield torch.tensor(chunk, device=device)
-                self.tokens += chunk  # prefill asks for the next one once this is in the cache
+                self.tokens += chunk  # runs once prefill asks on: Ctrl-C may fall before that
                 bar.update(len(chunk))
 
         with progress("reading the prompt", len(tokens), delay=2) as bar:
@@ -213,7 +213,7 @@ class Session:
         return 1 - read / block_bytes(self.model)
 
     def bytes_per_token(self, stats=None):
-        """Bytes that a decode step reads, averaged likewise: blocks, LM head, keys and values."""
+        """Bytes that a decode step reads, averaged as in `sparsity`: blocks, head, keys, values."""
         stats = stats or self.measured()
         blocks = block_bytes(self.model, stats.kept) / stats.decoder_steps
         saved = head_saving(self.model.lm_head, self.decoder.bounds,

@@ -76,8 +76,8 @@ def naive_gemv(x, w_t, threshold):
 # iteration it loads a tile [BLOCK_K, BLOCK_N] of the next BLOCK_K rows, and adds up in float32.
 #
 # **Split-K.** There are too few tiles of columns for all multiprocessors. So K is cut into SPLITS
-# chunks, each with a list of its own; a chunk's sums are a *split*. The last of a tile's programs
-# to finish adds up the splits, always in the same order: the same bits every time.
+# chunks, each with a list of its own; a chunk's sums are a *split*. The last of the
+# programs with the same columns adds up their splits, always in the same order: the same bits.
 #
 # **Dependent launch** (PDL below). Since Hopper, a kernel may begin as soon as all programs of the
 # one before it have called `gdc_launch_dependents` or ended. `gdc_wait` waits until that one has
@@ -117,7 +117,7 @@ def sum_list(rows_ptr, values_ptr, count, w_ptr, n, end, K: tl.constexpr, N: tl.
     total = tl.zeros([ROWS_AT_ONCE, BLOCK_N], tl.float32)
     k, x = list_entries(rows_ptr, values_ptr, i, count, CHUNK)
     for first in tl.range(0, count, BLOCK_K, num_stages=1):
-        # The next entries are on their way while these rows are loaded.
+        # The next entries are on their way meanwhile (num_stages=1: not by Triton).
         next_k, next_x = list_entries(rows_ptr, values_ptr, first + BLOCK_K + i, count, CHUNK)
         offsets = (k.to(tl.int64) if K * N >= 2 ** 31 else k)[:, None] * N + n[None, :]
         inside = (first + i < count)[:, None]  # past the end, load 0: infinity times 0 is NaN
@@ -126,7 +126,7 @@ def sum_list(rows_ptr, values_ptr, count, w_ptr, n, end, K: tl.constexpr, N: tl.
         # "evict_first": a weight is used once, so the cache may drop it before anything else
         w = tl.load(w_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         products = to_float32(w) * x[:, None]
-        # A thread holds the same place of every ROWS_AT_ONCE rows: this sum needs no exchange.
+        # The threads take ROWS_AT_ONCE rows at a time, so each one adds up only its own numbers.
         products = tl.reshape(products, [BLOCK_K // ROWS_AT_ONCE, ROWS_AT_ONCE, BLOCK_N])
         total += tl.sum(products, axis=0)
         k, x = next_k, next_x
@@ -138,7 +138,7 @@ def finish(y, n, end, out_ptr, scale_ptr, bias_ptr, residual_ptr, sums_ptr, fini
            N: tl.constexpr, SPLITS: tl.constexpr, squares=None, K: tl.constexpr = 1, eps=0.0):
     """Turn one split's sums y [BLOCK_N] of the columns n < end into the result, and store it.
 
-    The last of a tile's splits to finish adds up all of them. Skip the residual and `squares`,
+    The last of these columns' splits to finish adds up all. Skip the residual and `squares`,
     which only gpu/ gives: a split's sum of x * x, by which RMSNorm divides."""
     tile, n_tiles, split = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     if SPLITS > 1:
@@ -228,7 +228,7 @@ def launch_options(device):
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
-@functools.lru_cache(maxsize=None)  # never freed: a CUDA graph replays launches at old addresses
+@functools.lru_cache(maxsize=None)  # never freed: a CUDA graph replays old launches
 def workspace(device, *parts):
     """Scratch memory that passes results between programs, zeros at first; parts: (size, dtype)."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -256,7 +256,7 @@ def _gemv_gpu(x, w_t, threshold, scale, bias, out):
 
 def _gemv_cpu(x, w_t, threshold):
     """x [K] -> y [N]. `embedding_bag` adds up bags of rows of a table, each times a number. The
-    table is w_t, rows cut into n_blocks. Bag b, one per thread, is block b of the kept rows."""
+    table is w_t: its row k * n_blocks + b is block b of row k. A thread has one bag: one block."""
     rows = (~(x.float().abs() <= threshold)).nonzero().view(-1)
     if w_t.dtype == torch.int8:  # embedding_bag takes floats only
         return x[rows].float() @ w_t[rows].float()

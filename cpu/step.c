@@ -51,12 +51,12 @@ INLINE Floats get_lanes(const void *array, int64_t i, const int dtype);  // LANE
 INLINE Floats lanes_at(const float *array);                              // LANES floats
 static void put(void *array, int64_t i, float x, int dtype);             // writes number i
 static float dot(const float *x, const void *row, int n, int dtype);     // x [n] times a row
-static float rounded(float x, int dtype);                                // as put and get make it
+static float rounded(float x, int dtype);                                // x after put and get
 INLINE float exponential(float x);                                       // e^x
 
 // ---- TEAL: sums of the rows that matter -------------------------------------------------------
 
-enum { AHEAD = 8 };  // how many rows before its turn a row is prefetched, so that it is there then
+enum { AHEAD = 8 };  // a row is prefetched so many rows early, to have arrived by its turn
 
 // The entries of x [k] that matter: their indices and their values. Returns how many.
 static int keep_rows(const float *x, int k, float threshold, int32_t *rows, float *values) {
@@ -126,7 +126,7 @@ typedef struct {
     const float *scale;       // [N], multiplies the sums (int8), or NULL
     const float *bias;        // [N], added next, or NULL
     const float *thresholds;  // one per projection; a negative one keeps everything
-    int64_t *kept;            // one per projection: the rows read so far
+    int64_t *kept;            // one per projection: how many rows were read so far
     int32_t dtype, k, n, n_parts;
     int32_t ends[4];          // the last column + 1 of each projection
 } Matrix;
@@ -159,12 +159,12 @@ typedef struct {
     int32_t n_shares;         // how many shares a stage is cut into
     int32_t largest_k;        // the largest K of a block's matrices
     // Shared: each worker writes its part, and the others read it after a barrier.
-    float *sums[2];           // [row_shares, N], of a product and of the one after it
+    float *sums[2];           // [row_shares, N]: [0] of qkv or gate_up, [1] of o or down
     float *attended;          // [heads * head_dim], what attention found
     float *mlp;               // [inter], silu(gate) * up
     float *logits;            // [vocab]
     // Private: one slice per worker, of whom there are at most n_shares.
-    float *x, *h, *y;         // [hidden]: the residual stream, a block's input and its output
+    float *x, *h, *y;         // [hidden]: the residual stream, its norm, what is added to it
     float *qkv;               // [N of qkv]
     float *turns;             // [2, n_ropes, head_dim / 2], cosines and sines
     float *scores;            // [context]
@@ -177,23 +177,23 @@ typedef struct {
 
 // ---- a product in shares ----------------------------------------------------------------------
 //
-// Every stage of a token is cut into n_shares shares, whose number never changes, and the workers
-// divide them among themselves: with fewer workers, each takes more shares. No sum depends on who
-// computes it, so the logits do not depend on how many workers take part.
+// Every stage of a token (a product, attention, ...) is cut into n_shares shares, always as many.
+// The workers divide them among themselves: with fewer workers, each takes more shares. No sum
+// depends on who computes it, so the logits do not depend on how many workers take part.
 
-enum { TILE = 3840 };  // columns that are summed at a time: their sums stay in the L1 cache
+enum { TILE = 3840 };  // columns summed at a time, whole blocks of every type: the sums fit into L1
 
-// The shares of a product form a grid. Its row shares split the list of kept rows: each has sums of
-// its own, and `finish` adds them up; four at most, because every worker that reads the
-// product repeats that addition. Its column shares split the columns.
+// The shares of a product form a grid. Its row shares split the list of kept rows, so that a worker
+// reads long stretches of memory. Each has its own sums, and `finish` adds them up: four at most,
+// because every worker that reads the product repeats that. Its column shares split the columns.
 static int row_shares(const Model *m) {
     int rows = m->n_shares < 4 ? m->n_shares : 4;
     while (m->n_shares % rows) rows--;
     return rows;
 }
 
-// Where share c of `of` begins among n columns: at a multiple of 64 columns or of a packed block,
-// so that two shares never write to the same line of the cache.
+// Where share c begins if n columns are cut into `of` shares: at a multiple of 64 columns or of a
+// packed block, so that two shares never write to the same line of the cache.
 static int first_column(int n, int c, int of, int multiple) {
     return c == of ? n : (int64_t)n * c / of / multiple * multiple;
 }
@@ -206,7 +206,7 @@ static void add_int4(float *y, const Matrix *a, int first, int width, const int3
                      const float *x, int n);
 
 // y += x[i] * row rows[i] of a, for each i below n, but only some columns of one projection:
-// `width` of them from `first` on, a multiple as above. y [TILE] has room for a whole last block.
+// `width` of them from its column `first` on, which begins a share or a TILE. y has room for TILE.
 static void add_rows(float *y, const Matrix *a, int part, int first, int width, const int32_t *rows,
                      const float *x, int n) {
     int at = first + (part ? a->ends[part - 1] : 0), size = bytes_of(a->dtype);
@@ -234,9 +234,9 @@ static void product(const Model *m, const Matrix *a, const float *x, int worker,
             n = keep_rows(x, a->k, a->thresholds[part], rows, values);
         int from = (int64_t)n * r / n_row_shares, to = (int64_t)n * (r + 1) / n_row_shares;
         if (share == 0) a->kept[part] += n;
-        int size = a->ends[part] - start, multiple = a->packed ? packed_block(a, part) : 64;
-        int end = first_column(size, c + 1, n_column_shares, multiple);
-        for (int j = first_column(size, c, n_column_shares, multiple); j < end; j += TILE) {
+        int columns = a->ends[part] - start, multiple = a->packed ? packed_block(a, part) : 64;
+        int end = first_column(columns, c + 1, n_column_shares, multiple);
+        for (int j = first_column(columns, c, n_column_shares, multiple); j < end; j += TILE) {
             int width = end - j < TILE ? end - j : TILE;
             memset(y, 0, sizeof y);  // all: a packed block may exceed width
             add_rows(y, a, part, j, width, rows + from, values + from, to - from);
@@ -296,7 +296,7 @@ static void rotate(float *restrict head, const float *restrict cosine, const flo
     }
 }
 
-// The q|k|v that the shares summed -> q, k, v, rotated, k and v as the cache has them. Norms and
+// Adds up the q|k|v of the shares, rotates q and k, rounds k and v to the cache's dtype. Norms and
 // growth are for some families.
 static void prepare_heads(const Model *m, const Layer *layer, const float *turns, float *qkv) {
     int d = m->head_dim, heads = m->heads, kv_heads = m->kv_heads;
@@ -344,7 +344,7 @@ static void attend(const Model *m, const float *q, const float *k, const float *
     for (int s = 0; s <= n; s++) p[s] = exponential(p[s] - most);
     for (int s = 0; s <= n; s++) total += p[s];
     memset(y, 0, d * sizeof *y);
-    add_floats(y, values, stride, m->positions, p, n, d, dtype);
+    add_floats(y, values, stride, m->positions, p, n, d, dtype);  // of rows 0 ... n - 1
     for (int j = 0; j < d; j++) y[j] = (y[j] + p[n] * v[j]) / total;
 }
 
@@ -387,7 +387,7 @@ static float logit(const Model *m, const float *h, int i) {
     return dot(h, row, a->k, a->dtype) * (a->scale ? a->scale[i] : 1);
 }
 
-enum { HEAD_AHEAD = 8192 };  // bytes of the LM head that are prefetched; past its end is harmless
+enum { HEAD_AHEAD = 8192 };  // bytes that are prefetched; beyond the head's end is harmless
 
 // The share's logits.
 static void logits(const Model *m, const float *h, int share) {
