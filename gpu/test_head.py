@@ -79,7 +79,7 @@ def test_the_largest_after_a_repetition_penalty(name, penalty):
     x, linear, norm = make_head(500, 64, torch.bfloat16, HEADS[name][0])
     whole = logits_of(Head(linear, norm), x)
     seen = torch.zeros(500, dtype=torch.bool, device=DEVICE)
-    seen[whole.float().topk(30).indices[::2]] = True
+    seen[whole.float().topk(30).indices[1:]] = True
     some = logits_of(Head(linear, norm, 4, seen, penalty), x)
     whole, some = (penalize(logits, seen, penalty).topk(4) for logits in (whole, some))
     assert torch.equal(whole.values, some.values) and (some.values > -1e9).all()
