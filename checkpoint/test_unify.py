@@ -16,43 +16,34 @@ from checkpoint.unify import unify
 from cli.quantize_folder import write_folder
 from tensor_parallel import Ranks
 
-NAMES = ["llama-3.2, tied", "qwen2", "mistral", "granite, odd heads, tied, biases", "granite 4",
-         "phi-3, odd heads, tied", "phi-4-mini, short text"]
 
-
-@pytest.fixture(params=NAMES)
-def saved(request, tmp_path):
-    """(A folder that transformers wrote, in shards; its model)."""
+@pytest.mark.parametrize("name", [
+    "llama-3.2, tied", "qwen2", "mistral", "granite, odd heads, tied, biases", "granite 4",
+    "phi-3, odd heads, tied", "phi-4-mini, short text"])
+@torch.inference_mode()
+def test_folders(name, tmp_path):
+    """What transformers wrote in shards loads, and so does the int8 folder that quantize.py makes
+    of it. Of a fused matrix, a rank reads the parts as if they had been stored apart."""
     torch.manual_seed(0)
-    stem, changes, rope = CASES[request.param]
+    stem, changes, rope = CASES[name]
     config = getattr(transformers, f"{stem}Config")(
         **SMALL | changes | {"vocab_size": 320}, rope_parameters=copy.deepcopy(ROPE[rope]))
     theirs = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
     for name, parameter in theirs.named_parameters():
         if "bias" in name:
             torch.nn.init.normal_(parameter)
-    theirs.save_pretrained(tmp_path / "m", max_shard_size="20KB")
-    spm_tokenizer().save(str(tmp_path / "m" / "tokenizer.json"))
-    return tmp_path / "m", theirs
-
-
-@torch.inference_mode()
-def test_folders(saved, tmp_path):
-    """A folder loads, and so does the int8 folder that quantize.py makes of it."""
-    folder, theirs = saved
+    folder = tmp_path / "m"
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    spm_tokenizer().save(str(folder / "tokenizer.json"))
     model, tokenizer = checkpoint.load(folder)
     ids = torch.tensor(tokenizer.encode("the wor and in"))
     logits = model.logits(model.forward(ids))
     assert (logits - theirs(ids[None]).logits[0]).abs().max() <= 1e-4
-    write_folder(open_checkpoint(folder), tmp_path / "int8")
+    opened = open_checkpoint(folder)
+    write_folder(opened, tmp_path / "int8")
     ours, expected = checkpoint.load(tmp_path / "int8")[0], checkpoint.load(
         folder, quantize="int8")[0]
     assert torch.equal(ours.logits(ours.forward(ids)), expected.logits(expected.forward(ids)))
-
-
-def test_a_rank_reads_its_slices(saved):
-    """The parts of a fused matrix, cut for two ranks as if they had been stored apart."""
-    opened = open_checkpoint(saved[0])
     whole = dict(opened.tensors)
     for rank in range(2):
         for name, shape in opened.shapes.items():
