@@ -57,7 +57,7 @@ def test_chat_template_is_transformers(template):
 HOSTILE = (
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% set x = 'x' * (6 * 10**8) %}short", "{{ 'x' | center(10**10) }}",
-    "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+    "{% for i in range(3000) %}{{ 'x' * 1000 }}{% endfor %}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os }}",
     "{{ (''|attr('__class__')).x }}", "{% if %}", "{% include '/etc/passwd' %}",
     "{{ messages.clear() }}", "{{ raise_exception('no\\n\\x1b[31m') }}",
