@@ -106,25 +106,42 @@ def test_generator():
     assert whole[:4] == first and len(whole) == 12
     assert all(isinstance(token, int) for token in whole)
     assert list(generate_tokens(model, ids, 12, stop=[whole[5]])) == whole[:whole.index(whole[5])]
+    for kind in tuple, torch.tensor, np.array:
+        assert list(generate_tokens(model, kind(ids), 12)) == whole
 
     session = Session(model)
-    assert next(session.generate(ids, 3)) == whole[0] and session.ended is None
+    old, new = session.generate([1, 2, 3], 8), session.generate(ids, 12)
+    next(old)
+    assert next(new) == whole[0] and session.ended is None
+    with pytest.raises(ValueError, match="has started another generation"):
+        next(old)
+    assert list(new) == whole[1:]
     options = dict(temperature=1.0, top_k=50, top_p=0.9)
     runs = [list(generate_tokens(model, ids, 16, seed=seed, **options)) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_a_conversation_reuses_its_cache():
-    """Each answer is that of a fresh session, which reads the whole text."""
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+def test_a_conversation_reuses_its_cache(penalty):
+    """Each answer is that of a fresh session, which reads the whole text, with a penalty for the
+    tokens of this text alone; so it is where the same prompt comes again, or another one."""
     model = random_model(CONFIGS["llama"])
-    session, text = Session(model), torch.randint(0, 101, (40,)).tolist()
+    session = Session(model, repetition_penalty=penalty)
+
+    def answer(text, n):
+        answer = list(session.generate(text, n))
+        assert answer == list(generate_tokens(model, text, n, repetition_penalty=penalty))
+        return answer
+
+    prompt, other = torch.randint(0, 101, (2, 40)).tolist()
+    text = list(prompt)
     for question, n_read in ([], 40), ([7, 8], 3), ([9], 2):  # with the last answer's last token
         text += question
         before = session.stats.prompt_tokens
-        answer = list(session.generate(text, 6))
-        assert answer == list(generate_tokens(model, text, 6))
+        text += answer(text, 6)
         assert session.stats.prompt_tokens - before == n_read
-        text += answer
+    for text in prompt, prompt, other, prompt:
+        answer(text, 24)
 
 
 # ---- sampling ----------------------------------------------------------------------------------
@@ -182,6 +199,36 @@ def test_sample_corners():
     assert set(half.tolist()) <= set(logits.bfloat16().topk(3).indices.tolist())
 
 
+def test_penalty_and_min_p_are_those_of_transformers():
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(2)) * 3
+    ids = torch.tensor([[3, 5, 5, 17]])
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits[None].clone())[0]
+    seen = torch.zeros(60, dtype=torch.bool)
+    seen[ids[0]] = True
+    assert torch.equal(penalize(logits, seen, 1.3), expected)
+    kept = transformers.MinPLogitsWarper(0.05)(None, logits[None].clone())[0].isfinite()
+    drawn = torch.bincount(draws(logits, 5000, min_p=0.05), minlength=60) > 0
+    assert not (drawn & ~kept).any() and drawn.sum() >= kept.sum() - 2 > 0
+
+
+@pytest.mark.parametrize("token", [-1, 2**40])
+def test_a_penalty_bears_any_token(monkeypatch, token):
+    """-1 stands for broken logits; while a decoder compiles its kernels, a token is any number."""
+    monkeypatch.setattr(session_module, "likeliest", lambda logits: torch.tensor([token]))
+    session = Session(random_model(CONFIGS["llama"], device="cpu"), repetition_penalty=1.1)
+    assert session.choose(torch.zeros(101)).tolist() == [token]
+
+
+def test_repetition_penalty_over_a_text():
+    """Greedy with a penalty is transformers' definition, step by step, in the prompt too."""
+    model, ids = random_model(CONFIGS["llama"], device="cpu"), [*range(0, 101, 2)]
+    processor, text = transformers.RepetitionPenaltyLogitsProcessor(1.5), list(ids)
+    while len(text) < len(ids) + 20:
+        logits = model.logits(model.forward(torch.tensor(text))[-1:])
+        text.append(processor(torch.tensor([text]), logits)[0].argmax().item())
+    assert list(generate_tokens(model, ids, 20, repetition_penalty=1.5)) == text[len(ids):]
+
+
 # ---- numbers that are none ---------------------------------------------------------------------
 
 
@@ -202,6 +249,12 @@ def sound_model(dtype=torch.float32):
 def test_infinite_logits_are_told(dtype, words, temperature):
     """And not drawn from; the tokens that led to them are not held."""
     session = Session(sound_model(dtype), temperature=temperature)
+    tokens = session.generate([1, 2, 3], 8)
+    next(tokens)
+    session.cache.k[1, :, 2] = math.nan
+    with pytest.raises(ValueError, match=f"infinite or NaN at token 4 of the text; {words}"):
+        next(tokens)
+    session = Session(session.model, temperature=temperature)
     list(session.generate([1, 2, 3], 4))
     session.model.embedding[7] = math.inf
     with pytest.raises(ValueError, match=f"infinite or NaN at token 3 of the text; {words}"):
@@ -211,28 +264,7 @@ def test_infinite_logits_are_told(dtype, words, temperature):
         assert session.choose(torch.tensor([0.0, value, 1.0])).tolist() == [-1]
 
 
-def test_infinite_logits_of_a_step():
-    session = Session(sound_model())
-    tokens = session.generate([1, 2, 3], 8)
-    next(tokens)
-    session.cache.k[1, :, 2] = math.nan
-    with pytest.raises(ValueError, match="infinite or NaN at token 4 of the text"):
-        next(tokens)
-
-
 # ---- what is read -----------------------------------------------------------------------------
-
-
-def test_long_prompts_are_read_whole(monkeypatch):
-    """A prompt of several chunks gives what it gives in one."""
-    model = random_model(CONFIGS["llama"])
-    prompt = torch.randint(0, 101, (100,)).tolist()
-    expected, _ = plain_tokens(model, prompt, 8)
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", {"cpu": 16, "cuda": 16})
-    session = Session(model)
-    assert list(session.generate(prompt, 8)) == expected
-    assert session.cache.length == len(session.tokens) == 107
-    assert session.stats.prompt_tokens == 100
 
 
 def test_bytes_read_stop_at_the_sliding_window():
@@ -266,16 +298,13 @@ def test_the_whole_lm_head_says_the_same(sampling, any_head):
     assert both[1] - both[0] == pytest.approx(saved) and saved > 0
 
 
-KINDS = {"plain": Linear, "int8": Int8Linear, "int4": int4_linear}
-
-
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [Linear, Int8Linear, int4_linear])
 def test_every_byte_that_the_model_holds_is_counted(kind, tie):
     """A step that drops nothing reads all of it once; of an embedding of its own, a row. A row
     counts with its share of the scales."""
     config = Config(64, 32, 96, 2, 2, 2, 16, qk_norm="head", qkv_bias=True, tie_embeddings=tie)
-    model = Model(config, torch.bfloat16, linear_class=KINDS[kind])
+    model = Model(config, torch.bfloat16, linear_class=kind)
     held = {value.data_ptr(): value.nbytes
             for thing in (model, *model.blocks, *model.linears(), model.lm_head)
             for name, value in vars(thing).items()
@@ -293,34 +322,29 @@ def test_every_byte_that_the_model_holds_is_counted(kind, tie):
                     reason="Linux tells which memory of a CPU was touched")
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_bytes_counted_are_those_touched(quantize):
-    """By the processor's marks: of a step that reads gate, up and down, and one that drops them."""
+    """By the processor's marks: those of a step that reads gate, up and down, less those of one
+    that drops them."""
     config = Config(512, 512, 8192, 2, 4, 4, 128, context=8)
     model = benchmark.random_model(config, torch.bfloat16, "cpu", quantize)
+    thresholds = torch.full((2, 7), -1.0)
     for attempt in range(5):  # the system may look at the marks, too, and clear them
-        touched, counted = touch(model)
+        touched = counted = 0
+        for sign, t in (1, -1.0), (-1, math.inf):
+            thresholds[:, 4:] = t
+            session = Session(model, thresholds)
+            tokens = session.generate([1, 2], 3)
+            next(tokens)
+            next(tokens)
+            Path("/proc/self/clear_refs").write_text("1")
+            next(tokens)
+            with open("/proc/self/smaps") as lines:
+                touched += sign * sum(int(line.split()[1]) << 10 for line in lines
+                                      if line.startswith("Referenced:"))
+            counted += sign * session.bytes_per_token()
         assert counted == pytest.approx(block_bytes(model) * 3 / (3 + 4 * 512 / 8192), rel=0.01)
         if abs(touched - counted) < 0.1 * counted:
             return
     pytest.fail(f"{touched} bytes were touched, {counted} counted")
-
-
-def touch(model):
-    """(bytes touched, bytes counted) by a step of the whole model, less those of one without gate,
-    up and down."""
-    thresholds, touched, counted = torch.full((2, 7), -1.0), [], []
-    for t in -1.0, math.inf:
-        thresholds[:, 4:] = t
-        session = Session(model, thresholds)
-        tokens = session.generate([1, 2], 3)
-        next(tokens)
-        next(tokens)
-        Path("/proc/self/clear_refs").write_text("1")
-        next(tokens)
-        with open("/proc/self/smaps") as lines:
-            touched.append(sum(int(line.split()[1]) << 10 for line in lines
-                               if line.startswith("Referenced:")))
-        counted.append(session.bytes_per_token())
-    return touched[0] - touched[1], counted[0] - counted[1]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="Ctrl-C does not cut a step of a GPU short")
@@ -353,22 +377,11 @@ def test_a_sparsity_that_was_not_asked_for(asked, n, warned, capsys):
     assert ("reached 0.500; the calibration does not fit" in capsys.readouterr().err) == warned
 
 
-def test_prompts_one_after_the_other():
-    """The same prompt again, and another one: each text is that of a fresh session, with a penalty
-    for the tokens of this text alone."""
-    model = random_model(CONFIGS["llama"])
-    prompts = [torch.randint(0, 101, (40,)).tolist() for _ in range(2)]
-    for penalty in (1.0, 2.0):
-        session = Session(model, repetition_penalty=penalty)
-        for prompt in (prompts[0], prompts[0], prompts[1], prompts[0]):
-            fresh = Session(model, repetition_penalty=penalty)
-            assert list(session.generate(prompt, 24)) == list(fresh.generate(prompt, 24))
-
-
 def test_ctrl_c_while_a_prompt_is_read(monkeypatch):
-    """The session holds the tokens that it computed, and the next prompt goes on behind them. A bar
-    tells how far it is."""
+    """The session holds the tokens that it computed, and the next prompt goes on behind them. In
+    several chunks, it gives what it gives in one. A bar tells how far it is."""
     model, prompt = random_model(CONFIGS["llama"]), torch.randint(0, 101, (100,)).tolist()
+    expected, _ = plain_tokens(model, prompt, 8)
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", {"cpu": 16, "cuda": 16})
     bars = mock.MagicMock(**{"return_value.__exit__.return_value": False})
     monkeypatch.setattr(session_module, "progress", bars)
@@ -386,8 +399,10 @@ def test_ctrl_c_while_a_prompt_is_read(monkeypatch):
     n = len(session.tokens)
     assert session.tokens == prompt[:n] and n == session.cache.length == 16
     assert session.stats.prompt_tokens == 16
-    assert list(session.generate(prompt, 8)) == list(Session(model).generate(prompt, 8))
-    assert session.stats.prompt_tokens == 100
+    for reader in session, Session(model):
+        assert list(reader.generate(prompt, 8)) == expected
+        assert reader.cache.length == len(reader.tokens) == 107
+        assert reader.stats.prompt_tokens == 100
     assert [call.args[1] for call in bars.call_args_list] == [100, 84, 100]  # tokens to read
     assert bars.call_args.kwargs == {"delay": 2}
     update = bars.return_value.__enter__.return_value.update
@@ -413,31 +428,17 @@ def test_options_out_of_range(options, words):
         Session(model, **options)
 
 
-@pytest.mark.parametrize("ids, words", [
-    ([1, 64], "the prompt holds token 64; the model's tokens are 0 to 63"), ([-1], "token -1"),
-    ([1.5], "whole numbers"), ("text", "a str"), ([], "prompt is empty"),
-    (torch.ones(1, 3, dtype=torch.int64), "whole numbers")])
-def test_ids_that_are_none(ids, words):
+@pytest.mark.parametrize("ids, n, words", [
+    ([1, 64], 4, "the prompt holds token 64; the model's tokens are 0 to 63"),
+    ([-1], 4, "token -1"), ([1.5], 4, "whole numbers"), ("text", 4, "a str"),
+    ([], 4, "prompt is empty"), (torch.ones(1, 3, dtype=torch.int64), 4, "whole numbers"),
+    ([1] * 33, 10, "has 33 tokens, more than the context of 32"),
+    ([1] * 5, -1, "max_new_tokens is -1")])
+def test_what_cannot_be_generated(ids, n, words):
     model = sound_model()
-    for tokens in Session(model).generate(ids, 4), generate_tokens(model, ids, 4):
+    for tokens in Session(model).generate(ids, n), generate_tokens(model, ids, n):
         with pytest.raises(ValueError, match=words):
             next(tokens)
-
-
-def test_ids_of_all_kinds():
-    model = sound_model()
-    for ids in (1, 2, 3), torch.tensor([1, 2, 3]), np.array([1, 2, 3]):
-        assert list(generate_tokens(model, ids, 4)) == list(Session(model).generate([1, 2, 3], 4))
-
-
-def test_a_generation_ends_where_the_next_one_begins():
-    session = Session(random_model(CONFIGS["llama"]))
-    old, new = session.generate([1, 2, 3], 8), session.generate([4, 5], 8)
-    next(old), next(new)
-    with pytest.raises(ValueError, match="has started another generation"):
-        next(old)
-    expected = list(Session(session.model).generate([4, 5], 8))
-    assert list(new) == expected[1:]
 
 
 @pytest.mark.parametrize("n, asked, new, ended", [
@@ -449,15 +450,6 @@ def test_prompts_around_the_context(n, asked, new, ended):
     assert len(list(generate_tokens(session.model, [1] * n, asked))) == new
 
 
-@pytest.mark.parametrize("n, asked, words", [
-    (33, 10, "has 33 tokens, more than the context of 32"), (5, -1, "max_new_tokens is -1")])
-def test_what_the_context_cannot_hold(n, asked, words):
-    model = sound_model()
-    for tokens in Session(model).generate([1] * n, asked), generate_tokens(model, [1] * n, asked):
-        with pytest.raises(ValueError, match=words):
-            next(tokens)
-
-
 def test_weights_beyond_the_type_or_of_another_shape():
     model, norm = sound_model(torch.float16), torch.ones(32)
     for value, words in (7e4, "torch.float16 ends at 65504"), (math.nan, "get a sound check"):
@@ -467,36 +459,3 @@ def test_weights_beyond_the_type_or_of_another_shape():
     for name, shape in ("model.norm", (1,)), ("model.layers.9.mlp.up_proj", (48, 32)):
         with pytest.raises(ValueError, match=f"{name}.weight has shape"):
             put(model, f"{name}.weight", torch.ones(shape))
-
-
-# ---- repetition penalty and min-p ---------------------------------------------------------------
-
-
-def test_penalty_and_min_p_are_those_of_transformers():
-    logits = torch.randn(60, generator=torch.Generator().manual_seed(2)) * 3
-    ids = torch.tensor([[3, 5, 5, 17]])
-    expected = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits[None].clone())[0]
-    seen = torch.zeros(60, dtype=torch.bool)
-    seen[ids[0]] = True
-    assert torch.equal(penalize(logits, seen, 1.3), expected)
-    kept = transformers.MinPLogitsWarper(0.05)(None, logits[None].clone())[0].isfinite()
-    drawn = torch.bincount(draws(logits, 5000, min_p=0.05), minlength=60) > 0
-    assert not (drawn & ~kept).any() and drawn.sum() >= kept.sum() - 2 > 0
-
-
-@pytest.mark.parametrize("token", [-1, 2**40])
-def test_a_penalty_bears_any_token(monkeypatch, token):
-    """-1 stands for broken logits; while a decoder compiles its kernels, a token is any number."""
-    monkeypatch.setattr(session_module, "likeliest", lambda logits: torch.tensor([token]))
-    session = Session(random_model(CONFIGS["llama"], device="cpu"), repetition_penalty=1.1)
-    assert session.choose(torch.zeros(101)).tolist() == [token]
-
-
-def test_repetition_penalty_over_a_text():
-    """Greedy with a penalty is transformers' definition, step by step, in the prompt too."""
-    model, ids = random_model(CONFIGS["llama"], device="cpu"), [*range(0, 101, 2)]
-    processor, text = transformers.RepetitionPenaltyLogitsProcessor(1.5), list(ids)
-    while len(text) < len(ids) + 20:
-        logits = model.logits(model.forward(torch.tensor(text))[-1:])
-        text.append(processor(torch.tensor([text]), logits)[0].argmax().item())
-    assert list(generate_tokens(model, ids, 20, repetition_penalty=1.5)) == text[len(ids):]
