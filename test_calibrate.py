@@ -37,18 +37,6 @@ def counts(model, tokens):
     return count(model, tokens.view(4, 64))
 
 
-def inputs_of(model, tokens):
-    """{(layer, site): x [T, K]} of a dense forward pass."""
-    seen = {}
-
-    def record(x, linear):
-        seen[linear.layer, linear.site] = x
-        return dense(x, linear)
-
-    model.forward(tokens, project=record)
-    return seen
-
-
 # ---- histograms --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scale, power", [(1.0, 1), (1e-4, 1), (30.0, 3)])
@@ -64,8 +52,16 @@ def test_quantiles_of_a_histogram(scale, power):
 
 
 def test_counts_leave_out_the_first_tokens(model, tokens, counts):
-    wanted = torch.cat([inputs_of(model, window)[1, "gate_up"][SINKS:]
-                        for window in tokens.view(4, 64)]).abs()
+    seen = []
+
+    def record(x, linear):
+        if linear is model.blocks[1].gate_up:
+            seen.append(x[SINKS:].abs())
+        return dense(x, linear)
+
+    for window in tokens.view(4, 64):
+        model.forward(window, project=record)
+    wanted = torch.cat(seen)
     for gate_or_up in (4, 5):
         assert counts[1, gate_or_up].sum() == wanted.numel()
         threshold = quantile(counts[1, gate_or_up], torch.tensor([0.5]))
@@ -81,9 +77,6 @@ def test_masks_keep_what_is_not_below_the_threshold(model):
     torch.testing.assert_close(y[1:, :32], kept[1:] @ linear.w_t[:, :32])
     torch.testing.assert_close(y[1:, 32:48], x[1:] @ linear.w_t[:, 32:48])
     assert not y[1:, 48:].any()
-
-
-def test_masks_compare_in_float32():
     linear = Model(CONFIG, torch.bfloat16).blocks[0].down
     linear.w_t.fill_(1.0)
     x = F.one_hot(torch.tensor([0]), CONFIG.intermediate_size).bfloat16()
@@ -91,7 +84,8 @@ def test_masks_compare_in_float32():
         assert masked(x, linear, torch.tensor([threshold])).eq(y).all()
 
 
-def test_dropped_shares_are_counted(model):
+def test_dropped_shares_are_counted(model, tokens):
+    """And the first half of a window is dense."""
     linear, x = model.blocks[1].gate_up, torch.randn(5, CONFIG.hidden_size)
     thresholds, dropped = torch.rand(CONFIG.n_layers, 7), torch.zeros(CONFIG.n_layers, 7).double()
     project = masked_and_counted(thresholds, dropped)
@@ -101,6 +95,11 @@ def test_dropped_shares_are_counted(model):
     for i in (4, 5):
         wanted[1, i] = 2 * (x.abs() <= thresholds[1, i]).double().mean()
     torch.testing.assert_close(dropped, wanted)
+    cache = KVCache(CONFIG, 64)
+    model.forward(tokens[:32], cache)
+    dropped.zero_()
+    model.forward(tokens[32:64], cache, project)
+    assert torch.equal(calibrate.realised(model, tokens[None, :64], [thresholds])[0], dropped)
 
 
 def test_infinite_activations_are_named(tokens):
@@ -189,41 +188,6 @@ def test_greedy_is_greedy(model, tokens, counts, monkeypatch):
                                    atol=1e-5, rtol=0)
 
 
-def leaf_gradients(model, tokens, labels):
-    """{(layer, projection): (x, dL/dx)} by autograd: each projection gets an input of its own."""
-    leaves = {}
-
-    def project(x, linear):
-        y = []
-        for i, (start, end) in enumerate(zip(linear.starts, linear.ends), linear.places.start):
-            noise = torch.zeros_like(x, requires_grad=True)
-            leaves[linear.layer, i] = x.detach(), noise
-            y.append((x + noise) @ linear.w_t[:, start:end])
-        return torch.cat(y, -1)
-
-    logits = model.logits(model.forward(tokens, project=project))
-    F.cross_entropy(logits, labels, reduction="sum").backward()
-    return {key: (x, noise.grad) for key, (x, noise) in leaves.items()}
-
-
-def test_gradients_of_each_projection(model, tokens):
-    seen = {}
-
-    def watch(x, linear):
-        def record(gradients):
-            for i, g in enumerate(gradients, linear.places.start):
-                seen[linear.layer, i] = x, g
-
-        return record
-
-    allocations.backward(model, tokens[:64], lambda logits: tokens[1:65], watch)
-    wanted = leaf_gradients(model, tokens[:64], tokens[1:65])
-    assert seen.keys() == wanted.keys() and len(wanted) == 14
-    for key in wanted:
-        torch.testing.assert_close(seen[key][0], wanted[key][0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(seen[key][1], wanted[key][1], atol=1e-5, rtol=1e-4)
-
-
 def fisher_costs(model, tokens, counts, monkeypatch):
     """What `fisher` hands to `allocate`, and the labels it drew."""
     labels = []
@@ -239,15 +203,27 @@ def fisher_costs(model, tokens, counts, monkeypatch):
 
 
 def test_fisher_costs(model, tokens, counts, monkeypatch):
+    """They are those by autograd, where each projection has an input of its own."""
     costs, labels = fisher_costs(model, tokens, counts, monkeypatch)
-    wanted = torch.zeros(CONFIG.n_layers, 7, 20)
+    wanted, leaves = torch.zeros(CONFIG.n_layers, 7, 20), {}
+
+    def project(x, linear):
+        y = []
+        for i, (start, end) in enumerate(zip(linear.starts, linear.ends), linear.places.start):
+            noise = torch.zeros_like(x, requires_grad=True)
+            leaves[linear.layer, i] = x.detach(), noise
+            y.append((x + noise) @ linear.w_t[:, start:end])
+        return torch.cat(y, -1)
+
     assert len(labels) == 4 * allocations.DRAWS
     for i, drawn in enumerate(labels):
         window = tokens.view(4, 64)[i // allocations.DRAWS]
-        for (layer, i), (x, g) in leaf_gradients(model, window, drawn).items():
+        logits = model.logits(model.forward(window, project=project))
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        for (layer, i), (x, noise) in leaves.items():
             for level in range(20):
                 threshold = quantile(counts[layer, i], torch.tensor([level / 20]))
-                effect = (g * x * (x.abs() <= threshold))[SINKS:].sum(1)
+                effect = (noise.grad * x * (x.abs() <= threshold))[SINKS:].sum(1)
                 wanted[layer, i, level] += effect.square().sum()
     torch.testing.assert_close(costs, wanted, atol=1e-4, rtol=2e-3)
 
@@ -280,14 +256,6 @@ def test_labels_follow_the_predictions():
     for row, ids in zip(logits, drawn.T):
         shares = torch.bincount(ids, minlength=4) / len(ids)
         torch.testing.assert_close(shares, row.softmax(-1), atol=0.01, rtol=0)
-
-
-def test_the_first_half_of_a_window_is_dense(model, tokens):
-    table, cache = torch.full((2, 7), 0.3), KVCache(CONFIG, 64)
-    model.forward(tokens[:32], cache)
-    dropped = torch.zeros(2, 7, dtype=torch.float64)
-    model.forward(tokens[32:64], cache, masked_and_counted(table, dropped))
-    assert torch.equal(calibrate.realised(model, tokens[None, :64], [table])[0], dropped)
 
 
 def test_how_much_is_looked_at(model, tokens, monkeypatch):

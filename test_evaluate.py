@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -96,8 +97,7 @@ def test_the_best_calibration_of_each_allocation(model, calibration, monkeypatch
 def evaluated(run, model, calibration, cache, tmp_path, monkeypatch):
     """Runs evaluate.py on the tiny model."""
     monkeypatch.setattr("cli.command_line.load", lambda *args, **options: (model, Letters()))
-    text = "The quick brown fox jumps over the lazy dog. " * 12  # 540 tokens
-    (tmp_path / "text").write_text(text)
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 12)
     calibration.save(tmp_path / "uniform.safetensors")
 
     def evaluated(*words, calibration=("--calibration", tmp_path / "uniform.safetensors")):
@@ -170,10 +170,7 @@ def test_files_of_others_are_left_alone(evaluated, tmp_path, monkeypatch, conten
 
 
 def test_an_interrupted_measurement_leaves_no_file(evaluated, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluate, "score", interrupt)
+    monkeypatch.setattr(evaluate, "score", mock.Mock(side_effect=KeyboardInterrupt))
     before = sorted(tmp_path.rglob("*"))
     code, out, err = evaluated("--json", tmp_path / "new" / "r.json", "--plot", tmp_path / "p.png")
     assert code == 130 and not out and "Traceback" not in err
