@@ -1,5 +1,6 @@
 """Tests of evaluate.py against direct computation, on a tiny random model."""
 
+import itertools
 import json
 import math
 from unittest import mock
@@ -178,35 +179,24 @@ def test_an_interrupted_measurement_leaves_no_file(evaluated, tmp_path, monkeypa
 
 
 def test_models_that_share_their_last_norm(evaluated, tmp_path, monkeypatch):
-    """Each gets its own perplexity, and neither replaces the other's row. A dense measurement needs
-    no calibration."""
+    """Each gets its own perplexity, and neither replaces the other's row. A token that begins texts
+    takes the place of every window's first. A dense measurement needs no calibration."""
     monkeypatch.setattr(evaluate, "find_calibrations", None)
     one, other = tiny_model(), tiny_model(seed=1)
     other.norm.copy_(one.norm)
-    rows, perplexities = [], []
-    for model in (one, other):
+    rows, perplexities, tokenizer = [], [], Letters()
+    for tokenizer.bos_id, model in itertools.product((None, 7), (one, other)):
         monkeypatch.setattr("cli.command_line.load",
-                            lambda *_, model=model, **__: (model, Letters()))
+                            lambda *_, model=model, **__: (model, tokenizer))
         code, _, err = evaluated("--sparsity", 0, "--json", tmp_path / "r.json", calibration=())
         assert code == 0, err
         before, rows = rows, json.loads((tmp_path / "r.json").read_text())
         assert rows[:-1] == before
-        tokens = Letters().encode((tmp_path / "text").read_text())
-        result, = evaluate.evaluate(model, cut(torch.tensor(tokens), 64), [None])
+        windows = cut(torch.tensor(tokenizer.encode((tmp_path / "text").read_text())), 64)
+        if tokenizer.bos_id:
+            windows[:, 0] = tokenizer.bos_id
+        result, = evaluate.evaluate(model, windows, [None])
         perplexities.append(result["perplexity"])
     assert [row["perplexity"] for row in rows] == pytest.approx(perplexities)
     assert abs(perplexities[0] - perplexities[1]) > 0.1
     assert rows[0]["weights"] != rows[1]["weights"]
-
-
-def test_each_window_begins_as_a_text_does(evaluated, tmp_path, monkeypatch):
-    """A token that begins texts takes the place of every window's first token."""
-    seen, tokenizer = [], Letters()
-    tokenizer.bos_id = 7
-    monkeypatch.setattr("cli.command_line.load", lambda *_, **__: (tiny_model(), tokenizer))
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, windows, *_: seen.append(windows) or [
-        {"perplexity": 1.0, "kl": 0.0, "top1": 1.0, "sparsity": torch.zeros(2, 7, dtype=float)}])
-    code, _, err = evaluated("--sparsity", 0, calibration=())
-    assert code == 0, err
-    whole = cut(torch.tensor(tokenizer.encode((tmp_path / "text").read_text())), 64)
-    assert (seen[0][:, 0] == 7).all() and torch.equal(seen[0][:, 1:], whole[:, 1:])
