@@ -361,12 +361,13 @@ def test_too_little_memory(tiny, monkeypatch):
         assert (generate.open_session(model, context=20).decoder.bounds is None) == whole
 
 
-@pytest.mark.parametrize("quantized, linear", [(None, Linear), ("int8", Int8Linear)])
-def test_the_bytes_of_a_models_weights(quantized, linear):
+@pytest.mark.parametrize("dtype, quantized, linear", [
+    (torch.bfloat16, None, Linear), (torch.float32, "int8", Int8Linear)])
+def test_the_bytes_of_a_models_weights(dtype, quantized, linear):
     config = Config(64, 32, 48, 1, 4, 2, 8, tie_embeddings=True)
-    model = Model(config, linear_class=linear)
+    model = Model(config, dtype, linear_class=linear)
     embedding = 63 * 32 * 4 if quantized else 0  # int8 has one of its own, of which a row is read
-    assert weight_bytes(config, torch.float32, quantized) == pytest.approx(
+    assert weight_bytes(config, dtype, quantized) == pytest.approx(
         block_bytes(model) + other_bytes(model) + embedding, rel=0.02 if quantized else 0)
 
 

@@ -98,7 +98,7 @@ def test_products(kind, form, seed):
     sizes = [(k, ends) for k in (1, 33, 64, 130, 300) for ends in ENDS]
     for sparse, multiple in enumerate(multiples):
         fitting = [size for size in sizes if multiple and not any(e % multiple for e in size[1])]
-        for k, ends in (rng.choice(fitting), (450, (64, 128))) if fitting else ():
+        for k, ends in (rng.choice(fitting), (450, (64, 128, 192))) if fitting else ():
             dtype = rng.choice(dtypes)
             arguments, w, options, scale = draw(rng, kind, k, ends, dtype, form, sparse)
             counts = [torch.full((len(ends),), 7, device=DEVICE) for _ in range(3)]
