@@ -166,11 +166,26 @@ def same_tensors(ours, theirs):
     ("int8", {Int8Linear}, torch.bfloat16), ("int4", {Int8Linear, Int4Linear}, torch.float32)])
 def test_a_folder_is_the_same_model_as_quantizing_while_loading(
         source, folder, kind, holds, dtype, tmp_path, monkeypatch):
+    """Its files hold what the config promises, and nothing twice."""
     monkeypatch.setattr(quantize_folder, "SHARD", 1)  # bytes: a file for each tensor
     opened = checkpoint.open_checkpoint(source)
     written = checkpoint.open_checkpoint(folder(kind, source))
-    held = [list(load_file(file)) for file in written.folder.glob("*.safetensors")]
-    assert all(held) and sorted(sum(held, [])) == sorted(written.shapes) and len(held) > 10
+    files = [load_file(file) for file in written.folder.glob("*.safetensors")]
+    held = {name: tensor for tensors in files for name, tensor in tensors.items()}
+    assert all(files) and sum(map(len, files)) == len(held) and len(files) > 10
+    config = parse_config(json.loads((written.folder / "config.json").read_text()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    assert shapes == written.shapes == tensor_shapes(config, kind)
+    before = load_file(source / "model.safetensors")
+    for name, tensor in before.items():
+        wanted = torch.uint8 if held[name].ndim == 3 else torch.int8
+        assert held[name].dtype == (wanted if is_quantized(name) else tensor.dtype)
+    # Of two layers, q, k and v stay int8, for k and v have 16 columns.
+    assert sum(t.dtype == torch.uint8 for t in held.values()) == (kind == "int4") * 2 * 4
+    n_quantized = sum(is_quantized(name) for name in before)
+    assert n_quantized == 2 * len(PROJECTIONS) + (not config.tie_embeddings)
+    assert len({(written.folder / name).stat().st_mode
+                for name in ("config.json", "model-00001.safetensors")}) == 1
     assert sorted(os.listdir(tmp_path)) == [kind, "source"]
     assert written.quantized == kind and written.config == opened.config
     assert written.folder == tmp_path / kind and opened.folder == source
@@ -200,24 +215,6 @@ def test_a_gguf_file_becomes_a_folder(quantized, tmp_path):
     same_tensors(model.blocks[1], wanted.blocks[1])
     assert all(tokenizer.encode(text) == theirs.encode(text) for text in strings(50))
     assert tokenizer.eos_ids == theirs.eos_ids
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_files_hold_what_the_config_promises_and_nothing_twice(source, folder, kind):
-    out = folder(kind, source)
-    files = [out / name for name in ("config.json", "model-00001.safetensors")]
-    before, after = load_file(source / "model.safetensors"), load_file(files[1])
-    config = parse_config(json.loads(files[0].read_text()))
-    shapes = {name: tuple(tensor.shape) for name, tensor in after.items()}
-    assert shapes == tensor_shapes(config, kind)
-    for name, tensor in before.items():
-        wanted = torch.uint8 if after[name].ndim == 3 else torch.int8
-        assert after[name].dtype == (wanted if is_quantized(name) else tensor.dtype)
-    # Of two layers, q, k and v stay int8, for k and v have 16 columns.
-    assert sum(t.dtype == torch.uint8 for t in after.values()) == (kind == "int4") * 2 * 4
-    n_quantized = sum(is_quantized(name) for name in before)
-    assert n_quantized == 2 * len(PROJECTIONS) + (not config.tie_embeddings)
-    assert len({file.stat().st_mode for file in files}) == 1
 
 
 def test_what_is_no_new_folder_is_refused(quantized, folder, tmp_path):

@@ -191,14 +191,8 @@ def run_example(run, monkeypatch):
     return run_example
 
 
-def test_the_transformers_example(run_example, tmp_path):
-    random_model("Llama").save_pretrained(tmp_path)
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {"[UNK]": 0, "the": 1, "model": 2}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    printed = run_example("examples.transformers_model", tmp_path, "README.md")
+def test_the_transformers_example(run_example, tiny):
+    printed = run_example("examples.transformers_model", tiny, "README.md")
     assert "sparsity 0: " in printed and "sparsity 0.5: " in printed
 
 

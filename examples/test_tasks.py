@@ -5,10 +5,11 @@ import types
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import random_model, tiny_model
+from decode import decode_one_token
 from examples.many_texts import read, write
 from examples.tasks import Problem, interval, is_right, mcnemar, passes_tests, solve
-from model import Config, KVCache, Model, dense, masked
+from model import Config, KVCache
 
 PROBLEM = {"prompt": "from typing import List\n\ndef f(x: int) -> int:\n    '''Return x + 1.'''\n",
            "test": "def check(f):\n    assert f(1) == 2\n", "entry_point": "f"}
@@ -69,29 +70,25 @@ def test_problems_are_solved_in_parts(monkeypatch):
 def test_many_texts_are_written_as_each_alone(kind, sparse):
     config = Config(vocab_size=64, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4,
                     n_kv_heads=2, head_dim=8, context=128, **kind)
-    model, generator = Model(config), torch.Generator().manual_seed(0)
-    norms = [x for block in model.blocks for x in vars(block).values() if torch.is_tensor(x)]
-    matrices = [x.w_t for x in [*model.linears(), model.lm_head]] + [model.embedding]
-    for tensor in [*norms, model.norm, *matrices]:
-        tensor.normal_(0.0 if tensor.dim() > 1 else 1.0, 0.3, generator=generator)
-    prompts = [torch.randint(64, (n,), generator=generator).tolist() for n in (3, 12, 7, 5)]
-    table = torch.full((2, 7), 0.1) if sparse else None
+    torch.manual_seed(0)
+    model = random_model(config, device="cpu")
+    prompts = [torch.randint(64, (n,)).tolist() for n in (3, 12, 7, 5)]
+    table = torch.full((2, 7), 0.1 if sparse else -1.0)
 
-    def alone(prompt, n_tokens):
-        cache, new = KVCache(config, 64), []
-        hidden = model.forward(torch.tensor(prompt), cache)
-        while len(new) < n_tokens:
-            new.append(model.logits(hidden[-1:])[0].argmax().item())
+    def alone(prompt):
+        cache, kept, new = KVCache(config, 64), torch.zeros(2, 7), []
+        logits = model.logits(model.forward(torch.tensor(prompt), cache)[-1:])[0]
+        while len(new) < 40:
+            new.append(logits.argmax().item())
             if new[-1] in (7, 8):
                 return new[:-1]
-            hidden = model.forward(torch.tensor(new[-1:]), cache, lambda x, linear: masked(
-                x, linear, table[linear.layer, linear.places]) if sparse else dense(x, linear))
+            logits = decode_one_token(model, cache, torch.tensor(new[-1:]), table, kept)
         return new
 
     asked = set()
-    answers, unread = write(model, read(model, prompts, 40), table, 40, {7, 8},
+    answers, unread = write(model, read(model, prompts, 40), table if sparse else None, 40, {7, 8},
                             lambda i, ids: asked.add(i))
-    assert answers == [alone(prompt, 40) for prompt in prompts]
+    assert answers == [alone(prompt) for prompt in prompts]
     assert (0.01 < unread < 0.5) if sparse else unread == 0
     assert asked <= set(range(4))
     first, _ = write(model, read(model, prompts, 40), table, 40, {7, 8}, lambda i, ids: True)
