@@ -49,7 +49,7 @@ def test_attention(n_heads, n_kv_heads, head_dim, context, window):
     rope = angles.cos(), angles.sin(), 1 + torch.rand(context, device=DEVICE)
     workspace = Workspace(n_heads, n_kv_heads, head_dim, DEVICE)
     head_norms = *torch.rand(2, head_dim, device=DEVICE), 1e-5
-    for position, norms in zip((0, 63, 64, context - 1), (None, head_norms) * 2):
+    for position, norms in zip((0, 63, 64, context - 1, context - 2), (None, head_norms) * 3):
         qkv = torch.randn((n_heads + 2 * n_kv_heads) * head_dim, device=DEVICE)
         if norms:
             qkv /= 300  # the norms' eps matters
