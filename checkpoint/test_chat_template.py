@@ -9,30 +9,24 @@ from checkpoint import chat_template
 from checkpoint.conftest import spm_tokenizer
 from checkpoint.tokenizer import Tokenizer
 
-TEMPLATES = [
+
+@pytest.mark.parametrize("template", [
     "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n"
     "[INST] {{ m['content'] | trim }} [/INST]"
-    "{% else %}"
-    "{{ m.content + eos_token }}{% endif %}\n{% endfor %}",
+    "{% else %}{{ m.content + eos_token }}{% endif %}\n{% endfor %}",
     "{%- for m in messages -%}{% if loop.index > 2 %}{% break %}{% endif %}"
-    "{{ m | tojson }} {{ m|tojson(indent=2) }}"
-    "{% endfor %}",
+    "{{ m | tojson }} {{ m|tojson(indent=2) }}{% endfor %}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
     "{% generation %}<{{ m.content }}>{% endgeneration %}"
     "{% endfor %}{{ ns.n }}{% if tools is not none %}tools{% endif %}"
     "{% if documents is defined %}d{% endif %}",
     "{{ strftime_now('%d %b %Y') }}{{ undefined_thing }}"
-    "{% if not unk_token is defined %}x{% endif %}"
-    "{{ messages|length }}",
+    "{% if not unk_token is defined %}x{% endif %}{{ messages|length }}",
     "{% if add_generation_prompt %}<a>\n{% endif %}{{ messages[0].content.split('e')[0] }}"
     "{{ messages|map(attribute='role')|join(',') }}",
     "{{ messages[0].content }}"
     "{% if enable_thinking is defined and not enable_thinking %}ts{% endif %}"
-    "{% if enable_thinking | default(false) %}and{% endif %}",
-]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
+    "{% if enable_thinking | default(false) %}and{% endif %}"])
 def test_chat_template_is_transformers(template):
     """And the template decides whether the model thinks, unless it is told."""
     theirs = transformers.PreTrainedTokenizerFast(
@@ -54,17 +48,14 @@ def test_chat_template_is_transformers(template):
     assert len(seen) == 3 or not ours.can_think
 
 
-HOSTILE = (
+@pytest.mark.parametrize("template", [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% set x = 'x' * (6 * 10**8) %}short", "{{ 'x' | center(10**10) }}",
     "{% for i in range(3000) %}{{ 'x' * 1000 }}{% endfor %}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os }}",
     "{{ (''|attr('__class__')).x }}", "{% if %}", "{% include '/etc/passwd' %}",
     "{{ messages.clear() }}", "{{ raise_exception('no\\n\\x1b[31m') }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
-
-
-@pytest.mark.parametrize("template", HOSTILE)
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
 def test_hostile_chat_templates(template, monkeypatch):
     monkeypatch.setattr(chat_template, "SECONDS", 1)
     start = time.monotonic()

@@ -102,10 +102,8 @@ def test_bad_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("index, words", [
-    ({"weight_map": {"a": "../model.safetensors"}}, "same folder"),
-    ({"weight_map": {"a": "/etc/passwd"}}, "same folder"),
-    ({"weight_map": {"a": "pytorch_model.bin"}}, "same folder"),
-    ({"weight_map": {"a": 3}}, "same folder"),
+    *(({"weight_map": {"a": name}}, "same folder")
+      for name in ("../model.safetensors", "/etc/passwd", "pytorch_model.bin", 3)),
     ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "missing"),
     ({"weight_map": []}, "weight_map"),
     ({}, "weight_map"),

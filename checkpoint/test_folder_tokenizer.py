@@ -13,7 +13,6 @@ from checkpoint.folder_tokenizer import LEFT_OUT
 from checkpoint.tokenizer import TextStream, Tokenizer, recommended, text_pieces
 
 TEXT = "hi<|im_start|>user\nyo <|im_end|>\n<tool> <x><img></s><|pad|>the end"
-TOKENS = ("<|im_start|>", "<|im_end|>", "<tool>", "<x>", "<img>", "</s>", "<|pad|>")
 
 
 def entry(text, **flags):

@@ -25,13 +25,12 @@ from checkpoint.conftest import (
 )
 from checkpoint.gguf_container import read_parts
 
-LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>")
-
 
 @pytest.mark.parametrize("arch, names, pre", [
-    ("llama", LLAMA3, "llama-bpe"), ("qwen2", ["<|endoftext|>", "<|im_end|>"], "qwen2"),
-    ("llama", ["<|endoftext|>", "<repo_name>"], "smollm"), ("llama", ["[AVAILABLE_TOOLS]", "<s>"],
-                                                           "tekken"), ("llama", ["<x>"], None)])
+    ("llama", ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"],
+     "llama-bpe"), ("qwen2", ["<|endoftext|>", "<|im_end|>"], "qwen2"), ("llama", ["<x>"], None),
+    ("llama", ["<|endoftext|>", "<repo_name>"], "smollm"),
+    ("llama", ["[AVAILABLE_TOOLS]", "<s>"], "tekken")])
 @pytest.mark.parametrize("said", [None, "default"])
 def test_a_vocabulary_that_says_not_how_it_cuts(tmp_path, capsys, arch, names, pre, said):
     file, tokens = write_bpe(tmp_path / "m.gguf", names, arch=arch, pre=said)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lm_head
-from conftest import DEVICE, HEAD_SIZES, HEADS, INTERPRETED, check_head, make_head, random_model
+from conftest import DEVICE, HEAD_SIZES, HEADS, check_head, make_head, random_model
 from cpu.step import CStep
 from lm_head import bounds, certificate_for, certify, likely_rows, limits, logits_needed
 from model import Config, KVCache, Linear, rms_norm
@@ -26,7 +26,6 @@ def make_steps(v, k, dtype, change, *heads):
         for options in heads]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs no C")
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_step_in_c_chooses_as_with_the_whole_head(name, dtype):
@@ -37,7 +36,6 @@ def test_the_step_in_c_chooses_as_with_the_whole_head(name, dtype):
             check_head(whole(5, 0), some(5, 0), some.head_rows.sum().item(), top, likeliest)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs no C")
 @pytest.mark.parametrize("top", [1, 6])
 def test_the_step_in_c_reads_few_rows(top):
     """As many as the bounds in plain PyTorch leave; or more where the 6th largest is meant, which
@@ -115,5 +113,3 @@ def test_when_bounds_are_read(monkeypatch):
     monkeypatch.setattr(lm_head, "LEAST_WEIGHTS", 6401)
     linear = Linear(None, "lm_head", 64, (100,), False, torch.bfloat16, "cpu")
     assert certificate_for(linear, 1) is None
-
-

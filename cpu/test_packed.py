@@ -67,7 +67,6 @@ def test_the_numbers_are_those_of_gguf(name, n, size, monkeypatch):
 
 
 CONFIG = Config(131, 512, 256, 2, 8, 2, 32, context=40, qkv_bias=True)
-KINDS = [*GROUPED]
 
 
 def random_model(config=CONFIG):
@@ -75,7 +74,7 @@ def random_model(config=CONFIG):
     packed, seed = Model(config, linear_class=PackedLinear), 0
     for linear in [*packed.linears(), packed.lm_head]:
         for i, width in enumerate(linear.widths):
-            weight, groups = random_tensor(KINDS[seed % 8], width, linear.in_features, seed)
+            weight, groups = random_tensor([*GROUPED][seed % 8], width, linear.in_features, seed)
             scale, seed = 0.5 / weight.std() / linear.in_features ** 0.5, seed + 1
             for name in ("scale", "minimum"):
                 if (numbers := getattr(groups, name)) is not None:
