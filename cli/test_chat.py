@@ -58,6 +58,12 @@ class Terminal:
             self.side = None
         return text
 
+    def say(self, line, answer):
+        """Type a line, and wait for its answer and the prompt that follows."""
+        self.type(line + "\n")
+        self.wait_for(answer)
+        self.wait_for(PROMPT)
+
     def exit_code(self):
         """Read what is left until the program ends; returns its exit code and that text."""
         text = self.screen
@@ -93,19 +99,14 @@ def test_a_conversation_at_a_terminal(tiny):
             ("/stats", "last answer: prompt 24 tokens"), ("/clear", "forgotten"),
             ("\x1b[A\x1b[A\x1b[A", "cut at 5 tokens"),  # three lines up is the paste
             ("/stats", "last answer: prompt 1 tokens"), ("/clear", "forgotten")):
-        chat.type(line + "\n")
-        chat.wait_for(answer)
-        chat.wait_for(PROMPT)
+        chat.say(line, answer)
     chat.type("half a line")
     chat.wait_for("half a line")
     chat.type_ctrl_c()
     chat.wait_for("Ctrl-C again or Ctrl-D leaves")
     chat.wait_for(PROMPT)
-    for line, answer in (("hi", "cut at 5 tokens"),  # the line was cleared
-                         ("/stats", "last answer: prompt 3 tokens")):
-        chat.type(line + "\n")
-        chat.wait_for(answer)
-        chat.wait_for(PROMPT)
+    chat.say("hi", "cut at 5 tokens")  # the line was cleared
+    chat.say("/stats", "last answer: prompt 3 tokens")
     chat.type_ctrl_c()
     chat.wait_for("again")
     chat.wait_for(PROMPT)
@@ -131,11 +132,11 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tiny, tmp_path):
 
 
 def test_piped_lines(run, tiny, tmp_path):
-    """Every line is answered; the numbers are those of each sparsity."""
+    """Every line is answered, also after an error; the numbers are those of each sparsity."""
     calibration = calibrate(load(tiny)[0], torch.arange(256).flip(0), 64, "uniform")
     calibration.save(tmp_path / "c")
-    done = run(generate.main, "--model", tiny, "--chat", "--max-new-tokens", 6, "--temperature", 0,
-               "--calibration", tmp_path / "c",
+    words = ["--model", tiny, "--chat", "--max-new-tokens", 6, "--temperature", 0, "--calibration"]
+    done = run(generate.main, *words, tmp_path / "c",
                stdin="Hi\n\n/sparsity 0.5\nHo\n/sparsity 0\nHe\n/exit\nHu\n")
     assert done.code == 0, done.err
     dense, sparse = done.err.splitlines()[-2:]
@@ -143,12 +144,7 @@ def test_piped_lines(run, tiny, tmp_path):
     assert "new 6 tokens" in sparse and "of the blocks' 0.0 MB unread (50% asked)" in sparse
     share = float(re.search(r"([\d.]+)% of the blocks", sparse)[1])
     assert 20 < share < 80
-
-
-def test_errors_leave_a_piped_conversation_alive(run, tiny):
-    words = ["--model", tiny, "--chat", "--max-new-tokens", 6, "--temperature", 0,
-             "--calibration", "no-such-file"]
-    done = run(generate.main, *words, stdin="Hi\n/sparsity 0.5\nHo\n")
+    done = run(generate.main, *words, "no-such-file", stdin="Hi\n/sparsity 0.5\nHo\n")
     assert done.code == 0 and "new 12 tokens" in done.err
     assert "cannot read calibration no-such-file (No such file" in done.err
     assert "; the sparsity stays 0\n" in done.err
@@ -185,19 +181,16 @@ def test_answers_are_part_of_the_conversation():
     chat, prompts = conversation(system="S")
     chat.ask("one")
     chat.ask("two")
-    assert prompts == [Letters().chat([{"role": "system", "content": "S"}, *messages])
-                       for messages in (chat.messages[:1], chat.messages[:3])]
+    conversations = [chat.messages[:1], chat.messages[:3]]
     assert chat.messages[1] == {"role": "assistant", "content": "4 tokens"}
-
-
-def test_the_system_prompt_can_change():
-    chat, prompts = conversation(system="S")
-    for text in ("T", ""):
+    for text in ("T", ""):  # the system prompt changes
         chat.command("system", text)
         chat.command("clear", "")
         chat.ask("one")
-    system, question = [{"role": "system", "content": "T"}], chat.messages[:1]
-    assert prompts == [Letters().chat(system + question), Letters().chat(question)]
+        conversations.append(chat.messages[:1])
+    assert prompts == [
+        Letters().chat([{"role": "system", "content": system}, *messages] if system else messages)
+        for system, messages in zip(("S", "S", "T", ""), conversations)]
 
 
 def raising(error):
@@ -228,20 +221,18 @@ def test_no_error_ends_a_conversation(capsys, error, words):
         assert words in line and line.endswith(consequence)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), BrokenPipeError()])
-def test_bugs_and_readers_that_leave_end_it(error):
+@pytest.mark.parametrize("error, n_ranks", [
+    (RuntimeError("a bug"), 1), (BrokenPipeError(), 1), (MemoryError(), 2),
+    (ValueError("NaN on one rank"), 2)])
+def test_bugs_and_readers_that_leave_end_it(error, n_ranks, monkeypatch):
+    """And errors of one rank: the others would wait for it."""
+    monkeypatch.setattr("cli.chat.world_size", lambda: n_ranks)
     chat, _ = conversation(thresholds=raising(error), respond=raising(error))
-    for go in (lambda: chat.ask("one"), lambda: chat.command("sparsity", "0.5")):
-        with pytest.raises(type(error)):
-            go()
-
-
-@pytest.mark.parametrize("error", [MemoryError(), ValueError("NaN on one rank")])
-def test_errors_of_one_rank_end_it(error, monkeypatch):
-    """The others would wait for it."""
-    monkeypatch.setattr("cli.chat.world_size", lambda: 2)
     with pytest.raises(type(error)):
-        conversation(respond=raising(error))[0].ask("one")
+        chat.ask("one")
+    if n_ranks == 1:
+        with pytest.raises(type(error)):
+            chat.command("sparsity", "0.5")
 
 
 def test_an_answer_stopped_before_its_first_word_is_no_turn(capsys):
@@ -280,10 +271,7 @@ def test_a_full_context_drops_the_oldest_turns(capsys):
     chat.command("clear", "")
     chat.ask("short")
     assert len(prompts) == 4 and len(chat.messages) == 2
-
-
-def test_an_answer_may_take_a_quarter_of_a_short_context():
-    for room, longest in ((8, 56), (16, 48), (1000, 48)):
+    for room, longest in (8, 56), (16, 48), (1000, 48):  # an answer may take a quarter
         assert conversation(context=64, answer_room=room)[0].longest == longest
 
 

@@ -122,14 +122,12 @@ def test_endings(ends):
         ends(raising(RuntimeError("a bug")))
 
 
-def test_out_of_memory_is_one_sentence(ends):
+def test_out_of_memory_is_one_sentence(ends, monkeypatch):
     for main in (lambda: torch.empty(1 << 55), raising(MemoryError())):
         code, _, err = ends(main)
         assert code == 2 and err.count("\n") == 1 and "out of memory, with" in err
         assert "GB free" in err and "--quantize int8" in err
-
-
-def test_the_memory_of_the_device_that_is_full(ends, monkeypatch):
+    # the memory told is that of the device that is full
     free = {"cuda": 1e9, "cpu": 2e9}
     monkeypatch.setattr("cli.command_line.free_memory", lambda device: free[device.type])
     for error, words in (torch.OutOfMemoryError("no"), "1.0 GB"), (MemoryError(), "2.0 GB"):

@@ -27,52 +27,46 @@ SCRIPTS = {
     "quantize": (quantize_folder.main, [(quantize_folder, "write_weights")], "--model TINY"),
     "tasks": (tasks.main, [(tasks, "load_model")], "--tasks words"),
     "draw": (draw.main, [(draw, "load")], ""), "convert": (convert.main, [], "")}
-# Script, words, what the sentence says. Words in capitals are files, see `files`.
+# Scripts, words, what the sentence says. Words in capitals are files, see `files`.
 ROWS = """
-generate  | --sparsity 0.96 | '0.96' is not a number from 0 to 0.95
+generate evaluate benchmark tasks | --sparsity 0.96 | '0.96' is not a number from 0 to 0.95
 generate  | --sparsity nan | 'nan' is not a number from 0 to 0.95
 generate  | --top-p 1.5 | '1.5' is not a number from 0 to 1
 generate  | --max-new-tokens 0 | '0' is not a whole number from 1
 generate  | --dtype int3 | invalid choice: 'int3'
-generate  | --device abacus | device 'abacus' is not available
+generate calibrate | --device abacus | device 'abacus' is not available
 generate  | --chat --raw | give one of them
 generate  | --raw --no-thinking | --thinking needs the chat template
 generate  | --raw --system y | --system needs the chat template
 generate  | --no-thinking --model TINY | no switch for --thinking
 generate  | --stop '' | the text is empty
 generate  | --calibration TINY | --calibration needs --sparsity S
-generate  | --model /no/such/model | /no/such/model does not exist
+generate benchmark | --model /no/such/model | /no/such/model does not exist
 generate  | --context 65 --model TINY | context 65 is outside 1 to 64
 generate  | --sparsity 0.3 --calibration /no/such/file --model TINY | /no/such/file
 generate  | --chat --sparsity 0.3 --calibration /no/such/file --model TINY | /no/such/file
 generate  | --sparsity 0.3 --calibration DEFAULT --model TINY | belongs to another model
-calibrate | --text nowhere.txt | nowhere.txt
+calibrate evaluate | --text nowhere.txt | nowhere.txt
 calibrate | --text TEXT --window 99 | is outside 9 to 64
 calibrate | --text TEXT --window 8 | is outside 9 to 64
 calibrate | --text TEXT --tokens 31 | 31 tokens do not fill one window of 32
 calibrate | --tokens 0 | argument --tokens: '0' is not a whole number from 1
 calibrate | --tokens 1e3 | argument --tokens: '1e3' is not a whole number
 calibrate | --out /proc/c | cannot write /proc/c (No such file or directory); name another
-calibrate | --text LATIN | is not UTF-8 text (byte 1); convert it, or name another file
+calibrate evaluate | --text LATIN | is not UTF-8 text (byte 1); convert it, or name another file
 calibrate | --text TEXT --seed 0 | --seed is of the self-written text
 calibrate | --text TEXT --seed -1 | argument --seed: '-1' is not a whole number from 0
-calibrate | --device cuda:77 | device 'cuda:77' is not available
 evaluate  | --window 3 | --window 3 is outside 4 to 64
 evaluate  | --window 65 | --window 65 is outside 4 to 64
 evaluate  | --windows 99 | the text holds 16 windows of 32 tokens
 evaluate  | --offset 15 --windows 2 | the text holds 16 windows of 32 tokens
-evaluate  | --sparsity 0.97 | argument --sparsity: '0.97' is not a number from 0 to 0.95
 evaluate  | --windows 0 | argument --windows: '0' is not a whole number from 1
 evaluate  | --offset -1 | argument --offset: '-1' is not a whole number from 0
-evaluate  | --text nowhere.txt | nowhere.txt
-evaluate  | --text LATIN | latin is not UTF-8 text (byte 1); convert it, or name another file
 evaluate  | --calibration nowhere.safetensors | nowhere.safetensors
 evaluate  | --allocation fisher | no fisher calibration
 evaluate  | --calibration UNIFORM UNIFORM | is a second uniform calibration
 evaluate  | --sparsity 0 --allocation uniform | --calibration needs a --sparsity above 0
 evaluate  | --json TEXT | holds no results
-evaluate  | --json TEXT/r.json | name another file with --json
-evaluate  | --json /proc/r.json | cannot write /proc/r.json
 evaluate  | --plot FOLDER | it is a folder
 benchmark | --timeline | --timeline needs a GPU, and cpu is not a GPU
 benchmark | --model m --config llama-3-8b | name two models
@@ -82,16 +76,13 @@ benchmark | --model TINY --context 9 65 | --context 65 is longer than this model
 benchmark | --config llama-2-7b --context 9 5000 | --context 5000 is longer than this model's
 benchmark | --config huge | invalid choice: 'huge'
 benchmark | --model TINY --json FOLDER | it is a folder
-benchmark | --model TINY --json TEXT/speed.json | name another file with --json
-benchmark | --model TINY --json /proc/a.json | cannot write /proc/a.json
-benchmark | --model /no/such/model | /no/such/model does not exist
+evaluate benchmark tasks | --model TINY --json TEXT/a.json | name another file with --json
+evaluate benchmark | --model TINY --json /proc/a.json | cannot write /proc/a.json
 quantize  | --out FOLDER | exists already; name a new or an empty folder with --out
 quantize  | --out TEXT/out | cannot write
 quantize  | --out o --model /no/such/model | /no/such/model does not exist
 quantize  | --quantize int4 | arguments are required: --out
 tasks     | --tasks humaneval | allow it with --execute
-tasks     | --json TEXT/a.json | name another file with --json
-tasks     | --sparsity 1 | '1' is not a number from 0 to 0.95
 draw      | | arguments are required: FILE.png
 convert   | all | unrecognized arguments: all
 """
@@ -110,9 +101,10 @@ def files(tiny, tmp_path_factory):
             "UNIFORM": folder / "uniform", "DEFAULT": default}
 
 
-@pytest.mark.parametrize("row", ROWS.strip().splitlines())
-def test_it_is_refused_in_one_sentence(run, files, row, monkeypatch, tmp_path):
-    name, words, sentence = map(str.strip, row.split("|"))
+@pytest.mark.parametrize("name, words, sentence", [
+    (name, *map(str.strip, rest)) for row in ROWS.strip().splitlines()
+    for names, *rest in [row.split("|")] for name in names.split()])
+def test_it_is_refused_in_one_sentence(run, files, name, words, sentence, monkeypatch, tmp_path):
     main, work, before = SCRIPTS[name]
     for module, function in work:
         monkeypatch.setattr(module, function, lambda *_, **__: pytest.fail("works"))

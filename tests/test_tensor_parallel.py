@@ -107,37 +107,29 @@ def ranks(n, main, *words, stdin="/dev/null"):
         return Ended(next((p.exitcode for p in started if p.exitcode), 0), out, err)
 
 
-@pytest.mark.parametrize("quantize", ["", "int8"])
-def test_ranks_give_what_one_process_gives(quantize, folder, tmp_path):
+@pytest.mark.parametrize("kind", ["float32", "int8", "an int4 folder"])
+def test_ranks_give_what_one_process_gives(kind, folder, int4_folder, tmp_path):
     out, device = tmp_path / "out.json", "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+    quantize, exact = "int8" if kind == "int8" else "", kind == "float32"
+    if kind == "an int4 folder":
+        folder, device = int4_folder, "cpu"
+        with pytest.raises(ValueError, match="4 ranks cannot share tensor .*q_proj.weight: int4 is "
+                           "cut at multiples of 32 columns"):  # four would have 16 of k each
+            checkpoint.load(folder, ranks=tensor_parallel.Ranks(0, 4))
     done = ranks(2, main, folder, out, device, quantize)
     assert done.code == 0 and "Exception" not in done.err, done.err
     ours, expected = json.loads(out.read_text()), results(folder, device, quantize or None)
     # int8 rounds o and down by their slices, which have scales of their own
-    off = (torch.tensor(ours["logits"]) - torch.tensor(expected["logits"])).abs().max()
-    assert off <= (0.2 if quantize else 1e-4)
-    if not quantize:
+    off = torch.tensor(ours["logits"]) - torch.tensor(expected["logits"])
+    assert off.norm() <= (1e-5 if exact else 0.02) * torch.tensor(expected["logits"]).norm()
+    if exact:
         assert ours["dense"][0] == expected["dense"][0]
         assert ours["sparse"][0] == expected["sparse"][0]
     assert ours["digest"] == expected["digest"]  # one calibration serves both
     assert ours["dense"][1] == 0
-    tolerance = 0.02 if quantize else 1e-3
+    tolerance = 1e-3 if exact else 0.02
     assert ours["sparse"][1] == pytest.approx(expected["sparse"][1], abs=tolerance)
-    assert 0.05 < ours["sparse"][1] < 0.9
-
-
-def test_ranks_share_an_int4_folder(int4_folder, tmp_path):
-    out = tmp_path / "out.json"
-    done = ranks(2, main, int4_folder, out, "cpu", "")
-    assert done.code == 0, done.err
-    ours, expected = json.loads(out.read_text()), results(int4_folder, "cpu")
-    off = torch.tensor(ours["logits"]) - torch.tensor(expected["logits"])
-    assert off.norm() <= 0.02 * torch.tensor(expected["logits"]).norm()  # int8, by their slices
-    assert ours["digest"] == expected["digest"]
-    assert ours["sparse"][1] == pytest.approx(expected["sparse"][1], abs=0.02)
-    with pytest.raises(ValueError, match="4 ranks cannot share tensor .*q_proj.weight: int4 is cut "
-                       "at multiples of 32 columns"):  # four would have 16 columns of k each
-        checkpoint.load(int4_folder, ranks=tensor_parallel.Ranks(0, 4))
+    assert 0.05 < ours["sparse"][1] < 0.95
 
 
 def test_generate_prints_once(run, folder, tmp_path):
