@@ -240,8 +240,8 @@ def test_a_full_disk(folder, tmp_path, size):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_damaged_int8_folders_are_refused(folder):
-    out = folder("int8")
+def test_damaged_folders_are_refused(folder):
+    out, name = folder("int8"), "model.layers.1.mlp.up_proj.weight"
     source = out.parent / "source"
     # floats under the int8 config
     shutil.copy(source / "model.safetensors", out / "model.safetensors")
@@ -251,10 +251,7 @@ def test_damaged_int8_folders_are_refused(folder):
     shutil.copy(out / "model-00001.safetensors", source / "model.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match="does not say whose"):
         checkpoint.open_checkpoint(source)
-
-
-def test_damaged_int4_folders_are_refused(folder):
-    out, name = folder("int4"), "model.layers.1.mlp.up_proj.weight"
+    out = folder("int4")
     sound = load_file(out / "model-00001.safetensors")
 
     def refused(tensor, words):
