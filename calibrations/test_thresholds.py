@@ -4,6 +4,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -76,9 +77,7 @@ def test_saving_at_once_on_a_full_disk_or_killed(calibration, tmp_path, monkeypa
     """The file is there whole or not at all."""
     file, opened = tmp_path / "c[1].safetensors", len(os.listdir("/proc/self/fd"))
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(CalibrationError, match="cannot write .*No space left"):

@@ -8,6 +8,7 @@ import select
 import shutil
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -193,23 +194,17 @@ def test_answers_are_part_of_the_conversation():
         for system, messages in zip(("S", "S", "T", ""), conversations)]
 
 
-def raising(error):
-    def function(*_):
-        raise error
-    return function
-
-
 @pytest.mark.parametrize("error, words", [
     (ValueError("a logit is NaN"), "a logit is NaN"), (KeyboardInterrupt(), "stopped"),
     (FileNotFoundError(2, "gone", "text.txt"), "gone: 'text.txt'"),
     (MemoryError(), "out of memory")])
 def test_no_error_ends_a_conversation(capsys, error, words):
     """Of the template, an answer or a command; what it would have changed stays."""
-    chat, prompts = conversation(thresholds=raising(error))
+    chat, prompts = conversation(thresholds=mock.Mock(side_effect=error))
     answer, before = chat.respond, chat.session.thresholds
     chat.ask("one")
     chat.ask("refuse")
-    for chat.respond in raising(error), answer:
+    for chat.respond in mock.Mock(side_effect=error), answer:
         chat.ask("two")
     chat.command("sparsity", "0.5")
     assert len(prompts) == 2 and len(chat.messages) == 4 and chat.sparsity == 0
@@ -227,7 +222,8 @@ def test_no_error_ends_a_conversation(capsys, error, words):
 def test_bugs_and_readers_that_leave_end_it(error, n_ranks, monkeypatch):
     """And errors of one rank: the others would wait for it."""
     monkeypatch.setattr("cli.chat.world_size", lambda: n_ranks)
-    chat, _ = conversation(thresholds=raising(error), respond=raising(error))
+    fails = mock.Mock(side_effect=error)
+    chat, _ = conversation(thresholds=fails, respond=fails)
     with pytest.raises(type(error)):
         chat.ask("one")
     if n_ranks == 1:

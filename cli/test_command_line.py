@@ -149,12 +149,8 @@ def test_a_reader_that_leaves(tmp_path):
     assert process.exitcode == 0 and (tmp_path / "err").read_text() == ""
 
 
-def short():
-    print("done")
-
-
 def test_a_full_disk(tmp_path):
-    process = start(short, streams=["/dev/null", "/dev/full", tmp_path / "err"])
+    process = start(parse, streams=["/dev/null", "/dev/full", tmp_path / "err"])
     process.join(60)
     told = (tmp_path / "err").read_text()
     assert process.exitcode == 2 and told.count("\n") == 1 and "No space left" in told

@@ -5,11 +5,11 @@ import graphlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
+from conftest import HERE
+
 FOLDERS = ("", "cpu", "gpu", "checkpoint", "calibrations", "cli", "examples", "results", "tests")
 FILES = [file for folder in FOLDERS for file in sorted((HERE / folder).glob("*.py"))]
 

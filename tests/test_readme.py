@@ -5,7 +5,6 @@ import functools
 import re
 import runpy
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ import benchmark
 import calibrations.thresholds
 import checkpoint
 from checkpoint.default_model import fetch
+from conftest import HERE
 
-HERE = Path(__file__).resolve().parents[1]
 # Lines of code are indented by four. A line that begins neither a command nor an example is none.
 CODE = [line[4:] for line in (HERE / "README.md").read_text().splitlines()
         if line.startswith("    ") or not line]

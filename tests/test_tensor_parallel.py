@@ -28,10 +28,9 @@ import tensor_parallel
 from checkpoint.config import parse_config
 from checkpoint.tensors import tensor_shapes
 from cli import quantize_folder
-from conftest import CONFIGS, Ended, start, write_llama
+from conftest import CONFIGS, HERE, Ended, start, write_llama
 from session import Session
 
-HERE = Path(__file__).resolve().parents[1]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 
 
