@@ -242,9 +242,11 @@ def test_every_process_writes_the_same_text(run, tiny, tmp_path, closed, request
 
 # ---- thresholds --------------------------------------------------------------------------------
 
-def test_first_sparse_run_calibrates(run, tiny, cache):
-    words = ["--model", tiny, "--prompt", "abc", "--max-new-tokens", 30, *GREEDY, "--sparsity"]
-    one, two = run(generate.main, *words, 0.71), run(generate.main, *words, 0.71)
+def test_first_sparse_run_calibrates(run, tiny, cache, monkeypatch):
+    """Where the calibration cannot be written, the run goes on; after Ctrl-C there is none."""
+    words = ["--model", tiny, "--prompt", "abc", "--max-new-tokens", 30, *GREEDY, "--sparsity",
+             0.71]
+    one, two = run(generate.main, *words), run(generate.main, *words)
     assert one.code == two.code == 0 and one.out == two.out
     assert "no calibration" in one.err and "no calibration" not in two.err
     file, = cache.glob("calibration-*.safetensors")
@@ -253,12 +255,9 @@ def test_first_sparse_run_calibrates(run, tiny, cache):
     assert metadata["source"] == "calibrations/text.txt" and metadata["allocation"] == "fisher"
     assert metadata["tokens"] == "2048" and metadata["window"] == "64"  # the model's context
 
-
-def test_a_calibration_that_is_not_kept(run, tiny, cache, monkeypatch):
-    """Where it cannot be written, the run goes on; after Ctrl-C there is none."""
+    shutil.rmtree(cache)
     cache.write_text("")  # a file, and no folder
     monkeypatch.setitem(calibrate.ALLOCATE, "fisher", calibrate.ALLOCATE["uniform"])  # faster
-    words = ["--model", tiny, "--prompt", "abc", "--sparsity", 0.5, "--max-new-tokens", 3]
     done = run(generate.main, *words)
     assert done.code == 0 and "cannot write the calibration" in done.err
     cache.unlink()

@@ -66,7 +66,6 @@ evaluate  | --calibration nowhere.safetensors | nowhere.safetensors
 evaluate  | --allocation fisher | no fisher calibration
 evaluate  | --calibration UNIFORM UNIFORM | is a second uniform calibration
 evaluate  | --sparsity 0 --allocation uniform | --calibration needs a --sparsity above 0
-evaluate  | --json TEXT | holds no results
 evaluate  | --plot FOLDER | it is a folder
 benchmark | --timeline | --timeline needs a GPU, and cpu is not a GPU
 benchmark | --model m --config llama-3-8b | name two models

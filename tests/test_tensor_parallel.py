@@ -61,21 +61,6 @@ def results(folder, device, quantize=None):
     return found
 
 
-@pytest.fixture
-def int4_folder(folder, tmp_path):
-    """An int4 folder of a model whose heads are wide enough for two ranks to share its groups."""
-    config = json.loads((folder / "config.json").read_text()) | {
-        "head_dim": 16, "intermediate_size": 128}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) * 0.2
-               for name, shape in tensor_shapes(parse_config(config)).items()}
-    source = shutil.copytree(folder, tmp_path / "source")
-    (source / "config.json").write_text(json.dumps(config))
-    save_file(tensors, source / "model.safetensors")
-    quantize_folder.write_folder(checkpoint.open_checkpoint(source), tmp_path / "int4", "int4")
-    return tmp_path / "int4"
-
-
 def main():
     """What one rank does: the first one writes the results."""
     folder, out, device, quantize = sys.argv[1:]
@@ -107,11 +92,20 @@ def ranks(n, main, *words, stdin="/dev/null"):
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8", "an int4 folder"])
-def test_ranks_give_what_one_process_gives(kind, folder, int4_folder, tmp_path):
+def test_ranks_give_what_one_process_gives(kind, folder, tmp_path):
     out, device = tmp_path / "out.json", "cuda" if torch.cuda.device_count() >= 2 else "cpu"
     quantize, exact = "int8" if kind == "int8" else "", kind == "float32"
-    if kind == "an int4 folder":
-        folder, device = int4_folder, "cpu"
+    if kind == "an int4 folder":  # its heads are wide enough for two ranks to share its groups
+        config = json.loads((folder / "config.json").read_text()) | {
+            "head_dim": 16, "intermediate_size": 128}
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: torch.randn(shape, generator=generator) * 0.2
+                   for name, shape in tensor_shapes(parse_config(config)).items()}
+        source = shutil.copytree(folder, tmp_path / "source")
+        (source / "config.json").write_text(json.dumps(config))
+        save_file(tensors, source / "model.safetensors")
+        folder, device = tmp_path / "int4", "cpu"
+        quantize_folder.write_folder(checkpoint.open_checkpoint(source), folder, "int4")
         with pytest.raises(ValueError, match="4 ranks cannot share tensor .*q_proj.weight: int4 is "
                            "cut at multiples of 32 columns"):  # four would have 16 of k each
             checkpoint.load(folder, ranks=tensor_parallel.Ranks(0, 4))
