@@ -44,15 +44,12 @@ def parse():
     print(parser.parse_args())
 
 
-def test_help(ends):
+def test_help_and_flags(ends):
     code, out, err = ends(parse, "--help")
     assert code == 0 and err == "" and "usage: script.py" in out and "What it does." in out
     assert "Why" not in out and "examples:\n    python script.py --model M" in out
     for flag in ("--model", "--dtype", "--quantize", "--device", "--more"):
         assert flag in out
-
-
-def test_model_flags(ends):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert ends(parse)[1] == str(argparse.Namespace(
         model=None, dtype="bfloat16", quantize=None, device=device, more=False)) + "\n"
