@@ -57,8 +57,10 @@ INLINE float exponential(float x);                                       // e^x
 // ---- TEAL: sums of the rows that matter -------------------------------------------------------
 
 enum { AHEAD = 8 };  // a row is prefetched so many rows early, to have arrived by its turn
+enum { PAD = AHEAD + 4 };  // entries beyond the end of a list that are looked at
 
-// The entries of x [k] that matter: their indices and their values. Returns how many.
+// The entries of x [k] that matter: their indices and their values. Returns how many. The list of
+// rows goes on for PAD entries, which may be prefetched but do not count.
 static int keep_rows(const float *x, int k, float threshold, int32_t *rows, float *values) {
     int n = 0;
     for (int i = 0; i < k; i++) {  // no branch: the next one overwrites an entry that is not kept
@@ -66,15 +68,13 @@ static int keep_rows(const float *x, int k, float threshold, int32_t *rows, floa
         values[n] = x[i];
         n += !(fabsf(x[i]) <= threshold);  // "not", so that a NaN is kept and stays visible
     }
+    for (int i = 0; i < PAD; i++) rows[n + i] = n ? rows[n - 1] : 0;
     return n;
 }
 
-// Entry i of a list of n rows; past its end, the last one.
-INLINE int64_t entry(const int32_t *rows, int i, int n) { return rows[i < n ? i : n - 1]; }
-
 // sums [width] += values[i] * row rows[i] of w, for each i below n: only these rows are read. A row
 // has `stride` bytes. Four rows at a time, so that a sum is loaded and stored once for four
-// products; past the end of the list, the last row times 0.
+// products; past the end of the list, a row times 0.
 INLINE void add_floats_of(float *restrict sums, const char *w, int64_t stride, const int32_t *rows,
                           const float *values, int n, int width, const int dtype) {
     const int size = bytes_of(dtype), line = 64 / size;  // 64 bytes are a line of the cache
@@ -82,8 +82,8 @@ INLINE void add_floats_of(float *restrict sums, const char *w, int64_t stride, c
         const char *row[4], *later[4];
         float x[4];
         for (int r = 0; r < 4; r++) {
-            row[r] = w + entry(rows, i + r, n) * stride;
-            later[r] = w + entry(rows, i + r + AHEAD, n) * stride;
+            row[r] = w + rows[i + r < n ? i + r : i] * stride;
+            later[r] = w + rows[i + r + AHEAD] * stride;
             x[r] = i + r < n ? values[i + r] : 0;
         }
         int j = 0;
@@ -155,9 +155,9 @@ typedef struct {
     const float *norm;        // [hidden], of the last RMSNorm
     Matrix embedding, head;   // the first is [vocab, hidden], or packed
     const Bounds *bounds;     // of the head's logits, or NULL to read the whole head
-    const int32_t *positions; // [context], 0, 1, 2, ...: the list of rows that attention adds up
+    const int32_t *positions; // [context + PAD], 0, 1, ...: the list of rows that attention adds up
     int32_t n_shares;         // how many shares a stage is cut into
-    int32_t largest_k;        // the largest K of a block's matrices
+    int32_t list_size;        // the largest K of a block's matrices, and PAD
     // Shared: each worker writes its part, and the others read it after a barrier.
     float *sums[2];           // [row_shares, N]: [0] of qkv or gate_up, [1] of o or down
     float *attended;          // [heads * head_dim], what attention found
@@ -169,8 +169,8 @@ typedef struct {
     float *turns;             // [2, n_ropes, head_dim / 2], cosines and sines
     float *scores;            // [context]
     float *up;                // [inter]
-    float *kept_x;            // [largest_k], the kept x[k]
-    int32_t *kept_k;          // [largest_k], their k
+    float *kept_x;            // [list_size], the kept x[k]
+    int32_t *kept_k;          // [list_size], their k
     Team *team;               // the workers
     int32_t token, position;
 } Model;
@@ -225,8 +225,8 @@ static void product(const Model *m, const Matrix *a, const float *x, int worker,
                     float *sums) {
     int n_row_shares = row_shares(m), n_column_shares = m->n_shares / n_row_shares;
     int r = share % n_row_shares, c = share / n_row_shares, n = 0;
-    int32_t *rows = m->kept_k + (int64_t)worker * m->largest_k;
-    float *values = m->kept_x + (int64_t)worker * m->largest_k, y[TILE];
+    int32_t *rows = m->kept_k + (int64_t)worker * m->list_size;
+    float *values = m->kept_x + (int64_t)worker * m->list_size, y[TILE];
     sums += (int64_t)r * a->n;
     for (int part = 0; part < a->n_parts; part++) {
         int start = part ? a->ends[part - 1] : 0;
@@ -640,8 +640,8 @@ static void add_int4(float *restrict sums, const Matrix *a, int first, int width
         const uint32_t *group[4], *later_group[4];
         float x[4];
         for (int r = 0; r < 4; r++) {
-            int64_t at = (entry(rows, i + r, n) * a->n + first) / 32;
-            int64_t later = (entry(rows, i + r + AHEAD, n) * a->n + first) / 32;
+            int64_t at = ((int64_t)rows[i + r] * a->n + first) / 32;
+            int64_t later = ((int64_t)rows[i + r + AHEAD] * a->n + first) / 32;
             q[r] = (const uint8_t *)a->w + 16 * at;
             later_q[r] = (const uint8_t *)a->w + 16 * later;
             group[r] = a->groups + at;
@@ -737,14 +737,14 @@ INLINE void shift_words(const uint16_t *words, Shorts *shifted, const int bits) 
 // sums [blocks, block_sums] += x[i] * (shifted words of row rows[i]), for each of the first m of n
 // entries, four at a time: x is 0 up to the next multiple of four.
 INLINE void add_words(Shorts *restrict sums, const uint16_t *words, int64_t stride,
-                      const int32_t *rows, int n, const int16_t *x, int m, int n_blocks,
+                      const int32_t *rows, const int16_t *x, int m, int n_blocks,
                       const int bits) {
     const int n_words = block_words(bits), n_sums = block_sums(bits);
     for (int i = 0; i < m; i += 4) {
         const uint16_t *row[4], *later[4];
         for (int r = 0; r < 4; r++) {
-            row[r] = words + entry(rows, i + r, n) * stride;
-            later[r] = words + entry(rows, i + r + AHEAD, n) * stride;
+            row[r] = words + rows[i + r] * stride;
+            later[r] = words + rows[i + r + AHEAD] * stride;
         }
         for (int b = 0; b < n_blocks; b++) {
             Shorts sum[10], shifted[10];
@@ -848,7 +848,7 @@ INLINE void add_blocks_of(float *restrict y, const Packed *w, int first, int n_b
                 below -= rounded[r] < 0 ? rounded[r] : 0;
             }
             memset(sums, 0, n_blocks * n_sums * sizeof *sums);
-            add_words(sums, words, w->n_words, rows + i, n - i, rounded, m, n_blocks, bits);
+            add_words(sums, words, w->n_words, rows + i, rounded, m, n_blocks, bits);
         }
         int64_t at = (int64_t)group * w->columns + first * block_columns(bits);
         float lift = most * below, unit = step * w->unit * 0x1p112f;
@@ -907,10 +907,12 @@ static void *unpack_rows(void *argument) {
     const float one = 1;
     for (int32_t k = p->from; k < p->to; k++) {
         float *y = p->y + (int64_t)k * p->stride;
+        int32_t rows[1 + PAD];
+        for (int i = 0; i < 1 + PAD; i++) rows[i] = k;
         memset(y, 0, p->stride * sizeof *y);
         for (int j = 0; j < p->width; j += TILE)
             add_rows(y + j, p->a, p->part, p->first + j,
-                     p->width - j < TILE ? p->width - j : TILE, &k, &one, 1);
+                     p->width - j < TILE ? p->width - j : TILE, rows, &one, 1);
     }
     return NULL;
 }

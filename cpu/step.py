@@ -18,6 +18,7 @@ from model import SITES
 
 QK_NORMS = {None: 0, "head": 1, "all": 2}
 MOST_SHARES = 64
+PAD = 12  # as in step.c
 
 
 class Layer(ctypes.Structure):
@@ -43,7 +44,7 @@ class CModel(ctypes.Structure):
                 *((name, c_void_p) for name in ("frequency", "factor", "norm")),
                 ("embedding", Matrix), ("head", Matrix), ("bounds", POINTER(Bounds)),
                 ("positions", c_void_p), ("n_shares", c_int32),
-                ("largest_k", c_int32), ("sums", c_void_p * 2),
+                ("list_size", c_int32), ("sums", c_void_p * 2),
                 *((name, c_void_p) for name in (
                     "attended", "mlp", "logits", "x", "h", "y", "qkv", "turns", "scores",
                     "up", "kept_x", "kept_k", "team")),
@@ -106,7 +107,7 @@ class CStep:
             growth=growth, growth_at=growth_at, eps=config.norm_eps, layers=layers,
             n_ropes=len(kinds), frequency=self.floats(frequency), factor=self.floats(factor),
             norm=self.floats(model.norm), n_shares=n_shares,
-            largest_k=max(linear.in_features for linear in model.linears()))
+            list_size=max(linear.in_features for linear in model.linears()) + PAD)
         self.fill(m.head, head)
         table = head.w_t.T if model.embedding is None else model.embedding
         if isinstance(table, Packed):
@@ -145,12 +146,12 @@ class CStep:
         shapes = {"attended": (m.heads * m.head_dim,), "mlp": (m.inter,), "x": (n, m.hidden),
                   "h": (n, m.hidden), "y": (n, m.hidden), "qkv": (n, model.blocks[0].qkv.ends[-1]),
                   "turns": (n, m.n_ropes, m.head_dim), "scores": (n, m.context),
-                  "up": (n, m.inter), "kept_x": (n, m.largest_k)}
+                  "up": (n, m.inter), "kept_x": (n, m.list_size)}
         for name, shape in shapes.items():
             setattr(m, name, self.at(torch.zeros(shape)))
         m.logits = self.at(logits)
-        m.kept_k = self.at(torch.zeros(n, m.largest_k, dtype=torch.int32))
-        m.positions = self.at(torch.arange(m.context, dtype=torch.int32))
+        m.kept_k = self.at(torch.zeros(n, m.list_size, dtype=torch.int32))
+        m.positions = self.at(torch.arange(m.context + PAD, dtype=torch.int32))
         return logits
 
     def at(self, tensor):
