@@ -50,7 +50,8 @@ def count(model, windows, update=unseen):
     """Histograms of |x| over windows [n, T] of tokens: int64 [n_layers, 7, BINS].
 
     Projections of one site read the same x, so their histograms are equal. Raises
-    CalibrationError, naming layer and projections, for activations that are not finite.
+    CalibrationError, naming layer and projections, for activations that are not finite or that
+    no threshold could split.
     """
     shape = model.config.n_layers, len(PROJECTIONS), BINS
     counts = torch.zeros(shape, dtype=torch.int64, device=model.device)
@@ -64,7 +65,19 @@ def count(model, windows, update=unseen):
     for tokens in windows.to(model.device):
         model.forward(tokens, project=record)
         update(1)
-    return counts.cpu()
+    counts = counts.cpu()
+
+    def fullest(linear):  # share of the fullest bin, but not of bin 0: all zeros may be dropped
+        histogram = counts[linear.layer, linear.places.start]
+        return histogram[1:].max() / histogram.sum()
+
+    worst = max(model.linears(), key=fullest)
+    if fullest(worst) > 0.05:
+        raise CalibrationError(
+            f"layer {worst.layer}: {fullest(worst):.0%} of the inputs of "
+            f"{'/'.join(SITES[worst.site])} have the same magnitude, so that no threshold "
+            "reaches most sparsities; check the weights")
+    return counts
 
 
 def histogram(x, name):

@@ -1,5 +1,6 @@
 """Tests of calibrate.py against brute force, on a tiny random model."""
 
+import contextlib
 import copy
 import dataclasses
 import types
@@ -106,6 +107,27 @@ def test_infinite_activations_are_named(tokens):
     model = tiny_model()
     model.blocks[1].gate_up.w_t[3, 5] = float("inf")
     with pytest.raises(CalibrationError, match="layer 1: the input of down"):
+        count(model, tokens.view(4, 64))
+
+
+def test_equal_magnitudes_that_no_threshold_splits_are_named(tokens):
+    model = tiny_model()
+    model.blocks[0].mlp_norm.zero_()  # zeros alone are no obstacle
+    count(model, tokens.view(4, 64))
+    # All of v is alike, and so is what attention makes of it.
+    model.blocks[1].qkv.w_t[:, 48:] = 0.1
+    message = "layer 1: 100% of the inputs of o have the same magnitude"
+    with pytest.raises(CalibrationError, match=message):
+        count(model, tokens[:1].expand(1, 64))
+
+
+@pytest.mark.parametrize("bin, share, refused", [
+    (9, 0.04, False), (9, 0.06, True), (0, 0.9, False)])
+def test_how_many_equal_magnitudes_are_too_many(model, tokens, monkeypatch, bin, share, refused):
+    counts = torch.full((BINS,), 10)
+    counts[bin] = round(share / (1 - share) * 10 * (BINS - 1))
+    monkeypatch.setattr(calibrate, "histogram", lambda x, name: counts)
+    with pytest.raises(CalibrationError) if refused else contextlib.nullcontext():
         count(model, tokens.view(4, 64))
 
 

@@ -431,6 +431,7 @@ def test_options_out_of_range(options, words):
 @pytest.mark.parametrize("ids, n, words", [
     ([1, 64], 4, "the prompt holds token 64; the model's tokens are 0 to 63"),
     ([-1], 4, "token -1"), ([1.5], 4, "whole numbers"), ("text", 4, "a str"),
+    (b"text", 4, "a bytes"), ({1, 2}, 4, "a set"), ({1: 2}, 4, "a dict"),
     ([], 4, "prompt is empty"), (torch.ones(1, 3, dtype=torch.int64), 4, "whole numbers"),
     ([1] * 33, 10, "has 33 tokens, more than the context of 32"),
     ([1] * 5, -1, "max_new_tokens is -1")])

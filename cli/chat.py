@@ -114,8 +114,13 @@ class Chat:
         except argparse.ArgumentTypeError as error:
             say(f"{error}; write, for example, /sparsity 0.4 (it is {self.sparsity:g} now)")
             return
+        before = self.session.thresholds
         with excused(f"the sparsity stays {self.sparsity:g}", ValueError):
-            self.session.set_thresholds(self.thresholds(sparsity))
+            try:
+                self.session.set_thresholds(self.thresholds(sparsity))
+            except BaseException:  # Ctrl-C may come while a GPU's step is captured for them
+                self.session.set_thresholds(before)
+                raise
             self.sparsity = sparsity
             say(f"sparsity {sparsity:g} from now on")
 

@@ -16,6 +16,8 @@ def require(name, value, low, high, kind=Real):
 def token_ids(ids, vocab_size):
     """A list, tuple or tensor [T] of token ids as a list. Raises ValueError for anything else."""
     try:
+        if isinstance(ids, (bytes, set, dict)):  # they hold whole numbers, too
+            raise TypeError
         ids = [operator.index(id) for id in ids]
     except TypeError:
         raise ValueError(f"the prompt is a {type(ids).__name__} and not a list of whole numbers; "

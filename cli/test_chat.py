@@ -194,6 +194,21 @@ def test_answers_are_part_of_the_conversation():
         for system, messages in zip(("S", "S", "T", ""), conversations)]
 
 
+def test_thresholds_that_are_set_halfway_are_taken_back(monkeypatch):
+    chat, _ = conversation(thresholds=lambda sparsity: torch.full((2, 7), sparsity))
+    real, before = chat.session.decoder.set_thresholds, chat.session.thresholds
+    tables = []
+
+    def halfway(table):
+        tables.append(table)
+        if len(tables) == 1:
+            raise KeyboardInterrupt
+        real(table)
+    monkeypatch.setattr(chat.session.decoder, "set_thresholds", halfway)
+    chat.command("sparsity", "0.5")
+    assert chat.sparsity == 0 and torch.equal(tables[-1], before)
+
+
 @pytest.mark.parametrize("error, words", [
     (ValueError("a logit is NaN"), "a logit is NaN"), (KeyboardInterrupt(), "stopped"),
     (FileNotFoundError(2, "gone", "text.txt"), "gone: 'text.txt'"),
