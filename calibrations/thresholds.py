@@ -168,7 +168,7 @@ def misfit(metadata, config):
 # ---- look-up -----------------------------------------------------------------------------------
 
 def candidates(model):
-    """The calibrations for this model, best first.
+    """Yield the calibrations for this model, best first.
 
     Those found on exactly its weights precede those found on others of the same shapes. Of each
     kind, calibration.safetensors in the model's folder comes first, then the one in the user's
@@ -182,8 +182,14 @@ def candidates(model):
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("fingerprint") == fingerprint(config):
                 paths.append(path)
-    found = [Calibration.load(path, config) for path in paths]
-    return sorted(found, key=lambda calibration: not calibration.is_own(model))
+    others = []
+    for path in paths:
+        calibration = Calibration.load(path, config)
+        if calibration.is_own(model):
+            yield calibration
+        else:
+            others.append(calibration)
+    yield from others
 
 
 def find(model, path=None):
@@ -193,4 +199,4 @@ def find(model, path=None):
     """
     if path is not None:
         return Calibration.load(path, own_config(model))
-    return next(iter(candidates(model)), None)
+    return next(candidates(model), None)

@@ -55,7 +55,7 @@ def pack(fields):
 class Packed:
     """A few-bit matrix W [N, K], transposed.
 
-    words: int16 [K, words of a row], described above
+    words: int16 [K, words of a row], as appendix B of step.c describes them
     scale, minimum: float16 [K / group, columns], in units of `unit`; minimum may be None
     """
 
